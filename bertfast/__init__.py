@@ -1,0 +1,6 @@
+"""Fused kernels that make BERT-family encoders run at the speed of the hardware."""
+
+from . import ops
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "ops"]

@@ -1,0 +1,7 @@
+"""The fused ops: the same function on every backend, differentiable, with the same numbers."""
+
+from .dispatch import available
+from .dropout import dropout_keep_mask
+from .layer_norm import layer_norm
+
+__all__ = ["available", "dropout_keep_mask", "layer_norm"]

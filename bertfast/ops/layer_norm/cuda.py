@@ -1,0 +1,108 @@
+"""layer_norm by csrc/kernels/layer_norm.cu, on a GPU or compiled for the host."""
+
+import functools
+
+import torch
+
+from .. import dropout, native
+from ..native import DTYPE_TAG, pointer
+
+MAX_WIDTH = 8192
+# A row group adds at most this many rows in one float32 chain before the compensated final sum:
+# what that rounds is within the error budget, whatever the number of rows.
+LONGEST_CHAIN = 32
+
+
+def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
+    reason = native.unsupported_reason(device_type)
+    if reason is None and dtype is not None and dtype not in DTYPE_TAG:
+        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
+    if reason is None and width is not None and not 1 <= width <= MAX_WIDTH:
+        reason = f"the width must be between 1 and {MAX_WIDTH}, got {width}"
+    return reason
+
+
+def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
+    """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
+    mean, rstd = stats if stats is not None else (None, None)
+    rows, width = x.shape
+    native.module_for(x).layer_norm_forward(
+        x.data_ptr(),
+        pointer(residual),
+        pointer(x_bias),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        pointer(seed) if threshold else 0,
+        pointer(row_index),
+        y.data_ptr(),
+        pointer(z),
+        pointer(mean),
+        pointer(rstd),
+        rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        width,
+        eps,
+        dropout.keep_scale(threshold),
+        threshold,
+        site,
+        DTYPE_TAG[x.dtype],
+        DTYPE_TAG[y.dtype],
+        *native.place(x),
+    )
+
+
+@functools.cache
+def _rows_per_block(module, width: int, tag: int) -> int:
+    return module.layer_norm_rows_per_block(width, tag)
+
+
+def _blocks(module, dy: torch.Tensor) -> int:
+    """The backward's grid: two blocks a multiprocessor, more where their chains would grow long."""
+    rows, width = dy.shape
+    at_a_time = _rows_per_block(module, width, DTYPE_TAG[dy.dtype])
+    most = -(-rows // at_a_time)
+    resident = 2 * native.multiprocessors(dy)
+    return min(most, max(resident, -(-rows // (at_a_time * LONGEST_CHAIN))))
+
+
+def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
+    """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
+    module = native.module_for(dy)
+    rows, width = dy.shape
+    blocks = _blocks(module, dy)
+    outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
+    partial = torch.empty((len(outs), blocks, width), dtype=torch.float32, device=dy.device)
+    sums = [partial.data_ptr() + 4 * i * blocks * width for i in range(len(outs))]
+    tag = DTYPE_TAG[dy.dtype]
+    place = native.place(dy)
+    module.layer_norm_backward(
+        dy.data_ptr(),
+        z.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        weight.data_ptr(),
+        pointer(seed) if threshold else 0,
+        pointer(row_index),
+        pointer(dz),
+        pointer(dx),
+        sums[0] if params else 0,
+        sums[1] if params else 0,
+        sums[-1] if x_bias is not None else 0,
+        rows,
+        dy.stride(0),
+        z.stride(0),
+        width,
+        blocks,
+        dropout.keep_scale(threshold),
+        threshold,
+        site,
+        DTYPE_TAG[dx.dtype] if dx is not None else tag,
+        tag,
+        *place,
+    )
+    if outs:
+        pointers = [out.data_ptr() for out in outs] + [0] * (3 - len(outs))
+        module.column_sum(
+            partial.data_ptr(), *pointers, len(outs), blocks, width, tag, *place
+        )

@@ -1,0 +1,303 @@
+"""y = (z - mean) * rstd * weight + bias, with z = dropout(x + x_bias) + residual.
+
+Saved for the backward: z (unless it is x itself), mean and rstd (float32), the seed.
+With g = dy * weight, h = (z - mean) * rstd and < > the mean over a row:
+    dz = rstd * (g - <g> - h * <g * h>),  dresidual = dz,  dx = dropout(dz)
+    dweight = sum of dy * h,  dbias = sum of dy,  dx_bias = sum of dx   (over rows)
+
+Rows are N wide. Forward: one program a row, the row in registers, so the variance takes a second
+pass over registers, not memory. Moves 2 to 4 values an element (x, residual; y, z).
+Backward: a program takes ROWS rows and sums the columns in registers; it writes one float32 row of
+partial sums for each parameter, and a finalising kernel adds those in a fixed order. No atomics:
+the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import dropout, triton_lib
+from ..triton_lib import round_to, row_keep
+
+MAX_WIDTH = 8192
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def layer_norm_fwd_kernel(
+    x_ptr,  # rows of N
+    residual_ptr,  # rows of N, or None
+    x_bias_ptr,  # N, or None
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,  # one int64, or None without dropout
+    row_index_ptr,  # one int64 a row, or None: rows count from 0
+    y_ptr,
+    z_ptr,  # None: not saved
+    mean_ptr,  # None: not saved
+    rstd_ptr,
+    x_row_stride,
+    residual_row_stride,
+    eps,
+    site,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    inside = cols < N
+
+    # 1. z = dropout(x + x_bias) + residual
+    z = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        z += tl.load(x_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        mask_row = row if row_index_ptr is None else tl.load(row_index_ptr + row)
+        keep = row_keep(tl.load(seed_ptr), mask_row, site, threshold, BLOCK_N, GROUP)
+        z = tl.where(keep, z * keep_scale, 0.0)
+    if residual_ptr is not None:
+        residual = residual_ptr + row * residual_row_stride + cols
+        z += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        tl.store(z_ptr + row * N + cols, round_to(z, z_ptr.dtype.element_ty), mask=inside)
+
+    # 2. mean, then the centred variance
+    mean = tl.sum(z, axis=0) / N
+    centred = tl.where(inside, z - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+    # 3. scale, shift, write
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    y = centred * rstd * weight + bias
+    tl.store(y_ptr + row * N + cols, round_to(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "n_rows"])
+def layer_norm_bwd_kernel(
+    dy_ptr,
+    z_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    seed_ptr,  # one int64, or None without dropout
+    row_index_ptr,
+    dz_ptr,  # None: not wanted
+    dx_ptr,  # None: not wanted, or the same as dz
+    dweight_ptr,  # partial sums, (programs, N) float32; None: not wanted
+    dbias_ptr,
+    dx_bias_ptr,  # None: not wanted
+    dy_row_stride,
+    z_row_stride,
+    n_rows,
+    site,
+    threshold,
+    keep_scale,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first = program * ROWS
+    cols = tl.arange(0, BLOCK_N)
+    inside = cols < N
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    dx_bias = tl.zeros((BLOCK_N,), tl.float32)
+
+    for row in range(first, tl.minimum(first + ROWS, n_rows)):
+        # 1. the row, normalised again
+        dy = tl.load(dy_ptr + row * dy_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+        h = tl.where(inside, (z - mean) * rstd, 0.0)
+
+        # 2. this row's share of the parameters' gradients
+        if dweight_ptr is not None:
+            dweight += dy * h
+            dbias += dy
+
+        # 3. the two row means, then dz
+        g = dy * weight
+        mean_g = tl.sum(g, axis=0) / N
+        mean_gh = tl.sum(g * h, axis=0) / N
+        dz = (g - mean_g - h * mean_gh) * rstd
+        if dz_ptr is not None:
+            tl.store(dz_ptr + row * N + cols, round_to(dz, dz_ptr.dtype.element_ty), mask=inside)
+
+        # 4. through the dropout
+        if seed_ptr is not None:
+            mask_row = row if row_index_ptr is None else tl.load(row_index_ptr + row)
+            keep = row_keep(tl.load(seed_ptr), mask_row, site, threshold, BLOCK_N, GROUP)
+            dz = tl.where(keep, dz * keep_scale, 0.0)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + row * N + cols, round_to(dz, dx_ptr.dtype.element_ty), mask=inside)
+        if dx_bias_ptr is not None:
+            dx_bias += dz
+
+    # 5. one row of partial sums
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * N + cols, dweight, mask=inside)
+        tl.store(dbias_ptr + program * N + cols, dbias, mask=inside)
+    if dx_bias_ptr is not None:
+        tl.store(dx_bias_ptr + program * N + cols, dx_bias, mask=inside)
+
+
+@triton.jit
+def column_sum_kernel(
+    partial_ptr,  # (sums, n_partials, N) float32
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    n_partials,
+    N,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds the partial sums of up to three parameters, program (i, j) columns i of sum j."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_P)
+    base = partial_ptr + which.to(tl.int64) * n_partials * N
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    lost = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in range(0, n_partials, BLOCK_P):
+        row = first + rows[:, None]
+        inside = (row < n_partials) & (cols < N)[None, :]
+        value = tl.load(base + row.to(tl.int64) * N + cols[None, :], mask=inside, other=0.0)
+        # Kahan's compensation: the error does not grow with the number of rows.
+        value -= lost
+        sum_ = total + value
+        lost = (sum_ - total) - value
+        total = sum_
+    result = tl.sum(total, axis=0)
+    if which == 0:
+        out_ptr = out0_ptr
+    elif which == 1:
+        out_ptr = out1_ptr
+    else:
+        out_ptr = out2_ptr
+    tl.store(out_ptr + cols, round_to(result, out_ptr.dtype.element_ty), mask=cols < N)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a width is split. One warp a row up to 1024: no barrier, and a dead quarter of the block
+    (768 of 1024) is removed by the compiler instead of predicated off."""
+
+    block_n: int
+    num_warps: int
+    rows: int = 1  # a program's rows, backward only
+
+
+def forward_config(width: int) -> Config:
+    block = max(32, triton.next_power_of_2(width))
+    return Config(block, num_warps=max(1, block // 1024))
+
+
+def backward_config(width: int) -> Config:
+    # Three column sums and two rows of floats live in registers: half the forward's width a warp.
+    # 16 rows a program keep the partial sums under an eighth of the traffic, and a float32 chain of
+    # 16 additions is within the error budget whatever the number of rows.
+    block = max(32, triton.next_power_of_2(width))
+    return Config(block, num_warps=max(1, block // 1024), rows=16)
+
+
+def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
+    reason = triton_lib.unsupported_reason(device_type)
+    if reason is None and dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
+    if reason is None and width is not None and not 1 <= width <= MAX_WIDTH:
+        reason = f"the width must be between 1 and {MAX_WIDTH}, got {width}"
+    return reason
+
+
+def _group(dtype: torch.dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
+    """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
+    rows, width = x.shape
+    config = forward_config(width)
+    mean, rstd = stats if stats is not None else (None, None)
+    layer_norm_fwd_kernel[(rows,)](
+        x,
+        residual,
+        x_bias,
+        weight,
+        bias,
+        seed if threshold else None,
+        row_index,
+        y,
+        z,
+        mean,
+        rstd,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        site,
+        threshold,
+        dropout.keep_scale(threshold),
+        N=width,
+        BLOCK_N=config.block_n,
+        GROUP=_group(y.dtype),
+        num_warps=config.num_warps,
+    )
+
+
+def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
+    """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
+    rows, width = dy.shape
+    config = backward_config(width)
+    programs = triton.cdiv(rows, config.rows)
+    outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
+    partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
+    sums = list(partial)
+    layer_norm_bwd_kernel[(programs,)](
+        dy,
+        z,
+        mean,
+        rstd,
+        weight,
+        seed if threshold else None,
+        row_index,
+        dz,
+        dx,
+        sums[0] if params else None,
+        sums[1] if params else None,
+        sums[-1] if x_bias is not None else None,
+        dy.stride(0),
+        z.stride(0),
+        rows,
+        site,
+        threshold,
+        dropout.keep_scale(threshold),
+        N=width,
+        BLOCK_N=config.block_n,
+        GROUP=_group(dy.dtype),
+        ROWS=config.rows,
+        num_warps=config.num_warps,
+    )
+    if outs:
+        column_sum_kernel[(triton.cdiv(width, 32), len(outs))](
+            partial,
+            outs[0],
+            outs[min(1, len(outs) - 1)],
+            outs[-1],
+            programs,
+            width,
+            BLOCK_P=32,
+            BLOCK_N=32,
+            num_warps=4,
+        )

@@ -1,0 +1,65 @@
+"""What the Triton kernels share: rounding stores, and dropout's draws for a row."""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# In the interpreter a cast to bfloat16 truncates; there we round by bit arithmetic first.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def unsupported_reason(device_type: str) -> str | None:
+    """Why Triton can't run kernels on this kind of device."""
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu":
+        if INTERPRETED:
+            return None
+        return (
+            "on a CPU Triton runs only in its interpreter: "
+            "set TRITON_INTERPRET=1 before bertfast is imported"
+        )
+    return f"Triton kernels run on 'cuda' and (interpreted) on 'cpu', not on {device_type!r}"
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """A float32 value rounded to the nearest of `dtype`, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def row_keep(seed, row, site, threshold, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """dropout.row_keep_mask for one row: BLOCK_N booleans.
+
+    GROUP is the number of neighbouring columns that one thread holds: 8 (a whole Philox call) for
+    16-bit data, 4 for float32, where two threads draw the same call and use half each. So the draws
+    are where the data is and nothing moves between threads.
+    """
+    group = tl.arange(0, BLOCK_N // GROUP).to(tl.uint32)
+    call = group if GROUP == 8 else group // 2
+    zero = tl.zeros_like(call)
+    row = row.to(tl.int64)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        call,
+        zero + row.to(tl.uint32),
+        zero + (row >> 32).to(tl.uint32),
+        zero + site.to(tl.uint32),
+        n_rounds=7,
+    )
+    # The reshape puts word 0's low half first, then its high half, then word 1's, ...
+    if GROUP == 8:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    else:
+        upper = group % 2 == 1
+        words = tl.join(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
+    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_N,))
+    return draws.to(tl.int32) >= threshold

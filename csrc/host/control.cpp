@@ -1,0 +1,41 @@
+#include "host/control.h"
+
+#include <stdexcept>
+
+#include "host/launch.h"
+#include "host/perturb.h"
+#include "host/scheduler.h"
+
+namespace bertfast {
+namespace host {
+
+void set_schedule(const std::string& name, uint64_t seed) {
+  if (name == "depth-first") {
+    schedule = {Order::kDepthFirst, seed};
+  } else if (name == "reverse") {
+    schedule = {Order::kReverse, seed};
+  } else if (name == "random") {
+    schedule = {Order::kRandom, seed};
+  } else {
+    throw std::invalid_argument("schedule must be depth-first, reverse or random, got " + name);
+  }
+}
+
+void set_perturb(bool on, uint64_t seed) {
+  perturb::mode = {on, seed};
+}
+
+void set_dry_launch(bool on) {
+  dry_launch = on;
+}
+
+std::vector<BankConflicts> bank_conflicts() {
+  return banks::records();
+}
+
+void reset_records() {
+  banks::reset();
+}
+
+}  // namespace host
+}  // namespace bertfast

@@ -1,0 +1,101 @@
+// CUDA's maths functions as kernels call them, unqualified.
+//
+// Exact ones (fmaf, sqrtf, fabsf, ...) are the C library's. The approximate ones are defined in
+// namespace bertfast, where a kernel finds them before the C library's of the same name, and may be
+// off by CUDA's documented error when perturb is on. The bounds are from the CUDA C++ Programming
+// Guide, "Mathematical Functions", in ulp of the correctly rounded result.
+#pragma once
+
+#include <math.h>
+
+#include <cmath>
+
+#include "host/perturb.h"
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((uint64_t(a) * b) >> 32);
+}
+
+template<class T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+// Of two floats, one of which is NaN, CUDA's min and max give the other, as fminf and fmaxf do.
+inline int min(int a, int b) {
+  return a < b ? a : b;
+}
+inline unsigned min(unsigned a, unsigned b) {
+  return a < b ? a : b;
+}
+inline long min(long a, long b) {
+  return a < b ? a : b;
+}
+inline unsigned long min(unsigned long a, unsigned long b) {
+  return a < b ? a : b;
+}
+inline long long min(long long a, long long b) {
+  return a < b ? a : b;
+}
+inline float min(float a, float b) {
+  return fminf(a, b);
+}
+inline int max(int a, int b) {
+  return a > b ? a : b;
+}
+inline unsigned max(unsigned a, unsigned b) {
+  return a > b ? a : b;
+}
+inline long max(long a, long b) {
+  return a > b ? a : b;
+}
+inline unsigned long max(unsigned long a, unsigned long b) {
+  return a > b ? a : b;
+}
+inline long long max(long long a, long long b) {
+  return a > b ? a : b;
+}
+inline float max(float a, float b) {
+  return fmaxf(a, b);
+}
+
+namespace bertfast {
+
+// Doubles, rounded once, where the C library's float function isn't right to the last bit.
+inline float rsqrtf(float x) {
+  return host::perturb::ulps(float(1.0 / std::sqrt(double(x))), 2, x);  // 2 ulp
+}
+inline float erff(float x) {
+  return host::perturb::ulps(float(std::erf(double(x))), 2, x);  // 2 ulp
+}
+inline float tanhf(float x) {
+  return host::perturb::ulps(float(std::tanh(double(x))), 2, x);  // 2 ulp
+}
+inline float exp2f(float x) {
+  return host::perturb::ulps(::exp2f(x), 2, x);  // 2 ulp
+}
+inline float expf(float x) {
+  return host::perturb::ulps(::expf(x), 2, x);  // 2 ulp
+}
+inline float logf(float x) {
+  return host::perturb::ulps(::logf(x), 1, x);  // 1 ulp
+}
+inline float log2f(float x) {
+  return host::perturb::ulps(::log2f(x), 1, x);  // 1 ulp
+}
+
+inline float __expf(float x) {
+  // 2 + floor(|1.173 x|) ulp. Beyond |x| = 128 the result is 0 or infinite, and moves no further.
+  return host::perturb::ulps(::expf(x), 2 + int(fminf(fabsf(1.173f * x), 151.0f)), x);
+}
+inline float __fdividef(float x, float y) {
+  // 2 ulp for 2^-126 <= |y| <= 2^126; for larger finite y the result is 0, or NaN if x is infinite.
+  if (fabsf(y) > 0x1p126f && !std::isinf(y)) return std::isinf(x) ? NAN : 0.0f * x;
+  return host::perturb::ulps(x / y, 2, y);
+}
+
+}  // namespace bertfast
+
+// These two have no namesake in the C library.
+using bertfast::__fdividef;
+using bertfast::rsqrtf;

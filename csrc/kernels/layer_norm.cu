@@ -1,0 +1,411 @@
+// y = (z - mean) * rstd * weight + bias, with z = dropout(x + x_bias) + residual, over rows of
+// `cols`.
+//
+// Saved for the backward: z, mean and rstd (float32), the seed. With g = dy * weight,
+// h = (z - mean) * rstd and < > the mean over a row:
+//   dz = rstd * (g - <g> - h * <g * h>),  dresidual = dz,  dx = dropout(dz)
+//   dweight = sum of dy * h,  dbias = sum of dy,  dx_bias = sum of dx    (over rows)
+//
+// kThreads threads share a row and hold it in registers, so the variance is a second pass over
+// registers. A thread holds kPerThread vectors of kVec columns, kThreads vectors apart; the
+// launcher picks the split that leaves no lane empty at BERT's widths (384: 16 threads by 3 vectors
+// of 8). Up to 32 threads a row need no barrier; wider rows take a block.
+//
+// Forward moves 2 to 4 values an element (x, residual; y, z), backward 3 or 4 (dy, z; dz, dx). The
+// backward sums columns in registers over the rows that a block meets and writes one row of float32
+// partial sums a block; launch_column_sum adds those in a fixed order. No atomics: the same bits
+// each run.
+#include "device/philox.cuh"
+#include "device/reduce.cuh"
+#include "device/vec.cuh"
+#include "params.h"
+
+namespace bertfast {
+namespace {
+
+template<int kVecColumns, int kPerThreadVectors, int kRowThreads>
+struct Split {
+  static constexpr int kVec = kVecColumns;
+  static constexpr int kPerThread = kPerThreadVectors;
+  static constexpr int kThreads = kRowThreads;
+  static constexpr int kBlock = kThreads <= 32 ? 128 : kThreads;
+  static constexpr int kRows = kBlock / kThreads;  // rows of a block at a time
+  static constexpr int kCols = kVec * kPerThread * kThreads;
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % kThreads; }
+  static __device__ __forceinline__ int group() { return threadIdx.x / kThreads; }
+  // A thread's columns: kVec from first(), then again every kStep.
+  static constexpr int kStep = kThreads * kVec;
+  static __device__ __forceinline__ int first() { return lane() * kVec; }
+  static __device__ __forceinline__ int col(int j) { return first() + j * kStep; }
+};
+
+// values = dropout(values); what is dropped may be Inf or NaN and must not survive, so it is
+// chosen, not multiplied.
+template<int kVec>
+__device__ __forceinline__ void drop(float (&values)[kVec], const RowDropout& dropout, int64_t row,
+                                     int col, float keep_scale) {
+  const unsigned keep = dropout.keep<kVec>(row, col);
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) values[k] = keep >> k & 1 ? values[k] * keep_scale : 0.f;
+}
+
+// sum / cols, rounded once: of a constant row nothing may remain when its mean is subtracted.
+__device__ __forceinline__ float row_mean(float sum, int cols, float inv_cols) {
+  const float mean = sum * inv_cols;
+  return fmaf(fmaf(-mean, static_cast<float>(cols), sum), inv_cols, mean);
+}
+
+// kFull: the rows fill the split, and x_bias and residual are given; the same code without
+// branches.
+template<class X, class T, class S, bool kDropout, bool kFull>
+__global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
+    layer_norm_forward_kernel(LayerNormForward p) {
+  using XVec = Vec<X, S::kVec>;
+  using TVec = Vec<T, S::kVec>;
+  const int row = blockIdx.x * S::kRows + S::group();
+  // A warp past the last row leaves. Half a warp can't, its other half needs it for the sums: it
+  // works on the last row again, unseen.
+  if (S::kThreads >= 32 && row >= p.rows) return;
+  const bool live = S::kThreads >= 32 || row < p.rows;
+  const int64_t from = live ? row : p.rows - 1;
+  const int cols = kFull ? S::kCols : p.cols;
+  const bool has_x_bias = kFull || p.x_bias, has_residual = kFull || p.residual;
+
+  // 1. all loads of the row, before anything waits for one
+  const X* x = static_cast<const X*>(p.x) + from * p.x_row_stride + S::first();
+  const T* residual = static_cast<const T*>(p.residual) + from * p.residual_row_stride + S::first();
+  XVec x_bits[S::kPerThread];
+  TVec residual_bits[S::kPerThread];
+#pragma unroll
+  for (int j = 0; j < S::kPerThread; ++j) {
+    if (S::col(j) < cols) {
+      x_bits[j] = XVec::load(x + j * S::kStep);
+      if (has_residual) residual_bits[j] = TVec::load(residual + j * S::kStep);
+    }
+  }
+
+  // 2. z = dropout(x + x_bias) + residual
+  const T* x_biases = static_cast<const T*>(p.x_bias) + S::first();
+  const int64_t to = from * cols + S::first();
+  float z[S::kPerThread][S::kVec];
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < S::kPerThread; ++j) {
+    const int col = S::col(j);
+    if (col < cols) {
+#pragma unroll
+      for (int k = 0; k < S::kVec; ++k) z[j][k] = x_bits[j][k];
+      if (has_x_bias) {
+        const TVec x_bias = TVec::load(x_biases + j * S::kStep);
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) z[j][k] += x_bias[k];
+      }
+      if constexpr (kDropout) {
+        const RowDropout dropout(p.seed, p.site, p.threshold);
+        drop(z[j], dropout, p.row_index ? p.row_index[from] : from, col, p.keep_scale);
+      }
+      if (has_residual) {
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) z[j][k] += residual_bits[j][k];
+      }
+      if (p.z && live) TVec::store(static_cast<T*>(p.z) + to + j * S::kStep, z[j]);
+#pragma unroll
+      for (int k = 0; k < S::kVec; ++k) sum += z[j][k];
+    }
+  }
+
+  // 3. mean, then the centred variance
+  constexpr int kWarps = S::kThreads / 32;
+  const float mean = row_mean(row_sum<S::kThreads>(sum, shared_memory<float>(0)), cols, p.inv_cols);
+  float squares = 0.f;
+#pragma unroll
+  for (int j = 0; j < S::kPerThread; ++j) {
+    if (S::col(j) < cols) {
+#pragma unroll
+      for (int k = 0; k < S::kVec; ++k) {
+        z[j][k] -= mean;
+        squares = fmaf(z[j][k], z[j][k], squares);
+      }
+    }
+  }
+  const Shared<float> second = shared_memory<float>(kWarps * sizeof(float));
+  const float variance = row_sum<S::kThreads>(squares, second) * p.inv_cols;
+  const float rstd = rsqrtf(variance + p.eps);
+  if (!live) return;
+  if (p.mean && S::lane() == 0) {
+    p.mean[row] = mean;
+    p.rstd[row] = rstd;
+  }
+
+  // 4. scale, shift, write
+  const T* weights = static_cast<const T*>(p.weight) + S::first();
+  const T* biases = static_cast<const T*>(p.bias) + S::first();
+#pragma unroll
+  for (int j = 0; j < S::kPerThread; ++j) {
+    if (S::col(j) < cols) {
+      const TVec weight = TVec::load(weights + j * S::kStep);
+      const TVec bias = TVec::load(biases + j * S::kStep);
+      float y[S::kVec];
+#pragma unroll
+      for (int k = 0; k < S::kVec; ++k) y[k] = fmaf(z[j][k] * rstd, weight[k], bias[k]);
+      TVec::store(static_cast<T*>(p.y) + to + j * S::kStep, y);
+    }
+  }
+}
+
+// Adds a block's column sums over its row groups and writes them: partial[col] = sum over groups.
+// Slot order is (group, k, j, lane), so that lanes fall into different banks.
+template<class S>
+__device__ __forceinline__ void write_partial(const float (&sums)[S::kPerThread][S::kVec],
+                                              float* partial, int cols) {
+  const Shared<float> slots = shared_memory<float>(0);
+  const auto slot = [](int group, int j, int k) {
+    return ((group * S::kVec + k) * S::kPerThread + j) * S::kThreads + S::lane();
+  };
+  __syncthreads();  // whoever still reads the slots is done
+#pragma unroll
+  for (int j = 0; j < S::kPerThread; ++j) {
+#pragma unroll
+    for (int k = 0; k < S::kVec; ++k) slots.store(slot(S::group(), j, k), sums[j][k]);
+  }
+  __syncthreads();
+  for (int j = S::group(); j < S::kPerThread; j += S::kRows) {
+    if (S::col(j) < cols) {
+#pragma unroll
+      for (int k = 0; k < S::kVec; ++k) {
+        float total = 0.f;
+        for (int group = 0; group < S::kRows; ++group) total += slots.load(slot(group, j, k));
+        partial[S::col(j) + k] = total;
+      }
+    }
+  }
+}
+
+// kFull: the rows fill the split.
+template<class X, class T, class S, bool kDropout, bool kFull>
+__global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock : 1)
+    layer_norm_backward_kernel(LayerNormBackward p) {
+  using XVec = Vec<X, S::kVec>;
+  using TVec = Vec<T, S::kVec>;
+  const int cols = kFull ? S::kCols : p.cols;
+  // The weight stays in registers, except in rows so wide that the sums need them: there it is read
+  // again for each row.
+  constexpr bool kKeepWeight = S::kVec * S::kPerThread <= 24;
+  const T* weights = static_cast<const T*>(p.weight) + S::first();
+  TVec kept_weight[S::kPerThread];
+  if constexpr (kKeepWeight) {
+#pragma unroll
+    for (int j = 0; j < S::kPerThread; ++j) {
+      if (S::col(j) < cols) kept_weight[j] = TVec::load(weights + j * S::kStep);
+    }
+  }
+  const auto weight = [&](int j) {
+    return kKeepWeight ? kept_weight[j] : TVec::load_again(weights + j * S::kStep);
+  };
+  float dweight[S::kPerThread][S::kVec] = {};
+  float dbias[S::kPerThread][S::kVec] = {};
+  float dx_bias[S::kPerThread][S::kVec] = {};
+
+  // The loop's bounds are the block's, not the row's: lanes without a row stay for their warp's
+  // sums.
+  for (int first = blockIdx.x * S::kRows; first < p.rows; first += gridDim.x * S::kRows) {
+    const int row = first + S::group();
+    const bool live = row < p.rows;
+    const T* dy = static_cast<const T*>(p.dy) + int64_t(row) * p.dy_row_stride + S::first();
+    const T* z = static_cast<const T*>(p.z) + int64_t(row) * p.z_row_stride + S::first();
+    const int64_t to = int64_t(row) * cols + S::first();
+
+    // 1. the row, normalised again
+    const float mean = live ? p.mean[row] : 0.f;
+    const float rstd = live ? p.rstd[row] : 0.f;
+    TVec dy_bits[S::kPerThread], z_bits[S::kPerThread];
+#pragma unroll
+    for (int j = 0; j < S::kPerThread; ++j) {
+      if (live && S::col(j) < cols) {
+        dy_bits[j] = TVec::load(dy + j * S::kStep);
+        z_bits[j] = TVec::load(z + j * S::kStep);
+      }
+    }
+
+    // 2. the parameters' gradients and the two sums over the row
+    float sum_g = 0.f, sum_gh = 0.f;
+#pragma unroll
+    for (int j = 0; j < S::kPerThread; ++j) {
+      if (live && S::col(j) < cols) {
+        const TVec weight_j = weight(j);
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) {
+          const float dy_k = dy_bits[j][k];
+          const float h = (z_bits[j][k] - mean) * rstd;
+          const float g = dy_k * weight_j[k];
+          dweight[j][k] = fmaf(dy_k, h, dweight[j][k]);
+          dbias[j][k] += dy_k;
+          sum_g += g;
+          sum_gh = fmaf(g, h, sum_gh);
+        }
+      }
+    }
+    constexpr int kWarps = S::kThreads / 32;
+    const Shared<float> second = shared_memory<float>(kWarps * sizeof(float));
+    const float mean_g =
+        row_mean(row_sum<S::kThreads>(sum_g, shared_memory<float>(0)), cols, p.inv_cols);
+    const float mean_gh = row_mean(row_sum<S::kThreads>(sum_gh, second), cols, p.inv_cols);
+
+    // 3. dz, and dx = dropout(dz)
+#pragma unroll
+    for (int j = 0; j < S::kPerThread; ++j) {
+      const int col = S::col(j);
+      if (live && col < cols) {
+        // g and h again, from the packed values: as floats the row would not fit beside the sums.
+        dy_bits[j].forget();
+        z_bits[j].forget();
+        const TVec weight_j = weight(j);
+        float dz[S::kVec];
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) {
+          const float h = (z_bits[j][k] - mean) * rstd;
+          dz[k] = rstd * (dy_bits[j][k] * weight_j[k] - mean_g - h * mean_gh);
+        }
+        if (p.dz) TVec::store(static_cast<T*>(p.dz) + to + j * S::kStep, dz);
+        if constexpr (kDropout) {
+          const RowDropout dropout(p.seed, p.site, p.threshold);
+          drop(dz, dropout, p.row_index ? p.row_index[row] : row, col, p.keep_scale);
+        }
+        if (p.dx) XVec::store(static_cast<X*>(p.dx) + to + j * S::kStep, dz);
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) dx_bias[j][k] += dz[k];
+      }
+    }
+    // The next row's first sum must not overwrite slots that a slower warp still reads.
+    if constexpr (kWarps > 1) __syncthreads();
+  }
+
+  // 4. one row of partial sums
+  const int64_t offset = int64_t(blockIdx.x) * cols;
+  if (p.partial_dweight) {
+    write_partial<S>(dweight, p.partial_dweight + offset, cols);
+    write_partial<S>(dbias, p.partial_dbias + offset, cols);
+  }
+  if (p.partial_dx_bias) write_partial<S>(dx_bias, p.partial_dx_bias + offset, cols);
+}
+
+// The split for a width, handed to `use` as a Split. kVec is 1 where 16-byte accesses aren't
+// possible.
+template<int kVec, class Use>
+auto with_forward_split(int cols, Use use) {
+  const int vectors = (cols + kVec - 1) / kVec;
+  if constexpr (kVec == 1) {
+    if (vectors <= 256) return use(Split<1, 8, 32>());
+    return use(Split<1, 32, 256>());
+  } else {
+    if (vectors <= 48) return use(Split<kVec, 3, 16>());
+    if (vectors <= 64) return use(Split<kVec, 2, 32>());
+    if (vectors <= 96) return use(Split<kVec, 3, 32>());
+    if (vectors <= 128) return use(Split<kVec, 4, 32>());
+    if (vectors <= 192) return use(Split<kVec, 3, 64>());
+    if (vectors <= 256) return use(Split<kVec, 4, 64>());
+    if constexpr (kVec == 4) {
+      if (vectors > 1024) return use(Split<4, 8, 256>());
+    }
+    return use(Split<kVec, 4, 256>());
+  }
+}
+
+// The backward's: few columns a thread, since three sums of each stay in registers.
+template<int kVec, class Use>
+auto with_backward_split(int cols, Use use) {
+  const int vectors = (cols + kVec - 1) / kVec;
+  if constexpr (kVec == 1) {
+    if (vectors <= 256) return use(Split<1, 8, 32>());
+    return use(Split<1, 32, 256>());
+  } else {
+    if (vectors <= 48) return use(Split<kVec, 3, 16>());
+    if (vectors <= 64) return use(Split<kVec, 2, 32>());
+    if (vectors <= 96) return use(Split<kVec, 3, 32>());
+    if (vectors <= 128) return use(Split<kVec, 2, 64>());
+    if (vectors <= 192) return use(Split<kVec, 3, 64>());
+    if (vectors <= 256) return use(Split<kVec, 2, 128>());
+    if constexpr (kVec == 4) {
+      if (vectors > 1024) return use(Split<4, 8, 256>());
+    }
+    return use(Split<kVec, 2, 512>());
+  }
+}
+
+// Calls use(X(), T()) with the element types of x and of everything else.
+template<class Use>
+cudaError_t with_types(DType x_dtype, DType dtype, Use use) {
+  if (dtype == DType::kFloat16) return use(__half(), __half());
+  if (dtype == DType::kBFloat16) return use(__nv_bfloat16(), __nv_bfloat16());
+  if (x_dtype == DType::kFloat16) return use(__half(), float());
+  if (x_dtype == DType::kBFloat16) return use(__nv_bfloat16(), float());
+  return use(float(), float());
+}
+
+// Whether a split has a kernel of its own for rows that fill it: BERT's widths do.
+template<class S>
+constexpr bool kFullIs = S::kCols == 384 || S::kCols == 512 || S::kCols == 768 || S::kCols == 1024;
+
+template<class S>
+constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kThreads / 32 * sizeof(float) : 0;
+
+}  // namespace
+
+cudaError_t launch_layer_norm_forward(const LayerNormForward& p, DType x_dtype, DType dtype,
+                                      Stream stream) {
+  return with_types(x_dtype, dtype, [&](auto x, auto t) {
+    using X = decltype(x);
+    using T = decltype(t);
+    const auto launch_split = [&](auto split) {
+      using S = decltype(split);
+      const dim3 grid((p.rows - 1) / S::kRows + 1);
+      const bool full = p.cols == S::kCols && p.x_bias && p.residual;
+      const auto kernel = p.seed ? (full ? layer_norm_forward_kernel<X, T, S, true, kFullIs<S>>
+                                         : layer_norm_forward_kernel<X, T, S, true, false>)
+                                 : (full ? layer_norm_forward_kernel<X, T, S, false, kFullIs<S>>
+                                         : layer_norm_forward_kernel<X, T, S, false, false>);
+      return launch(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, p);
+    };
+    constexpr int kVec = kVecOf<T>;
+    const bool wide = p.cols % kVec == 0 && p.x_row_stride % kVec == 0 &&
+                      p.residual_row_stride % kVec == 0 && is_aligned(p.x) &&
+                      is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
+                      is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z);
+    return wide ? with_forward_split<kVec>(p.cols, launch_split)
+                : with_forward_split<1>(p.cols, launch_split);
+  });
+}
+
+cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype, DType dtype,
+                                       Stream stream) {
+  return with_types(x_dtype, dtype, [&](auto x, auto t) {
+    using X = decltype(x);
+    using T = decltype(t);
+    const auto launch_split = [&](auto split) {
+      using S = decltype(split);
+      constexpr int kPartialBytes = S::kRows * S::kCols * sizeof(float);
+      constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
+      const bool full = p.cols == S::kCols;
+      const auto kernel = p.seed ? (full ? layer_norm_backward_kernel<X, T, S, true, kFullIs<S>>
+                                         : layer_norm_backward_kernel<X, T, S, true, false>)
+                                 : (full ? layer_norm_backward_kernel<X, T, S, false, kFullIs<S>>
+                                         : layer_norm_backward_kernel<X, T, S, false, false>);
+      return launch(kernel, dim3(p.blocks), dim3(S::kBlock), kBytes, stream, p);
+    };
+    constexpr int kVec = kVecOf<T>;
+    const bool wide = p.cols % kVec == 0 && p.dy_row_stride % kVec == 0 &&
+                      p.z_row_stride % kVec == 0 && is_aligned(p.dy) && is_aligned(p.z) &&
+                      is_aligned(p.weight) && is_aligned(p.dz) && is_aligned(p.dx);
+    return wide ? with_backward_split<kVec>(p.cols, launch_split)
+                : with_backward_split<1>(p.cols, launch_split);
+  });
+}
+
+int layer_norm_rows_per_block(int cols, DType dtype) {
+  const auto rows = [](auto split) { return decltype(split)::kRows; };
+  return dtype == DType::kFloat32 ? with_backward_split<4>(cols, rows)
+                                  : with_backward_split<8>(cols, rows);
+}
+
+}  // namespace bertfast

@@ -1,0 +1,282 @@
+"""Builds bertfast's two optional modules from the same kernel sources, csrc/kernels/*.cu.
+
+`bertfast._cuda` is compiled by nvcc for GPUs, `bertfast._host` by g++ for a CPU (csrc/host stands
+in for CUDA). Neither needs torch. What is built is decided like this, never by a visible GPU:
+
+  BERTFAST_CUDA, BERTFAST_HOST   unset: build if the compiler is there, and carry on if that fails
+                                 0: do not build        1: must build, anything else is an error
+  BERTFAST_CUDA_ARCHS            such as "sm_80,sm_90a"; default: the ones below that nvcc knows
+  BERTFAST_SANITIZE=address      build `_host` under AddressSanitizer
+  CXX, CUDA_HOME                 the C++ compiler; where nvcc is looked for before PATH
+
+The outcome (which module, why not, for what, with what) goes into bertfast/_build.json. A wheel
+without any module is tagged py3-none-any. Objects are kept in build/, so that building again
+compiles only what changed: `python setup.py build_ext --inplace` is a developer's rebuild.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
+HOW_TO_GET_NVCC = (
+    "nvcc was not found in $CUDA_HOME/bin, on PATH or in the default place for the CUDA toolkit; "
+    "install the toolkit (12.4 or later) or set CUDA_HOME, then install bertfast again"
+)
+
+
+class NotBuilt(Exception):
+    """A module is left out; the text says why."""
+
+
+def switch(name: str, env: Mapping[str, str]) -> str:
+    """The value of BERTFAST_CUDA or BERTFAST_HOST: "" (decide by the compiler), "0" or "1"."""
+    value = env.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"bertfast: {name} must be 0, 1 or unset, got {value!r}")
+    return value
+
+
+def cxx(env: Mapping[str, str]) -> list[str]:
+    """The C++ compiler as the start of a command line."""
+    command = shlex.split(env.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0], path=env.get("PATH", "")) is None:
+        raise NotBuilt(
+            f"the C++ compiler {command[0]} was not found on PATH; install g++ or set CXX, then "
+            "install bertfast again"
+        )
+    return command
+
+
+def nvcc(env: Mapping[str, str]) -> str:
+    """nvcc's path."""
+    homes = [env["CUDA_HOME"]] if env.get("CUDA_HOME") else []
+    places = [str(Path(home, "bin")) for home in homes]
+    places += [env.get("PATH", ""), str(Path(DEFAULT_CUDA_HOME, "bin"))]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    if found is None:
+        raise NotBuilt(HOW_TO_GET_NVCC)
+    return found
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def output(*command: str) -> str:
+    """What a quick command prints, or nothing where it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def architectures(compiler: str, env: Mapping[str, str]) -> list[str]:
+    """The GPU architectures to compile for, oldest first."""
+    asked = re.split(r"[,;\s]+", env.get("BERTFAST_CUDA_ARCHS", "").strip())
+    if asked == [""]:
+        known = output(compiler, "--list-gpu-code").split()
+        asked = [arch for arch in DEFAULT_ARCHS if arch.rstrip("a") in known] or ["sm_80"]
+    for arch in asked:
+        if not re.fullmatch(r"sm_\d+[af]?", arch):
+            raise SystemExit(f"bertfast: BERTFAST_CUDA_ARCHS: expected sm_NN or sm_NNa, got {arch}")
+    return sorted(set(asked), key=lambda arch: int(re.sub(r"\D", "", arch)))
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and PTX for GPUs newer than all of them."""
+    newest = "compute_" + re.sub(r"\D", "", archs[-1])  # PTX of an sm_NNa runs on nothing newer
+    pairs = [(arch.replace("sm", "compute"), arch) for arch in archs] + [(newest, newest)]
+    return [f"-gencode=arch={virtual},code={real}" for virtual, real in pairs]
+
+
+@dataclass
+class Recipe:
+    """How one module is compiled: a command for each source, and one to link."""
+
+    compile: dict[str, list[str]]  # source -> command, but for input, output and dependencies
+    link: list[str]
+    flags: list[str]  # those that matter to the kernels, for the record
+    directory: str
+    facts: dict[str, object]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(path.as_posix() for path in Path("csrc").glob(pattern))
+
+
+def binding_flags(module: str) -> list[str]:
+    import pybind11
+
+    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+    return [f"-DBERTFAST_MODULE={module}", *(f"-I{directory}" for directory in includes)]
+
+
+def cuda_recipe(env: Mapping[str, str]) -> Recipe:
+    compiler = nvcc(env)
+    archs = architectures(compiler, env)
+    # As nvcc calls the C++ compiler for bindings.cpp too, nobody has to find CUDA's headers.
+    base = [compiler, *(["-ccbin", *cxx(env)[:1]] if env.get("CXX") else [])]
+    common = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    # Compressed, the module is a fifth as large; this form is the one that every driver reads.
+    flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", *gencode(archs)]
+    threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
+    commands = {source: [*base, *flags, threads] for source in sources("kernels/*.cu")}
+    commands["csrc/bindings.cpp"] = [*base, *common, *binding_flags("_cuda")]
+    # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
+    # lest torch's own copy of the runtime answers for some of them.
+    link = [*base, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL,-s"]
+    release = re.search(r"V([\d.]+)", output(compiler, "--version"))
+    facts = {"architectures": archs, "nvcc": release[1] if release else "unknown"}
+    return Recipe(commands, link, flags, "build/cuda", facts)
+
+
+def host_recipe(env: Mapping[str, str]) -> Recipe:
+    compiler = cxx(env)
+    sanitize = env.get("BERTFAST_SANITIZE", "").strip()
+    if sanitize not in ("", "address"):
+        raise SystemExit(f"bertfast: BERTFAST_SANITIZE must be address or unset, got {sanitize!r}")
+    speed = ["-O2"]
+    if sanitize:
+        speed = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"]
+    flags = [
+        "-std=c++17",
+        *speed,
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-Wno-unknown-pragmas",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Icsrc",
+    ]
+    flags += ["-DBERTFAST_HOST"]
+    commands = {source: [*compiler, *flags] for source in sources("host/*.cpp")}
+    commands |= {source: [*compiler, *flags, "-xc++"] for source in sources("kernels/*.cu")}
+    commands["csrc/bindings.cpp"] = [*compiler, *flags, *binding_flags("_host")]
+    link = [*compiler, "-shared", *(speed[:1] if sanitize else ["-s"]), "-pthread"]
+    facts = {"cxx": output(*compiler, "--version").partition("\n")[0]}
+    return Recipe(commands, link, flags, f"build/host{'-' * bool(sanitize)}{sanitize}", facts)
+
+
+def ninja_file(recipe: Recipe, target: str) -> str:
+    """build.ninja: an edge for each source, which follows the headers it includes, and a link."""
+
+    def escape(command: list[str]) -> str:
+        return shlex.join(command).replace("$", "$$")
+
+    lines = [
+        f"builddir = {recipe.directory}",
+        "rule compile",
+        "  command = $compiler -MD -MF $out.d -c $in -o $out",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {escape(recipe.link)} $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source, command in recipe.compile.items():
+        objects.append(f"{recipe.directory}/{source}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  compiler = {escape(command)}"]
+    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    return "\n".join(lines)
+
+
+def compile_module(recipe: Recipe, filename: str) -> Path:
+    """Runs ninja. The module's file, or NotBuilt with the end of what the compiler said."""
+    target = f"{recipe.directory}/{filename}"
+    script = Path(recipe.directory, "build.ninja")
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(ninja_file(recipe, target))
+    command = [sys.executable, "-m", "ninja", "-f", str(script), f"-j{cores()}"]
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=-1, stderr=subprocess.STDOUT, text=True
+    ) as ninja:
+        for line in ninja.stdout or ():
+            print(line, end="", flush=True)
+            said.append(line.rstrip())
+    if ninja.returncode != 0:
+        raise NotBuilt("its compilation failed:\n" + "\n".join(said[-20:]))
+    return Path(target)
+
+
+def build_module(module: str, filename: str, env: Mapping[str, str]) -> tuple[Path | None, dict]:
+    """One module: its file, or None, and its part of the record."""
+    variable, make_recipe = {
+        "_cuda": ("BERTFAST_CUDA", cuda_recipe),
+        "_host": ("BERTFAST_HOST", host_recipe),
+    }[module]
+    wanted = switch(variable, env)
+    record: dict = {"flags": {}}
+    try:
+        if wanted == "0":
+            raise NotBuilt(f"{variable}=0 was set when bertfast was installed")
+        if sys.platform != "linux":
+            raise NotBuilt(f"the compiled modules are for Linux, this is {sys.platform}")
+        recipe = make_recipe(env)
+        record |= recipe.facts | {"flags": {module: shlex.join(recipe.flags)}}
+        return compile_module(recipe, filename), record | {module: None}
+    except NotBuilt as reason:
+        if wanted == "1":
+            raise SystemExit(f"bertfast: {variable}=1, but {reason}") from None
+        print(f"bertfast.{module} is left out: {reason}")
+        return None, record | {module: str(reason)}
+
+
+class BuildModules(build_ext):
+    """Compiles what can be compiled, and puts it and _build.json into the package."""
+
+    def run(self) -> None:
+        package = Path("bertfast") if self.inplace else Path(self.build_lib, "bertfast")
+        package.mkdir(parents=True, exist_ok=True)
+        record: dict = {"architectures": [], "nvcc": None, "cxx": None, "flags": {}}
+        built = []
+        for extension in self.extensions:
+            target = package / Path(self.get_ext_filename(extension.name)).name
+            target.unlink(missing_ok=True)  # an earlier install's, which nothing below may leave
+            module = extension.name.rpartition(".")[2]
+            path, part = build_module(module, target.name, os.environ)
+            part["flags"] = record["flags"] | part["flags"]
+            record |= part
+            if path is not None:
+                shutil.copy2(path, target)
+                built.append(extension)
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+        self.distribution.ext_modules = built  # a distribution without any is a pure one
+
+
+class Wheel(bdist_wheel):
+    """Builds first, as only then is it known whether the wheel is tied to a platform."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        self.run_command("build")
+        self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+def main() -> None:
+    setup(
+        ext_modules=[Extension("bertfast._cuda", []), Extension("bertfast._host", [])],
+        cmdclass={"build_ext": BuildModules, "bdist_wheel": Wheel},
+    )
+
+
+if __name__ == "__main__":
+    main()
