@@ -211,7 +211,11 @@ def compile_module(recipe: Recipe, filename: str) -> Path:
             print(line, end="", flush=True)
             said.append(line.rstrip())
     if ninja.returncode != 0:
-        raise NotBuilt("its compilation failed:\n" + "\n".join(said[-20:]))
+        # Of the first edge that failed: not its name and command, but what the compiler said.
+        text = "\n".join(said)
+        failed = re.search(r"FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n?)*)", text)
+        end = (failed[1] if failed else text).strip().splitlines()[-20:]
+        raise NotBuilt("its compilation failed:\n" + "\n".join(end))
     return Path(target)
 
 

@@ -31,7 +31,7 @@ T* as(Pointer pointer) {
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + " failed to launch: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
   }
 }
 
@@ -109,8 +109,9 @@ void layer_norm_forward(Pointer x, Pointer residual, Pointer x_bias, Pointer wei
   p.threshold = threshold;
   p.site = site;
   OnDevice guard(device);
-  check(launch_layer_norm_forward(p, dtype_of(x_dtype), dtype_of(dtype), as<>(stream)),
-        "layer_norm forward");
+  check(launch_layer_norm_forward(p, dtype_of(x_dtype), dtype_of(dtype),
+                                  reinterpret_cast<Stream>(stream)),
+        "launching layer_norm's forward");
 }
 
 void layer_norm_backward(Pointer dy, Pointer z, Pointer mean, Pointer rstd, Pointer weight,
@@ -142,8 +143,9 @@ void layer_norm_backward(Pointer dy, Pointer z, Pointer mean, Pointer rstd, Poin
   p.threshold = threshold;
   p.site = site;
   OnDevice guard(device);
-  check(launch_layer_norm_backward(p, dtype_of(x_dtype), dtype_of(dtype), as<>(stream)),
-        "layer_norm backward");
+  check(launch_layer_norm_backward(p, dtype_of(x_dtype), dtype_of(dtype),
+                                   reinterpret_cast<Stream>(stream)),
+        "launching layer_norm's backward");
 }
 
 void column_sum(Pointer partial, Pointer out0, Pointer out1, Pointer out2, int64_t sums,
@@ -158,7 +160,8 @@ void column_sum(Pointer partial, Pointer out0, Pointer out1, Pointer out2, int64
   p.n_partials = at_least_one(n_partials, "n_partials");
   p.cols = at_least_one(cols, "cols");
   OnDevice guard(device);
-  check(launch_column_sum(p, dtype_of(dtype), as<>(stream)), "column_sum");
+  check(launch_column_sum(p, dtype_of(dtype), reinterpret_cast<Stream>(stream)),
+        "launching column_sum");
 }
 
 #ifdef BERTFAST_HOST

@@ -120,13 +120,14 @@ def test_architectures(package, tmp_path):
 
 @needs_cxx
 def test_a_failing_compilation_leaves_the_module_out(package, tmp_path):
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "host").mkdir(parents=True)
+    (tmp_path / "csrc" / "host" / "a.cpp").write_text('#warning "a long story"\n' * 30)
     (tmp_path / "csrc" / "bindings.cpp").write_text("int broken = undeclared_name;\n")
     env = {**os.environ, "BERTFAST_HOST": ""}
     path, record = package.build_module("_host", "_host.so", env)
     assert path is None
     assert record["_host"].startswith("its compilation failed:")
-    assert "undeclared_name" in record["_host"]
+    assert "undeclared_name" in record["_host"] and "a long story" not in record["_host"]
     assert "g++" in record["cxx"] and "-DBERTFAST_HOST" in record["flags"]["_host"]
     with pytest.raises(
         SystemExit, match="(?s)BERTFAST_HOST=1, but its compilation.*undeclared_name"

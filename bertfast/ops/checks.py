@@ -1,4 +1,4 @@
-"""Checks that the public functions share. Each error names the argument, what was expected, what came."""
+"""Checks the public functions share. An error names the argument, what it must be, what came."""
 
 import torch
 
@@ -18,16 +18,21 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
 
 
-def check_like(name: str, tensor: torch.Tensor, expected, device: torch.device) -> None:
-    check_float(name, tensor)
+def check_like(
+    name: str,
+    tensor: torch.Tensor,
+    expected,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Shape, device and dtype (None: any floating-point one) are what x's are."""
+    if not isinstance(tensor, torch.Tensor) or dtype is None:
+        check_float(name, tensor)
     if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {_list(expected)}, got {shape(tensor)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} (where x is), got {tensor.device}")
-
-
-def check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
+    if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype} (x's), got {tensor.dtype}")
 
 

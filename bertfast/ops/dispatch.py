@@ -5,9 +5,12 @@ Each fast backend of an op is a module `bertfast.ops.<op>.<backend>` with `forwa
 `backend=` raises, what `available()` lists and what a test's skip says.
 """
 
+import functools
 import importlib
 
 import torch
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import maybe_current_level
 
 BACKENDS = ("torch", "triton", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,4 +78,50 @@ def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
 
 def in_functorch_transform() -> bool:
     """Whether vmap, grad, jvp, ... is active: there only the torch reference can run."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return maybe_current_level() is not None
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def plain_call(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op's Python implementation may be called without torch's dispatcher.
+
+    The dispatcher costs 4 us a call. It is needed only if something acts on the op as a whole:
+    tracing, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds -x.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _get_tracing_state() is not None
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return False
+    return True
+
+
+def distinct(tensors) -> list[torch.Tensor | None]:
+    """The tensors, each its own object: torch.compile refuses one that a Function gets twice."""
+    seen: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        seen.append(tensor)
+    return seen
+
+
+def autocast_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """The dtype of torch's layer_norm of the tensors' sum under autocast: float32 on CUDA; a CPU's
+    autocast leaves layer_norm alone, so there it is the sum's."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present[0].is_cuda:
+        return torch.float32
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in present))
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; some kinds don't know it and raise."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)

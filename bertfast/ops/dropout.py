@@ -1,8 +1,9 @@
 """Dropout as a pure function of (seed, site, coordinates): the mask that every backend draws.
 
 Philox4x32-7 with key = (seed low, seed high) and four 32-bit counters, the last of them the site.
-One call yields eight 16-bit draws: draw k is half k & 1 (0 = low) of word k >> 1. A value is kept if
-its draw is at least round(65536 p), and scaled by the inverse of the keep probability that results.
+One call yields eight 16-bit draws: draw k is half k & 1 (0 = low) of word k >> 1. A value is kept
+if its draw is at least round(65536 p), and scaled by the inverse of the keep probability that
+results.
 
 Kind "row" (layer_norm), for a row and a column:
     counters = (column >> 3, row low, row high, site),  k = column & 7
@@ -48,7 +49,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def philox(counters, key, rounds: int = ROUNDS):
-    """Philox4x32: four words (int64 tensors holding 32 bits) from four counters and a key of two."""
+    """Philox4x32: four words (int64 tensors holding 32 bits) from four counters and two keys."""
     c0, c1, c2, c3 = counters
     k0, k1 = key
     for _ in range(rounds):

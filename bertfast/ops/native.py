@@ -47,7 +47,7 @@ def unsupported_reason(device_type: str) -> str | None:
 
 
 def module_for(tensor: torch.Tensor):
-    return _load(MODULE_OF[tensor.device.type])[0]
+    return _load("_cuda" if tensor.is_cuda else "_host")[0]
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int]:

@@ -37,6 +37,8 @@ __device__ __forceinline__ Shared<T> shared_memory(int byte_offset) {
   return {reinterpret_cast<T*>(dynamic_shared_memory + byte_offset)};
 }
 
+#ifdef __CUDACC__  // bindings.cpp includes this header too, and is plain C++
+
 // Launches kernel(params). Returns the launch's error, which the caller must look at.
 template<class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes, Stream stream,
@@ -46,9 +48,11 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_byt
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(params);
+  kernel<<<grid, block, shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
+
+#endif
 
 }  // namespace bertfast
 

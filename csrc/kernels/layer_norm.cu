@@ -23,14 +23,19 @@
 namespace bertfast {
 namespace {
 
-template<int kVecColumns, int kPerThreadVectors, int kRowThreads>
+// kFull: the rows fill it (and in the forward, x_bias and residual are given), which leaves no
+// branch.
+template<int kVecColumns, int kPerThreadVectors, int kRowThreads, bool kIsFull = false>
 struct Split {
+  static constexpr bool kFull = kIsFull;
   static constexpr int kVec = kVecColumns;
   static constexpr int kPerThread = kPerThreadVectors;
   static constexpr int kThreads = kRowThreads;
   static constexpr int kBlock = kThreads <= 32 ? 128 : kThreads;
   static constexpr int kRows = kBlock / kThreads;  // rows of a block at a time
   static constexpr int kCols = kVec * kPerThread * kThreads;
+  // A group's sums in shared memory. Two groups in one warp need different banks.
+  static constexpr int kSlots = kCols + (kThreads < 32 ? kThreads : 0);
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % kThreads; }
   static __device__ __forceinline__ int group() { return threadIdx.x / kThreads; }
@@ -56,9 +61,8 @@ __device__ __forceinline__ float row_mean(float sum, int cols, float inv_cols) {
   return fmaf(fmaf(-mean, static_cast<float>(cols), sum), inv_cols, mean);
 }
 
-// kFull: the rows fill the split, and x_bias and residual are given; the same code without
-// branches.
-template<class X, class T, class S, bool kDropout, bool kFull>
+// kDropout: there may be dropout; with a full split, there is.
+template<class X, class T, class S, bool kDropout>
 __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
     layer_norm_forward_kernel(LayerNormForward p) {
   using XVec = Vec<X, S::kVec>;
@@ -69,8 +73,8 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   if (S::kThreads >= 32 && row >= p.rows) return;
   const bool live = S::kThreads >= 32 || row < p.rows;
   const int64_t from = live ? row : p.rows - 1;
-  const int cols = kFull ? S::kCols : p.cols;
-  const bool has_x_bias = kFull || p.x_bias, has_residual = kFull || p.residual;
+  const int cols = S::kFull ? S::kCols : p.cols;
+  const bool has_x_bias = S::kFull || p.x_bias, has_residual = S::kFull || p.residual;
 
   // 1. all loads of the row, before anything waits for one
   const X* x = static_cast<const X*>(p.x) + from * p.x_row_stride + S::first();
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) z[j][k] += x_bias[k];
       }
-      if constexpr (kDropout) {
+      if (kDropout && (S::kFull || p.seed)) {
         const RowDropout dropout(p.seed, p.site, p.threshold);
         drop(z[j], dropout, p.row_index ? p.row_index[from] : from, col, p.keep_scale);
       }
@@ -135,7 +139,8 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   if (!live) return;
   if (p.mean && S::lane() == 0) {
     p.mean[row] = mean;
-    p.rstd[row] = rstd;
+    // A row of one value is its own mean, so nothing flows back: exactly, not up to z's rounding.
+    p.rstd[row] = cols == 1 ? 0.f : rstd;
   }
 
   // 4. scale, shift, write
@@ -161,7 +166,7 @@ __device__ __forceinline__ void write_partial(const float (&sums)[S::kPerThread]
                                               float* partial, int cols) {
   const Shared<float> slots = shared_memory<float>(0);
   const auto slot = [](int group, int j, int k) {
-    return ((group * S::kVec + k) * S::kPerThread + j) * S::kThreads + S::lane();
+    return group * S::kSlots + (k * S::kPerThread + j) * S::kThreads + S::lane();
   };
   __syncthreads();  // whoever still reads the slots is done
 #pragma unroll
@@ -182,13 +187,12 @@ __device__ __forceinline__ void write_partial(const float (&sums)[S::kPerThread]
   }
 }
 
-// kFull: the rows fill the split.
-template<class X, class T, class S, bool kDropout, bool kFull>
+template<class X, class T, class S, bool kDropout>
 __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock : 1)
     layer_norm_backward_kernel(LayerNormBackward p) {
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
-  const int cols = kFull ? S::kCols : p.cols;
+  const int cols = S::kFull ? S::kCols : p.cols;
   // The weight stays in registers, except in rows so wide that the sums need them: there it is read
   // again for each row.
   constexpr bool kKeepWeight = S::kVec * S::kPerThread <= 24;
@@ -268,7 +272,7 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
           dz[k] = rstd * (dy_bits[j][k] * weight_j[k] - mean_g - h * mean_gh);
         }
         if (p.dz) TVec::store(static_cast<T*>(p.dz) + to + j * S::kStep, dz);
-        if constexpr (kDropout) {
+        if (kDropout && (S::kFull || p.seed)) {
           const RowDropout dropout(p.seed, p.site, p.threshold);
           drop(dz, dropout, p.row_index ? p.row_index[row] : row, col, p.keep_scale);
         }
@@ -290,44 +294,47 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
   if (p.partial_dx_bias) write_partial<S>(dx_bias, p.partial_dx_bias + offset, cols);
 }
 
-// The split for a width, handed to `use` as a Split. kVec is 1 where 16-byte accesses aren't
-// possible.
+// The splits. `use` gets the one for a width; kVec is 1 where 16-byte accesses aren't possible.
+// BERT's widths fill one exactly and have kernels of their own; the others share a few.
 template<int kVec, class Use>
-auto with_forward_split(int cols, Use use) {
+auto with_forward_split(int cols, bool full, Use use) {
   const int vectors = (cols + kVec - 1) / kVec;
   if constexpr (kVec == 1) {
-    if (vectors <= 256) return use(Split<1, 8, 32>());
-    return use(Split<1, 32, 256>());
+    return vectors <= 256 ? use(Split<1, 8, 32>()) : use(Split<1, 16, 512>());
   } else {
-    if (vectors <= 48) return use(Split<kVec, 3, 16>());
+    constexpr bool k16Bit = kVec == 8;
+    constexpr int kWide = k16Bit ? 32 : 64;
+    if (full && cols == 384) return use(Split<kVec, 3, kWide / 2, true>());
+    if (full && cols == 512) return use(Split<kVec, k16Bit ? 2 : 4, 32, true>());
+    if (full && cols == 768) return use(Split<kVec, 3, kWide, true>());
+    if (full && cols == 1024) return use(Split<kVec, 4, kWide, true>());
     if (vectors <= 64) return use(Split<kVec, 2, 32>());
-    if (vectors <= 96) return use(Split<kVec, 3, 32>());
     if (vectors <= 128) return use(Split<kVec, 4, 32>());
-    if (vectors <= 192) return use(Split<kVec, 3, 64>());
     if (vectors <= 256) return use(Split<kVec, 4, 64>());
-    if constexpr (kVec == 4) {
-      if (vectors > 1024) return use(Split<4, 8, 256>());
+    if constexpr (!k16Bit) {
+      if (vectors > 1024) return use(Split<kVec, 8, 256>());
     }
     return use(Split<kVec, 4, 256>());
   }
 }
 
-// The backward's: few columns a thread, since three sums of each stay in registers.
+// The backward's: fewer columns a thread, since three sums of each stay in registers.
 template<int kVec, class Use>
 auto with_backward_split(int cols, Use use) {
   const int vectors = (cols + kVec - 1) / kVec;
   if constexpr (kVec == 1) {
-    if (vectors <= 256) return use(Split<1, 8, 32>());
-    return use(Split<1, 32, 256>());
+    return vectors <= 256 ? use(Split<1, 8, 32>()) : use(Split<1, 32, 256>());
   } else {
-    if (vectors <= 48) return use(Split<kVec, 3, 16>());
+    constexpr int kWide = kVec == 8 ? 32 : 64;
+    if (cols == 384) return use(Split<kVec, 3, kWide / 2, true>());
+    if (cols == 512) return use(Split<kVec, 2, kWide, true>());
+    if (cols == 768) return use(Split<kVec, 3, kWide, true>());
+    if (cols == 1024) return use(Split<kVec, 2, 2 * kWide, true>());
     if (vectors <= 64) return use(Split<kVec, 2, 32>());
-    if (vectors <= 96) return use(Split<kVec, 3, 32>());
     if (vectors <= 128) return use(Split<kVec, 2, 64>());
-    if (vectors <= 192) return use(Split<kVec, 3, 64>());
     if (vectors <= 256) return use(Split<kVec, 2, 128>());
     if constexpr (kVec == 4) {
-      if (vectors > 1024) return use(Split<4, 8, 256>());
+      if (vectors > 1024) return use(Split<kVec, 8, 256>());
     }
     return use(Split<kVec, 2, 512>());
   }
@@ -343,10 +350,6 @@ cudaError_t with_types(DType x_dtype, DType dtype, Use use) {
   return use(float(), float());
 }
 
-// Whether a split has a kernel of its own for rows that fill it: BERT's widths do.
-template<class S>
-constexpr bool kFullIs = S::kCols == 384 || S::kCols == 512 || S::kCols == 768 || S::kCols == 1024;
-
 template<class S>
 constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kThreads / 32 * sizeof(float) : 0;
 
@@ -360,11 +363,8 @@ cudaError_t launch_layer_norm_forward(const LayerNormForward& p, DType x_dtype, 
     const auto launch_split = [&](auto split) {
       using S = decltype(split);
       const dim3 grid((p.rows - 1) / S::kRows + 1);
-      const bool full = p.cols == S::kCols && p.x_bias && p.residual;
-      const auto kernel = p.seed ? (full ? layer_norm_forward_kernel<X, T, S, true, kFullIs<S>>
-                                         : layer_norm_forward_kernel<X, T, S, true, false>)
-                                 : (full ? layer_norm_forward_kernel<X, T, S, false, kFullIs<S>>
-                                         : layer_norm_forward_kernel<X, T, S, false, false>);
+      const auto kernel = p.seed || !S::kFull ? layer_norm_forward_kernel<X, T, S, true>
+                                              : layer_norm_forward_kernel<X, T, S, !S::kFull>;
       return launch(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, p);
     };
     constexpr int kVec = kVecOf<T>;
@@ -372,8 +372,9 @@ cudaError_t launch_layer_norm_forward(const LayerNormForward& p, DType x_dtype, 
                       p.residual_row_stride % kVec == 0 && is_aligned(p.x) &&
                       is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
                       is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z);
-    return wide ? with_forward_split<kVec>(p.cols, launch_split)
-                : with_forward_split<1>(p.cols, launch_split);
+    const bool full = p.x_bias && p.residual;
+    return wide ? with_forward_split<kVec>(p.cols, full, launch_split)
+                : with_forward_split<1>(p.cols, full, launch_split);
   });
 }
 
@@ -384,13 +385,10 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype
     using T = decltype(t);
     const auto launch_split = [&](auto split) {
       using S = decltype(split);
-      constexpr int kPartialBytes = S::kRows * S::kCols * sizeof(float);
+      constexpr int kPartialBytes = S::kRows * S::kSlots * sizeof(float);
       constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
-      const bool full = p.cols == S::kCols;
-      const auto kernel = p.seed ? (full ? layer_norm_backward_kernel<X, T, S, true, kFullIs<S>>
-                                         : layer_norm_backward_kernel<X, T, S, true, false>)
-                                 : (full ? layer_norm_backward_kernel<X, T, S, false, kFullIs<S>>
-                                         : layer_norm_backward_kernel<X, T, S, false, false>);
+      const auto kernel = p.seed || !S::kFull ? layer_norm_backward_kernel<X, T, S, true>
+                                              : layer_norm_backward_kernel<X, T, S, !S::kFull>;
       return launch(kernel, dim3(p.blocks), dim3(S::kBlock), kBytes, stream, p);
     };
     constexpr int kVec = kVecOf<T>;

@@ -1,13 +1,17 @@
-"""layer_norm: check, dispatch, autograd. The public function, the registered ops and their Function.
+"""layer_norm: check, dispatch, autograd. The public function, the registered ops, their Function.
 
-Every tensor but x has one dtype, that of the output (the "stream"); x may be of a 16-bit dtype below
-a float32 stream, which is how a Linear's output arrives under autocast.
+Every tensor but x has one dtype, that of the output (the "stream"); x may be of a 16-bit dtype
+below a float32 stream, which is how a Linear's output arrives under autocast.
 """
+
+import math
+import operator
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, dropout
+from ..rows import as_rows
 from . import reference
 
 
@@ -27,8 +31,9 @@ def layer_norm(
 ) -> torch.Tensor:
     """LayerNorm(dropout(x + x_bias) + residual) * weight + bias, over the last dimension.
 
-    x and residual have any leading shape; x_bias, weight and bias have the shape of a row. Under
-    autocast the output is float32, as that of torch's layer_norm; else all dtypes are x's.
+    x and residual have any leading shape; x_bias, weight and bias have the shape of a row. All
+    dtypes are x's. Under autocast each may have its own, and the output has the dtype that torch's
+    layer_norm(x + residual) has there: float32 on CUDA.
 
     The dropout mask is a function of (seed, site, row, column). seed is an int64 tensor with one
     element on x's device, drawn from torch's generator if it is None. site tells a layer's dropouts
@@ -39,25 +44,24 @@ def layer_norm(
     ValueError.
     """
     checks.check_float("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    shape, device, dtype = x.shape, x.device, x.dtype
+    if not shape or shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of 1 or more, got {checks.shape(x)}")
-    device, width = x.device, x.shape[-1]
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-    params = [("weight", weight), ("bias", bias)]
+    row, device_type = shape[-1:], device.type
+    autocast = dtype != torch.float64 and dispatch.autocast_enabled(device_type)
+    expected = None if autocast else dtype
+    checks.check_like("weight", weight, row, device, expected)
+    checks.check_like("bias", bias, row, device, expected)
     if x_bias is not None:
-        params.append(("x_bias", x_bias))
-    for name, tensor in params:
-        checks.check_like(name, tensor, x.shape[-1:], device)
+        checks.check_like("x_bias", x_bias, row, device, expected)
     if residual is not None:
-        checks.check_like("residual", residual, x.shape, device)
-        params.append(("residual", residual))
+        checks.check_like("residual", residual, shape, device, expected)
+    out_dtype = None
     if autocast:
+        out_dtype = dispatch.autocast_dtype(x, residual)
         weight, bias = weight.float(), bias.float()
         x_bias = None if x_bias is None else x_bias.float()
         residual = None if residual is None else residual.float()
-    else:
-        for name, tensor in params:
-            checks.check_dtype(name, tensor, x.dtype)
 
     checks.check_dropout(dropout_p, site)
     threshold = dropout.threshold(dropout_p)
@@ -66,25 +70,44 @@ def layer_norm(
     elif threshold:
         seed = dropout.draw_seed(device)
     if row_index is not None:
-        checks.check_row_index(row_index, x.shape[:-1].numel(), device)
+        checks.check_row_index(row_index, math.prod(shape[:-1]), device)
 
     args = (x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site)
-    backend = dispatch.choose("layer_norm", backend, device.type, x.dtype, width)
+    width = operator.index(row[0])  # under torch.compile(dynamic=True) too, the width is a constant
+    backend = dispatch.choose("layer_norm", backend, device_type, dtype, width)
     if backend == "torch" or dispatch.in_functorch_transform():
-        return reference.forward(*args)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in args[:5]
-    ):
-        return _LayerNorm.apply(*args, backend)
-    return _infer(*args, backend)
+        y = reference.forward(*args)
+    else:
+        plain = dispatch.plain_call(*args[:7])
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in args[:5]
+        ):
+            if not plain:
+                args = (*dispatch.distinct(args[:5]), *args[5:])
+            y = (_apply if plain else _LayerNorm.apply)(*args, backend, plain)
+        else:
+            y = (_infer_impl if plain else _infer)(*args, backend)
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend
+        ctx,
+        x,
+        weight,
+        bias,
+        residual,
+        x_bias,
+        seed,
+        row_index,
+        eps,
+        threshold,
+        site,
+        backend,
+        plain,
     ):
-        y, z, mean, rstd = _forward(
+        y, z, mean, rstd = (_forward_impl if plain else _forward)(
             x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend
         )
         # Without bias, dropout and residual z is x: nothing to write, the backward reads x.
@@ -101,7 +124,8 @@ class _LayerNorm(torch.autograd.Function):
         need_x, need_weight, need_bias, need_residual, need_x_bias = ctx.needs_input_grad[:5]
         # Without dropout dx is dz: computed once, returned twice.
         same = not threshold and x_dtype == weight.dtype
-        dz, dx, dweight, dbias, dx_bias = _backward(
+        plain = dispatch.plain_call(dy, z, weight)
+        dz, dx, dweight, dbias, dx_bias = (_backward_impl if plain else _backward)(
             dy,
             z,
             mean,
@@ -123,9 +147,12 @@ class _LayerNorm(torch.autograd.Function):
             dbias if need_bias else None,
             dz if need_residual else None,
             dx_bias if need_x_bias else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
+
+# apply without its Python wrapper, which only serves functorch and takes 3 us.
+_apply = super(torch.autograd.Function, _LayerNorm).apply
 
 # The registered ops. Fixed arity and one Python implementation each: the cheapest registered form.
 _library = torch.library.Library("bertfast", "FRAGMENT")
@@ -134,23 +161,13 @@ _INPUTS = (
     "Tensor? row_index, float eps, int threshold, int site, str backend"
 )
 _library.define(f"layer_norm({_INPUTS}) -> Tensor")
-_library.define(
-    f"layer_norm_forward({_INPUTS}) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
-)
+_library.define(f"layer_norm_forward({_INPUTS}) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)")
 _library.define(
     "layer_norm_backward(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, "
     "Tensor? seed, Tensor? row_index, int threshold, int site, bool want_dz, "
     "ScalarType? dx_dtype, bool want_params, bool want_x_bias, str backend) "
     "-> (Tensor dz, Tensor dx, Tensor dweight, Tensor dbias, Tensor dx_bias)"
 )
-
-
-def _rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as a matrix of rows; a copy only if its rows aren't evenly spaced and dense."""
-    if tensor is None:
-        return None
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def _saves_z(x, weight, residual, x_bias, threshold) -> bool:
@@ -160,17 +177,18 @@ def _saves_z(x, weight, residual, x_bias, threshold) -> bool:
 
 
 def _new(x, weight):
-    return torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    # Spread out, as torch takes three times as long to read a torch.Size.
+    return torch.empty(*x.shape, dtype=weight.dtype, device=x.device)
 
 
 def _run(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend, outs):
     if x.numel():
         y, z, stats = outs
         dispatch.backend_module("layer_norm", backend).forward(
-            _rows(x),
+            as_rows(x),
             weight.contiguous(),
             bias.contiguous(),
-            _rows(residual),
+            as_rows(residual),
             None if x_bias is None else x_bias.contiguous(),
             seed,
             None if row_index is None else row_index.contiguous(),
@@ -189,7 +207,9 @@ def _infer_impl(x, weight, *args):
     return y
 
 
-def _forward_impl(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend):
+def _forward_impl(
+    x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend
+):
     y, z, mean, rstd = _forward_fake(
         x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend
     )
@@ -200,11 +220,18 @@ def _forward_impl(x, weight, bias, residual, x_bias, seed, row_index, eps, thres
     return y, z, mean, rstd
 
 
-def _forward_fake(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend):
-    y = _new(x, weight)
-    z = _new(x, weight) if _saves_z(x, weight, residual, x_bias, threshold) else x.new_empty(0)
-    stats = [x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2)]
-    return y, z, *stats
+def _forward_fake(
+    x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend
+):
+    device, rows = x.device, math.prod(x.shape[:-1])
+    return (
+        _new(x, weight),
+        _new(x, weight)
+        if _saves_z(x, weight, residual, x_bias, threshold)
+        else torch.empty(0, dtype=x.dtype, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
 
 
 def _backward_fake(
@@ -223,10 +250,12 @@ def _backward_fake(
     want_x_bias,
     backend,
 ):
+    device = dy.device
+
     def new(like, wanted, dtype=None):
         # What isn't wanted is an empty tensor: an op returns a fixed number of outputs.
         shape = like.shape if wanted else (0,)
-        return torch.empty(shape, dtype=dtype or weight.dtype, device=dy.device)
+        return torch.empty(*shape, dtype=dtype or weight.dtype, device=device)
 
     return (
         new(dy, want_dz),
@@ -246,8 +275,8 @@ def _backward_impl(dy, z, mean, rstd, weight, seed, row_index, threshold, site, 
             sum_.zero_()
         return outs
     dispatch.backend_module("layer_norm", backend).backward(
-        _rows(dy),
-        _rows(z),
+        as_rows(dy),
+        as_rows(z),
         mean,
         rstd,
         weight.contiguous(),

@@ -6,6 +6,7 @@ import torch
 
 from .. import dropout, native
 from ..native import DTYPE_TAG, pointer
+from ..rows import row_stride
 
 MAX_WIDTH = 8192
 # A row group adds at most this many rows in one float32 chain before the compensated final sum:
@@ -25,7 +26,7 @@ def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
 def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
     """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
     mean, rstd = stats if stats is not None else (None, None)
-    rows, width = x.shape
+    width = x.shape[-1]
     native.module_for(x).layer_norm_forward(
         x.data_ptr(),
         pointer(residual),
@@ -38,9 +39,9 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
         pointer(z),
         pointer(mean),
         pointer(rstd),
-        rows,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
+        x.numel() // width,
+        row_stride(x, width),
+        row_stride(residual, width),
         width,
         eps,
         dropout.keep_scale(threshold),
@@ -59,7 +60,8 @@ def _rows_per_block(module, width: int, tag: int) -> int:
 
 def _blocks(module, dy: torch.Tensor) -> int:
     """The backward's grid: two blocks a multiprocessor, more where their chains would grow long."""
-    rows, width = dy.shape
+    width = dy.shape[-1]
+    rows = dy.numel() // width
     at_a_time = _rows_per_block(module, width, DTYPE_TAG[dy.dtype])
     most = -(-rows // at_a_time)
     resident = 2 * native.multiprocessors(dy)
@@ -69,7 +71,7 @@ def _blocks(module, dy: torch.Tensor) -> int:
 def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
     """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
     module = native.module_for(dy)
-    rows, width = dy.shape
+    width = dy.shape[-1]
     blocks = _blocks(module, dy)
     outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
     partial = torch.empty((len(outs), blocks, width), dtype=torch.float32, device=dy.device)
@@ -89,9 +91,9 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         sums[0] if params else 0,
         sums[1] if params else 0,
         sums[-1] if x_bias is not None else 0,
-        rows,
-        dy.stride(0),
-        z.stride(0),
+        dy.numel() // width,
+        row_stride(dy, width),
+        row_stride(z, width),
         width,
         blocks,
         dropout.keep_scale(threshold),
@@ -103,6 +105,4 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
     )
     if outs:
         pointers = [out.data_ptr() for out in outs] + [0] * (3 - len(outs))
-        module.column_sum(
-            partial.data_ptr(), *pointers, len(outs), blocks, width, tag, *place
-        )
+        module.column_sum(partial.data_ptr(), *pointers, len(outs), blocks, width, tag, *place)

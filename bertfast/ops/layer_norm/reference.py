@@ -1,8 +1,10 @@
-"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, in torch; autograd differentiates it.
+"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, in torch. Autograd does the rest.
 
 Runs in float32 for 16-bit inputs and rounds once, at the output; float64 stays float64, which makes
 it the oracle of every test. On a CPU it is also what `backend="auto"` runs.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
     if x_bias is not None:
         z = z + x_bias.to(compute)
     if threshold:
-        rows, width = x.shape[:-1].numel(), x.shape[-1]
+        rows, width = math.prod(x.shape[:-1]), x.shape[-1]
         row = torch.arange(rows, device=x.device) if row_index is None else row_index
         keep = dropout.row_keep_mask(seed, site, row, width, threshold).view(x.shape)
         # where, not a product: what is dropped may be Inf or NaN and must not survive.

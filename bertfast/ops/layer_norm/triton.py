@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from .. import dropout, triton_lib
-from ..triton_lib import round_to, row_keep
+from ..rows import row_stride
+from ..triton_lib import round_to, row_keep, to_float
 
 MAX_WIDTH = 8192
 
@@ -48,20 +49,23 @@ def layer_norm_fwd_kernel(
     GROUP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_N)
+    # A thread takes GROUP neighbouring columns of every tensor, also where x is narrower than the
+    # rest: else values would move between threads.
+    cols = tl.max_contiguous(tl.arange(0, BLOCK_N), GROUP)
     inside = cols < N
 
     # 1. z = dropout(x + x_bias) + residual
-    z = tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    z = to_float(tl.load(x_ptr + row * x_row_stride + cols, mask=inside, other=0.0))
     if x_bias_ptr is not None:
-        z += tl.load(x_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        z += to_float(tl.load(x_bias_ptr + cols, mask=inside, other=0.0))
     if seed_ptr is not None:
         mask_row = row if row_index_ptr is None else tl.load(row_index_ptr + row)
         keep = row_keep(tl.load(seed_ptr), mask_row, site, threshold, BLOCK_N, GROUP)
-        z = tl.where(keep, z * keep_scale, 0.0)
+        # `inside` too, though it changes nothing: so a dead part of the block makes no draws.
+        z = tl.where(inside & keep, z * keep_scale, 0.0)
     if residual_ptr is not None:
         residual = residual_ptr + row * residual_row_stride + cols
-        z += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+        z += to_float(tl.load(residual, mask=inside, other=0.0))
     if z_ptr is not None:
         tl.store(z_ptr + row * N + cols, round_to(z, z_ptr.dtype.element_ty), mask=inside)
 
@@ -71,11 +75,12 @@ def layer_norm_fwd_kernel(
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+        # A row of one value is its own mean: nothing flows back, exactly, not up to rounding.
+        tl.store(rstd_ptr + row, 0.0 if N == 1 else rstd)
 
     # 3. scale, shift, write
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    weight = to_float(tl.load(weight_ptr + cols, mask=inside, other=0.0))
+    bias = to_float(tl.load(bias_ptr + cols, mask=inside, other=0.0))
     y = centred * rstd * weight + bias
     tl.store(y_ptr + row * N + cols, round_to(y, y_ptr.dtype.element_ty), mask=inside)
 
@@ -107,17 +112,17 @@ def layer_norm_bwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     first = program * ROWS
-    cols = tl.arange(0, BLOCK_N)
+    cols = tl.max_contiguous(tl.arange(0, BLOCK_N), GROUP)
     inside = cols < N
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    weight = to_float(tl.load(weight_ptr + cols, mask=inside, other=0.0))
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     dx_bias = tl.zeros((BLOCK_N,), tl.float32)
 
     for row in range(first, tl.minimum(first + ROWS, n_rows)):
         # 1. the row, normalised again
-        dy = tl.load(dy_ptr + row * dy_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + row * z_row_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        dy = to_float(tl.load(dy_ptr + row * dy_row_stride + cols, mask=inside, other=0.0))
+        z = to_float(tl.load(z_ptr + row * z_row_stride + cols, mask=inside, other=0.0))
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
         h = tl.where(inside, (z - mean) * rstd, 0.0)
@@ -197,20 +202,30 @@ class Config:
 
     block_n: int
     num_warps: int
+    group: int  # neighbouring columns of a thread
     rows: int = 1  # a program's rows, backward only
 
 
-def forward_config(width: int) -> Config:
+def _config(width: int, itemsize: int, rows: int = 1) -> Config:
     block = max(32, triton.next_power_of_2(width))
-    return Config(block, num_warps=max(1, block // 1024))
+    num_warps = max(1, block // 1024)
+    group = 16 // itemsize
+    # 16 bytes, but 8 where 16 would leave a quarter of the registers empty: the 48 vectors of a row
+    # of 384 are one and a half for each thread, the 96 of half the size are three.
+    step = 32 * num_warps * group
+    if group == 8 and triton.cdiv(width, step) * step >= width / 0.75:
+        group = 4
+    return Config(block, num_warps, group, rows)
 
 
-def backward_config(width: int) -> Config:
-    # Three column sums and two rows of floats live in registers: half the forward's width a warp.
+def forward_config(width: int, itemsize: int) -> Config:
+    return _config(width, itemsize)
+
+
+def backward_config(width: int, itemsize: int) -> Config:
     # 16 rows a program keep the partial sums under an eighth of the traffic, and a float32 chain of
     # 16 additions is within the error budget whatever the number of rows.
-    block = max(32, triton.next_power_of_2(width))
-    return Config(block, num_warps=max(1, block // 1024), rows=16)
+    return _config(width, itemsize, rows=16)
 
 
 def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
@@ -222,14 +237,11 @@ def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
     return reason
 
 
-def _group(dtype: torch.dtype) -> int:
-    return 16 // dtype.itemsize
-
-
 def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
     """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
-    rows, width = x.shape
-    config = forward_config(width)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    config = forward_config(width, y.element_size())
     mean, rstd = stats if stats is not None else (None, None)
     layer_norm_fwd_kernel[(rows,)](
         x,
@@ -243,23 +255,24 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
         z,
         mean,
         rstd,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
+        row_stride(x, width),
+        row_stride(residual, width),
         eps,
         site,
         threshold,
         dropout.keep_scale(threshold),
         N=width,
         BLOCK_N=config.block_n,
-        GROUP=_group(y.dtype),
+        GROUP=config.group,
         num_warps=config.num_warps,
     )
 
 
 def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
     """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
-    rows, width = dy.shape
-    config = backward_config(width)
+    width = dy.shape[-1]
+    rows = dy.numel() // width
+    config = backward_config(width, dy.element_size())
     programs = triton.cdiv(rows, config.rows)
     outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
@@ -277,15 +290,15 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         sums[0] if params else None,
         sums[1] if params else None,
         sums[-1] if x_bias is not None else None,
-        dy.stride(0),
-        z.stride(0),
+        row_stride(dy, width),
+        row_stride(z, width),
         rows,
         site,
         threshold,
         dropout.keep_scale(threshold),
         N=width,
         BLOCK_N=config.block_n,
-        GROUP=_group(dy.dtype),
+        GROUP=config.group,
         ROWS=config.rows,
         num_warps=config.num_warps,
     )

@@ -1,0 +1,169 @@
+"""What is timed for each op: shapes in order of importance, inputs, providers, bytes.
+
+A new op adds one class like LayerNormCase and its list to `all_cases`.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import ops
+
+EPS = 1e-12
+Step = Callable[[], tuple[torch.Tensor, ...]]  # runs the pass once; its outputs
+
+
+def layer_norm_bytes(pass_: str, rows: int, width: int, itemsize: int, dropout: bool) -> int:
+    """The least that layer_norm with x_bias and residual must move through memory.
+
+    forward    values an element: x and residual read, y written                       3
+    training   and z written; mean and rstd (float32) are one value a row              4
+    backward   dy and z read, dz (both dx and dresidual) written                       3
+               with dropout dx differs from dresidual: written too                     4
+    Parameters and their gradients are one row each, counted; the partial sums, which are a choice
+    of the implementation, are not. The dropout mask moves nothing: it is computed.
+    """
+    values = {"forward": 3, "training": 4, "backward": 4 if dropout else 3}[pass_]
+    statistics = 0 if pass_ == "forward" else 2 * 4 * rows
+    parameter_rows = {"forward": 3, "training": 3, "backward": 4}[pass_]
+    return (values * rows + parameter_rows) * width * itemsize + statistics
+
+
+@dataclass(frozen=True)
+class LayerNormCase:
+    """y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, as in an encoder layer."""
+
+    pass_: str  # forward (inference), training (forward, saving for the backward), backward
+    rows: int
+    width: int
+    dtype: torch.dtype
+    dropout: float = 0.0
+    op: str = "layer_norm"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}"
+
+    @property
+    def bytes(self) -> int:
+        size = self.dtype.itemsize
+        return layer_norm_bytes(self.pass_, self.rows, self.width, size, self.dropout > 0)
+
+    flops = 0  # bound by memory
+
+    def inputs(self, device: str, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, device=device)
+            return values.to(self.dtype)
+
+        shape, width = (self.rows, self.width), self.width
+        return {
+            "x": normal(*shape),
+            "weight": 1 + 0.1 * normal(width),
+            "bias": normal(width),
+            "residual": normal(*shape),
+            "x_bias": normal(width),
+            "dy": normal(*shape),
+            "seed": torch.tensor([seed + 12345], device=device),
+        }
+
+    def steps(self, function: Callable, inputs: dict[str, torch.Tensor]) -> Step:
+        """The pass as a function without arguments; `function` is one of `providers`."""
+        leaves = {k: v for k, v in inputs.items() if k not in ("dy", "seed")}
+        if self.pass_ == "forward":
+
+            def forward() -> tuple[torch.Tensor, ...]:
+                with torch.no_grad():
+                    return (function(**leaves, seed=inputs["seed"], p=0.0),)
+
+            return forward
+        leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
+
+        def training() -> tuple[torch.Tensor, ...]:
+            return (function(**leaves, seed=inputs["seed"], p=self.dropout),)
+
+        if self.pass_ == "training":
+            return training
+        (y,) = training()
+        wanted = list(leaves.values())
+        return lambda: torch.autograd.grad(y, wanted, inputs["dy"], retain_graph=True)
+
+    def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
+        """Ours where they run here, then torch, eager and compiled."""
+        torch._functorch.config.donated_buffer = False  # the backward is run many times
+        found: dict[str, Callable] = {}
+        for backend, reason in ops.available(device)[self.op].items():
+            if backend != "torch" and reason is None:
+                found[f"bertfast {backend}"] = _ours(backend)
+        found["torch eager"] = _stock
+        found["torch compile"] = torch.compile(
+            _stock, fullgraph=True, dynamic=False, backend=compile_backend
+        )
+        return found
+
+    def reference(self, inputs: dict[str, torch.Tensor]) -> dict[str, Callable]:
+        """What is right, in float64 on the inputs' device, for ours and for stock torch."""
+        wide = {k: v if k == "seed" else v.double() for k, v in inputs.items()}
+        return {"bertfast": self.steps(_ours("torch"), wide), "torch": self.steps(_stock, wide)}
+
+    def without_dropout(self) -> "LayerNormCase":
+        """To check stock torch, whose own random mask can't be known."""
+        return LayerNormCase(self.pass_, self.rows, self.width, self.dtype)
+
+
+def _ours(backend: str) -> Callable:
+    def run(x, weight, bias, residual, x_bias, seed, p):
+        return ops.layer_norm(
+            x,
+            weight,
+            bias,
+            eps=EPS,
+            residual=residual,
+            x_bias=x_bias,
+            dropout_p=p,
+            seed=seed,
+            backend=backend,
+        )
+
+    return run
+
+
+def _stock(x, weight, bias, residual, x_bias, seed, p):
+    z = F.dropout(x + x_bias, p, training=p > 0) + residual
+    return F.layer_norm(z, z.shape[-1:], weight, bias, EPS)
+
+
+_PASSES = (("forward", 0.0), ("training", 0.1), ("backward", 0.1), ("training", 0.0))
+_PASSES += (("backward", 0.0),)
+
+
+def layer_norm_cases() -> list[LayerNormCase]:
+    """Most important first: BERT-base's width at a full batch in bf16, then outward."""
+    cases = []
+    order = itertools.chain(
+        itertools.product((16384,), (768, 1024, 384), (torch.bfloat16, torch.float16)),
+        itertools.product((128, 4096, 24576), (768, 1024, 384), (torch.bfloat16,)),
+        itertools.product((16384,), (768, 1024, 384), (torch.float32,)),
+        itertools.product((128, 4096, 24576), (768, 1024, 384), (torch.float16, torch.float32)),
+    )
+    for rows, width, dtype in order:
+        cases += [LayerNormCase(pass_, rows, width, dtype, p) for pass_, p in _PASSES]
+    return cases
+
+
+def all_cases() -> list[LayerNormCase]:
+    return layer_norm_cases()
+
+
+def dry_cases() -> list[LayerNormCase]:
+    """One tiny case a pass, with every dtype among them: the interpreter is slow."""
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    return [
+        LayerNormCase(pass_, 6, 64, dtype, p)
+        for (pass_, p), dtype in zip(_PASSES, dtypes, strict=False)
+    ]

@@ -1,0 +1,125 @@
+"""The environment a number was measured in, and the CSV that keeps both.
+
+A row is written as soon as it is known, so a run that is cut short has lost nothing.
+"""
+
+import csv
+import datetime
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Environment:
+    """Where and with what; the same for every row of a run."""
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    cuda: str
+    python: str
+    bertfast_commit: str
+
+
+@dataclass
+class Row:
+    """One measured number. What doesn't apply is None, an empty field."""
+
+    provider: str
+    op: str
+    pass_: str  # "pass" in the CSV
+    shape: str
+    dtype: str
+    dropout: float = 0.0
+    clock: str = "device"  # device: GPU time without launch cost; host: wall time of an eager call
+    cache: str = ""  # cold: inputs rotate through 4 times the L2 cache; warm: they fit in it
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    percent_of_floor: float | None = None  # 100 * least possible time / median
+    peak_memory_mb: float | None = None
+    error: float | None = None  # the largest ||difference|| / ||float64 reference|| of its outputs
+    note: str = ""
+
+
+COLUMNS = (
+    *(field.name.rstrip("_") for field in fields(Row)),
+    *(field.name for field in fields(Environment)),
+    "time",
+)
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "absent"
+    return triton.__version__
+
+
+def environment(device: str) -> Environment:
+    """device is "cuda" or "cpu"."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    if commit != "unknown" and _output("git", "status", "--porcelain", "--untracked-files=no"):
+        commit += "-modified"
+    gpu = device == "cuda"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return Environment(
+        device=torch.cuda.get_device_name() if gpu else f"cpu: {_cpu_name()}",
+        driver=driver.partition("\n")[0] if gpu else "",
+        torch=torch.__version__,
+        triton=_triton_version(),
+        cuda=torch.version.cuda or "",
+        python=platform.python_version(),
+        bertfast_commit=commit,
+    )
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+class Recorder:
+    """Writes rows to a CSV file, each one at once, and keeps them for the table at the end."""
+
+    def __init__(self, path: Path, environment: Environment):
+        self.path = path
+        self.environment = asdict(environment)
+        self.rows: list[Row] = []
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        values = [*asdict(row).values(), *self.environment.values(), now]
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(map(_text, values))

@@ -1,0 +1,110 @@
+"""Interleaved medians.
+
+On a GPU a provider's calls, one for each of several input sets, are captured in a CUDA graph and
+the graph is replayed between two events: device time, without launch cost. All outputs of a capture
+stay alive, so that no call writes where the cache still holds the last one's output. On a CPU the
+clock is the wall's. Providers take turns over the repeats, so that a drift of the machine's clock
+hits all of them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+Timer = Callable[[], float]  # runs the work once; microseconds per call
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Microseconds per call over the repeats."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summarize(times: Sequence[float]) -> Sample:
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return Sample(
+        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    )
+
+
+def interleaved(
+    timers: dict[str, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
+) -> dict[str, Sample]:
+    """Each timer `repeats` times, in turns; after one round fewer if the time is over."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(repeats):
+        for name, timer in timers.items():
+            times[name].append(timer())
+        if out_of_time():
+            break
+    return {name: summarize(values) for name, values in times.items()}
+
+
+def wall_timer(calls: Sequence[Call], device: str = "cpu", least_us: float = 0.0) -> Timer:
+    """Wall time of eager calls. On a GPU this is their launch cost, if the kernels are shorter."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def once(rounds: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        elapsed = time.perf_counter() - start
+        synchronize()
+        return elapsed * 1e6
+
+    once(1)  # warms up
+    rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
+    return lambda: once(rounds) / (rounds * len(calls))
+
+
+def graph_timer(
+    calls: Sequence[Call], stream: torch.cuda.Stream, least_us: float = 2000.0
+) -> Timer:
+    """Device time of the calls, captured in one CUDA graph; a measurement takes `least_us`."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, loads modules, fills caches: nothing of it may be captured
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = [call() for call in calls]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once(replays: int) -> float:
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    once(2)
+    replays = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
+
+    def timer() -> float:
+        return once(replays) / (replays * len(calls))
+
+    timer.keeps_alive = graph, outputs  # type: ignore[attr-defined]
+    return timer
+
+
+def input_sets(bytes_per_call: int, device: str, most: int = 32) -> tuple[int, str]:
+    """How many input sets to rotate, and whether that makes the cache cold or leaves it warm."""
+    if device != "cuda":
+        return 1, "warm"
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    wanted = -(-4 * cache // max(1, bytes_per_call))
+    return max(1, min(most, wanted)), "cold" if wanted <= most else "warm"

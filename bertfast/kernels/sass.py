@@ -1,0 +1,200 @@
+"""Reads what the compiler made of a kernel: its machine code and its resources, from a cubin.
+
+Disassembling needs no GPU. The tools (cuobjdump, nvdisasm) come with Triton and with the CUDA
+toolkit.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TENSOR_CORE = re.compile(r"(?:H|I|D|Q|B|O)G?MMA|UTC\w*MMA")
+# The width of a memory access is one of the instruction's modifiers; without any it is 32 bits.
+ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+@dataclass
+class Code:
+    """A kernel's machine code in figures.
+
+    Counted are the instructions that a warp can reach while it stays together: not the padding, and
+    not the detours of `BRA.DIV`, which a warp takes only where its lanes have parted.
+    """
+
+    instructions: int = 0
+    loads: dict[int, int] = field(default_factory=dict)  # bits of a global load -> how many
+    stores: dict[int, int] = field(default_factory=dict)
+    shared_accesses: int = 0
+    barriers: int = 0
+    tensor_core: int = 0
+    mufu: int = 0
+    loop: "Code | None" = None  # the same of the longest loop, if there is one
+
+
+@dataclass
+class Resources:
+    registers: int
+    stack: int  # bytes a thread; what the registers could not hold
+    static_shared: int  # bytes a block
+
+
+@dataclass
+class _Instruction:
+    opcode: str  # with its modifiers: LDG.E.128
+    predicated: bool
+    target: int | None = None  # index of the instruction that its operand names
+    to_itself: bool = False
+
+
+_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
+_LABEL = re.compile(r"^(\.L_\w+):")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+def parse(text: str) -> dict[str, Code]:
+    """The kernels of `nvdisasm -c`'s output, by their (mangled) names."""
+    found: dict[str, Code] = {}
+    name, lines = None, []
+    for line in text.splitlines():
+        if line.startswith(".text."):
+            name, lines = line[len(".text.") : -1], []
+        elif line.startswith("//---") and name:
+            found[name] = _measure(_instructions(lines))
+            name = None
+        elif name:
+            lines.append(line)
+    if name:
+        found[name] = _measure(_instructions(lines))
+    return found
+
+
+def _instructions(lines: list[str]) -> list[_Instruction]:
+    instructions, labels, targets = [], {}, []
+    for line in lines:
+        if match := _LINE.match(line):
+            guard, opcode, operands = match.groups()
+            # A guard that is always true guards nothing.
+            predicated = guard not in (None, "@PT", "@UPT")
+            # Since Volta a branch may also carry its condition as an operand: BRA P0, `(.L_x_1)
+            if opcode.startswith("BRA"):
+                predicated |= bool(re.match(r"\s*!?U?P\d", operands))
+            instructions.append(_Instruction(opcode, predicated))
+            label = _TARGET.search(operands)
+            targets.append(label[1] if label else None)
+        elif match := _LABEL.match(line):
+            labels[match[1]] = len(instructions)
+    for index, (instruction, label) in enumerate(zip(instructions, targets, strict=True)):
+        instruction.target = labels.get(label)
+        instruction.to_itself = instruction.target == index
+    return instructions
+
+
+def _reachable(code: list[_Instruction]) -> list[int]:
+    """The indices that execution can come to, without following `BRA.DIV`."""
+    seen: set[int] = set()
+    waiting = [0]
+    while waiting:
+        index = waiting.pop()
+        while index < len(code) and index not in seen:
+            seen.add(index)
+            here = code[index]
+            base = here.opcode.split(".")[0]
+            if base in ("BRX", "JMX"):  # a jump through a table: it may lead anywhere
+                return list(range(len(code)))
+            if here.target is not None and not here.opcode.startswith("BRA.DIV"):
+                waiting.append(here.target)
+            if base in ("EXIT", "BRA", "RET") and not here.predicated and ".DIV" not in here.opcode:
+                break
+            index += 1
+    return sorted(seen)
+
+
+def _measure(code: list[_Instruction]) -> Code:
+    reached = [i for i in _reachable(code) if code[i].opcode != "NOP" and not code[i].to_itself]
+    result = _count([code[i].opcode for i in reached])
+    loops = []
+    for end in reached:
+        start = code[end].target
+        if start is not None and start < end and code[end].opcode.startswith("BRA"):
+            loops.append([code[i].opcode for i in reached if start <= i <= end])
+    if loops:
+        result.loop = _count(max(loops, key=len))
+    return result
+
+
+def _count(opcodes: list[str]) -> Code:
+    result = Code(instructions=len(opcodes))
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for opcode in opcodes:
+        base, *modifiers = opcode.split(".")
+        if base in ("LDG", "LDGSTS", "STG"):
+            bits = next((ACCESS_BITS[m] for m in modifiers if m in ACCESS_BITS), 32)
+            (stores if base == "STG" else loads)[bits] += 1
+        elif base in ("LDS", "STS", "LDSM", "STSM"):
+            result.shared_accesses += 1
+        elif base == "BAR":
+            result.barriers += 1
+        elif base == "MUFU":
+            result.mufu += 1
+        elif TENSOR_CORE.fullmatch(base):
+            result.tensor_core += 1
+    result.loads, result.stores = dict(sorted(loads.items())), dict(sorted(stores.items()))
+    return result
+
+
+_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+# From Hopper on the driver keeps a kilobyte of shared memory for itself, which the tool includes.
+_RESERVED_SHARED = 1024
+
+
+def parse_resources(text: str, arch: str) -> dict[str, Resources]:
+    """`cuobjdump --dump-resource-usage`'s output, by kernel."""
+    reserved = _RESERVED_SHARED if capability(arch) >= 90 else 0
+    return {
+        name: Resources(int(registers), int(stack), max(0, int(shared) - reserved))
+        for name, registers, stack, shared in _RESOURCES.findall(text)
+    }
+
+
+def capability(arch: str) -> int:
+    """sm_90a -> 90."""
+    return int(re.sub(r"\D", "", arch))
+
+
+class MissingTool(Exception):
+    """A tool that this machine lacks; the text says which, and where it comes from."""
+
+
+def tool(name: str) -> str:
+    """The path of cuobjdump, nvdisasm or nvcc."""
+    places = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin:
+        places.insert(0, str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    path = os.pathsep.join([*places, os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise MissingTool(f"{name} was found neither in Triton nor in a CUDA toolkit")
+    return found
+
+
+def run_tool(name: str, *arguments: str, cwd: Path | None = None) -> str:
+    result = subprocess.run(
+        [tool(name), *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{name} {' '.join(arguments)} failed: {result.stderr.strip()[-500:]}")
+    return result.stdout
+
+
+def read_cubin(cubin: Path, arch: str) -> dict[str, tuple[Code, Resources]]:
+    """The kernels of a cubin, by their (mangled) names."""
+    resources = parse_resources(run_tool("cuobjdump", "--dump-resource-usage", str(cubin)), arch)
+    code = parse(run_tool("nvdisasm", "-c", str(cubin))) if resources else {}
+    return {name: (code[name], used) for name, used in resources.items() if name in code}

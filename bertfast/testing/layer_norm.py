@@ -1,0 +1,286 @@
+"""layer_norm's cases, inputs and rounding model."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import dropout, layer_norm
+from .budget import UNIT_ROUNDOFF
+
+NAMES = ("x", "weight", "bias", "residual", "x_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    residual: bool = True
+    x_bias: bool = True
+    p: float = 0.0
+    eps: float = 1e-12
+    values: str = "normal"  # or "offset", "large", "tiny", "near constant"
+    layout: str = "contiguous"  # or "rows apart", "transposed", "strided"
+    row_index: bool = False
+    x_is_16_bit: bool = False  # below a float32 stream, as under autocast
+
+    def __str__(self) -> str:
+        words = ["x".join(map(str, self.shape))]
+        words += [name for name in ("residual", "x_bias", "row_index") if getattr(self, name)]
+        words += [f"p={self.p}"] if self.p else []
+        words += [f"eps={self.eps}"] if self.eps != 1e-12 else []
+        words += [w for w in (self.values, self.layout) if w not in ("normal", "contiguous")]
+        words += ["16-bit x"] if self.x_is_16_bit else []
+        return "-".join(words).replace(" ", "-")
+
+
+def quick_cases() -> list[Case]:
+    """What `bertfast verify` runs: BERT's widths, every feature, the hostile values."""
+    return [
+        Case((3, 7, 768)),
+        Case((2, 5, 768), p=0.1),
+        Case((2, 9, 384), p=0.1, row_index=True),
+        Case((9, 1024), residual=False, x_bias=False),
+        Case((5, 130), p=0.5, values="offset"),
+        Case((7, 33), layout="rows apart"),
+    ]
+
+
+def cases() -> list[Case]:
+    base = Case((2, 3, 768))
+    features = [
+        replace(base, residual=r, x_bias=b, p=p)
+        for r in (False, True)
+        for b in (False, True)
+        for p in (0.0, 0.1)
+    ]
+    widths = [
+        Case((3, width), p=0.1 if width % 2 else 0.0)
+        for width in (1, 2, 7, 8, 31, 33, 128, 384, 511, 512, 513, 1023, 1024, 1025)
+    ] + [Case((2, width), p=0.1) for width in (2048, 3072, 4096, 5000, 8191, 8192)]
+    rows = [
+        Case((768,)),
+        Case((5, 1)),
+        Case((1, 1, 768), p=0.1),
+        Case((0, 768), p=0.1),
+        Case((2, 0, 64)),
+        Case((77, 40), p=0.1),
+        Case((19, 384), p=0.1, row_index=True),
+        Case((2, 3, 5, 64)),
+    ]
+    values = [
+        Case((5, 768), values=kind, eps=eps)
+        for kind, eps in (
+            ("offset", 1e-12),
+            ("large", 1e-12),
+            ("tiny", 1e-12),
+            ("tiny", 1e-5),
+            ("near constant", 1e-5),
+        )
+    ]
+    layouts = [
+        replace(base, layout=layout, p=p)
+        for layout in ("rows apart", "transposed", "strided")
+        for p in (0.0, 0.1)
+    ]
+    probabilities = [replace(base, p=p) for p in (0.5, 0.999, 1.0)]
+    return features + widths + rows + values + layouts + probabilities
+
+
+def mixed_cases() -> list[Case]:
+    """16-bit x in a float32 stream; run with dtype float32."""
+    return [
+        Case((2, 3, width), x_is_16_bit=True, p=p, x_bias=x_bias)
+        for width in (384, 768, 1023)
+        for p in (0.0, 0.1)
+        for x_bias in (False, True)
+    ]
+
+
+def _values(shape, kind: str, generator: torch.Generator) -> torch.Tensor:
+    normal = torch.randn(shape, generator=generator)
+    if kind == "offset":
+        return normal + 100.0
+    if kind == "large":
+        return normal * 8000.0  # a square overflows float16
+    if kind == "tiny":
+        return normal * 1e-4
+    if kind == "near constant":
+        return 3.0 + normal * 1e-3
+    return normal
+
+
+def _lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another memory layout; what lies between them is NaN."""
+    if layout == "rows apart":
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 24), torch.nan)
+        view = wide[..., 8 : 8 + tensor.shape[-1]]
+    elif layout == "transposed":
+        view = torch.empty_like(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
+    elif layout == "strided":
+        view = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)[..., ::2]
+    else:
+        return tensor
+    view.copy_(tensor)
+    return view
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    width, rows = case.shape[-1], math.prod(case.shape[:-1])
+    x = _values(case.shape, case.values, generator)
+    x_dtype = torch.bfloat16 if case.x_is_16_bit else dtype
+    inputs = {
+        "x": _lay_out(x.to(x_dtype), case.layout),
+        "weight": (torch.rand(width, generator=generator) + 0.5).to(dtype),
+        "bias": torch.randn(width, generator=generator).to(dtype),
+        "residual": None,
+        "x_bias": None,
+        "dy": _lay_out(torch.randn(case.shape, generator=generator).to(dtype), case.layout),
+        "eps": case.eps,
+        "p": case.p,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator),
+        "site": 5,
+        "row_index": None,
+    }
+    if case.residual:
+        residual = _values(case.shape, case.values, generator)
+        inputs["residual"] = _lay_out(residual.to(dtype), case.layout)
+    if case.x_bias:
+        inputs["x_bias"] = (torch.randn(width, generator=generator) * 0.1).to(dtype)
+    if case.row_index:
+        # Rows of a padded batch, in order with gaps, some beyond 32 bits.
+        gaps = torch.randint(1, 2**29, (rows,), generator=generator)
+        inputs["row_index"] = gaps.cumsum(0)
+    return inputs
+
+
+def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
+    """Output and gradients by a backend. dtype=torch.float64 with "torch" is the oracle."""
+    leaves = {
+        name: inputs[name].to(device, dtype).detach().requires_grad_()
+        for name in NAMES
+        if inputs[name] is not None
+    }
+    mixed = dtype is None and inputs["x"].dtype != inputs["weight"].dtype
+    row_index = inputs["row_index"]
+    with torch.autocast(device, dtype=inputs["x"].dtype, enabled=mixed):
+        y = layer_norm(
+            **leaves,
+            eps=inputs["eps"],
+            dropout_p=inputs["p"],
+            seed=inputs["seed"].to(device),
+            site=inputs["site"],
+            row_index=None if row_index is None else row_index.to(device),
+            backend=backend,
+        )
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(device, dtype))
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def oracle(inputs: dict) -> dict:
+    return run(inputs, "torch", dtype=torch.float64)
+
+
+def _keep(inputs: dict) -> torch.Tensor | None:
+    """The dropout factor of each value: 0 or the inverse of the keep probability."""
+    threshold = dropout.threshold(inputs["p"])
+    if not threshold:
+        return None
+    shape = inputs["x"].shape
+    rows = inputs["row_index"]
+    if rows is None:
+        rows = torch.arange(math.prod(shape[:-1]))
+    keep = dropout.row_keep_mask(inputs["seed"], inputs["site"], rows, shape[-1], threshold)
+    return keep.view(shape).float() * dropout.keep_scale(threshold)
+
+
+def _as(dtype: torch.dtype, inputs: dict) -> dict:
+    """The inputs with their floating-point tensors in another dtype."""
+    floats = {k: v.to(dtype) for k, v in inputs.items() if k in (*NAMES, "dy") and v is not None}
+    return inputs | floats
+
+
+def _z(f: dict) -> torch.Tensor:
+    """dropout(x + x_bias) + residual, op by op."""
+    z, keep = f["x"], _keep(f)
+    if f["x_bias"] is not None:
+        z = z + f["x_bias"]
+    if keep is not None:
+        z = torch.where(keep > 0, z * keep.to(z.dtype), 0.0)
+    return z if f["residual"] is None else z + f["residual"]
+
+
+def rounding_model(inputs: dict, statistics=lambda t: t, column_sum=lambda t: t.sum(0)) -> dict:
+    """float32 arithmetic, rounded where the algorithm must: z as it is saved, and the outputs.
+
+    statistics and column_sum are the places where tests plant a precision fault.
+    """
+    dtype, x_dtype = inputs["weight"].dtype, inputs["x"].dtype
+    f = _as(torch.float32, inputs)
+    keep = _keep(inputs)
+    z = _z(f)
+    mean = statistics(z.mean(-1, keepdim=True))
+    variance = (z - mean).square().mean(-1, keepdim=True)
+    rstd = statistics(torch.rsqrt(variance + inputs["eps"]))
+    y = (z - mean) * rstd * f["weight"] + f["bias"]
+
+    if z.shape[-1] == 1:
+        rstd = torch.zeros_like(rstd)  # as the kernels save it: a row of one value is its own mean
+    h = (z.to(dtype).float() - mean) * rstd
+    g = f["dy"] * f["weight"]
+    dz = rstd * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+    dx = dz if keep is None else dz * keep
+    out = {"y": y.to(dtype), "dx": dx.to(x_dtype)}
+    rows = (-1, z.shape[-1])
+    out["dweight"] = column_sum((f["dy"] * h).reshape(rows)).to(dtype)
+    out["dbias"] = column_sum(f["dy"].reshape(rows)).to(dtype)
+    if f["residual"] is not None:
+        out["dresidual"] = dz.to(dtype)
+    if f["x_bias"] is not None:
+        out["dx_bias"] = column_sum(dx.reshape(rows)).to(dtype)
+    return out
+
+
+def scales(inputs: dict) -> dict:
+    """What the budget's u multiplies where it is more than |reference|.
+
+    dz = rstd * (g - <g> - h * <g * h>) may cancel: where one value dominates a row, h^2 / N is near
+    1. Each term is rounded in float32 before, so 2^-24 of the terms' sizes remains in the result;
+    in units of u that is (2^-24 / u) times the sum of their sizes: nothing for 16-bit dtypes.
+    """
+    terms, dz = _dz_terms(_as(torch.float64, inputs))
+    keep = _keep(inputs)
+    out = {}
+    for name, factor in (("dresidual", 1.0), ("dx", 1.0 if keep is None else keep.double())):
+        u = UNIT_ROUNDOFF[inputs["x"].dtype if name == "dx" else inputs["weight"].dtype]
+        out[name] = (dz.abs() + terms * (2.0**-24 / u)) * factor
+    if inputs["x_bias"] is not None:
+        # A sum over rows; what remains of each row's terms is independent of the others'.
+        width = dz.shape[-1]
+        dx = dz if keep is None else dz * keep
+        rest = (out["dx"] - dx.abs()).reshape(-1, width).square().sum(0).sqrt()
+        out["dx_bias"] = dx.reshape(-1, width).sum(0).abs() + rest
+    return out
+
+
+def _dz_terms(f: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed sizes of dz's terms, and dz itself."""
+    z = _z(f)
+    centred = z - z.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + f["eps"])
+    h = centred * rstd
+    g = f["dy"] * f["weight"]
+    parts = g, -g.mean(-1, keepdim=True), -h * (g * h).mean(-1, keepdim=True)
+    return rstd * sum(part.abs() for part in parts), rstd * sum(parts)
+
+
+def plain_torch(inputs: dict) -> dict:
+    """What stock torch computes in this dtype: one op after the other, each rounding."""
+    leaves = {
+        name: inputs[name].detach().requires_grad_() for name in NAMES if inputs[name] is not None
+    }
+    z = _z(inputs | leaves)
+    y = F.layer_norm(z, z.shape[-1:], leaves["weight"], leaves["bias"], inputs["eps"])
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"])
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}

@@ -1,0 +1,194 @@
+"""`bertfast verify`: the numbers of every op on every backend of this machine, against float64.
+
+Each backend is checked in a process of its own, since Triton's interpreter must be switched on
+before Triton is imported and off where it compiles for a GPU. On a machine without a GPU the
+Triton kernels run in the interpreter and the CUDA sources in their build for the host.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .ops import available, dispatch
+from .testing import Finding, compare, worst
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The worst finding of one tensor over all cases."""
+
+    op: str
+    backend: str
+    where: str
+    dtype: str
+    tensor: str
+    case: str
+    max_error: float
+    max_budget: float
+    rms_error: float
+    rms_budget: float
+    share: float  # of the budget, the larger of max and RMS
+    torch_max_error: float  # stock torch's, in the same dtype and case
+    ok: bool
+
+
+def where(backend: str, device: str) -> str:
+    """What runs the backend's kernels on this device, for people."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return {"torch": "cpu", "triton": "interpreter", "cuda": "host"}[backend]
+
+
+def check(op: str, backend: str, device: str) -> list[Row]:
+    """Runs the op's quick cases in this process. A case that raises is a fault, not an end."""
+    module = importlib.import_module(f"bertfast.testing.{op}")
+    rows = []
+    for dtype in DTYPES:
+        found: dict[str, list[tuple[Finding, str, float]]] = {}
+        for case in module.quick_cases():
+            inputs = module.make_inputs(case, dtype)
+            oracle = module.oracle(inputs)
+            actual = module.run(inputs, backend, device)
+            stock = module.plain_torch(inputs)
+            findings = compare(actual, oracle, module.rounding_model(inputs), module.scales(inputs))
+            for finding in findings:
+                stock_error = (stock[finding.name].double() - oracle[finding.name]).abs().max()
+                found.setdefault(finding.name, []).append((finding, str(case), stock_error.item()))
+        for name, entries in found.items():
+            bad = worst([finding for finding, _, _ in entries])
+            case_name, stock_error = next(e[1:] for e in entries if e[0] is bad)
+            rows.append(
+                Row(
+                    op=op,
+                    backend=backend,
+                    where=where(backend, device),
+                    dtype=str(dtype).removeprefix("torch."),
+                    tensor=name,
+                    case=case_name,
+                    max_error=bad.max_error,
+                    max_budget=bad.max_budget,
+                    rms_error=bad.rms_error,
+                    rms_budget=bad.rms_budget,
+                    share=bad.share,
+                    torch_max_error=stock_error,
+                    ok=bad.ok,
+                )
+            )
+    return rows
+
+
+def _check_in_process(op: str, backend: str, device: str) -> tuple[list[Row], str | None]:
+    """The rows, or why there are none: either the backend isn't here, or it failed (a fault)."""
+    env = dict(os.environ, TRITON_INTERPRET="0" if device == "cuda" else "1")
+    command = [sys.executable, "-m", "bertfast.verify", op, backend, device]
+    # From the package's parent: `-m` puts the working directory first on the path, and another
+    # bertfast may lie there, such as a checkout without the compiled modules.
+    home = Path(__file__).parents[1]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=home)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr.strip() or f"exit status {result.returncode}")
+    answer = json.loads(result.stdout)
+    return [Row(**row) for row in answer["rows"]], answer["left_out"]
+
+
+def verify(op: str | None = None, backend: str | None = None, as_json: bool = False) -> int:
+    """Prints the table; returns the exit code: 1 if any number is outside its budget."""
+    console = Console(highlight=False)
+    ops = [op] if op else list(dispatch.AUTO_ORDER)
+    backends = [backend] if backend else list(dispatch.BACKENDS)
+    for given, known in ((ops, dispatch.AUTO_ORDER), (backends, dispatch.BACKENDS)):
+        for name in given:
+            if name not in known:
+                print(f"expected one of {', '.join(known)}, got {name!r}", file=sys.stderr)
+                return 2
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows: list[Row] = []
+    left_out: list[str] = []
+    failed: list[str] = []
+    for name in ops:
+        for device in devices:
+            for one in backends:
+                label = f"{name} on {one} ({where(one, device)})"
+                try:
+                    new, reason = _check_in_process(name, one, device)
+                except RuntimeError as error:
+                    failed.append(f"{label}: {error}")
+                    continue
+                rows += new
+                if reason:
+                    left_out.append(f"{label}: {reason}")
+    ok = bool(rows) and not failed and all(row.ok for row in rows)
+    if as_json:
+        record = {"ok": ok, "rows": [asdict(r) for r in rows]}
+        print(json.dumps(record | {"left_out": left_out, "failed": failed}, indent=1))
+    else:
+        _print(console, rows, left_out, failed)
+    return 0 if ok else 1
+
+
+def _print(console: Console, rows: list[Row], left_out: list[str], failed: list[str]) -> None:
+    """One table an op, one line a backend and dtype: the tensor nearest to its budget."""
+    tables: dict[str, Table] = {}
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.backend, row.where, row.dtype), []).append(row)
+    for (op, backend, place, dtype), group in groups.items():
+        if op not in tables:
+            title = f"{op}: error against float64, and what rounding alone allows"
+            tables[op] = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+            for heading in ("backend", "dtype", "tensor"):
+                tables[op].add_column(heading, no_wrap=True)
+            for heading in ("error", "allowed", "torch's"):
+                tables[op].add_column(heading, justify="right", no_wrap=True)
+            tables[op].add_column("")
+        row = max(group, key=lambda r: float("inf") if r.share != r.share else r.share)
+        tables[op].add_row(
+            f"{backend} ({place})",
+            SHORT[dtype],
+            row.tensor,
+            f"{row.max_error:.1e}",
+            f"{row.max_budget:.1e}",
+            f"{row.torch_max_error:.1e}",
+            "[green]right[/]" if all(r.ok for r in group) else "[red]WRONG[/]",
+        )
+    for table in tables.values():
+        console.print(table)
+    if rows:
+        console.print(
+            "Each line is the output or gradient that came nearest to its budget, with its\n"
+            "largest error (the root mean square has a budget of its own) and, last, the\n"
+            "error of stock torch in that dtype."
+        )
+    for row in rows:
+        if not row.ok:
+            finding = Finding(
+                row.tensor, row.max_error, row.max_budget, row.rms_error, row.rms_budget
+            )
+            console.print(f"[red]WRONG[/] {row.backend} {row.dtype} {row.case}: {finding}")
+    for line in failed:
+        console.print("[red]FAILED[/]", escape(line))
+    for line in left_out:
+        console.print("left out:", escape(line))
+
+
+def _main(op: str, backend: str, device: str) -> None:
+    reason = available(device)[op][backend]
+    rows = [] if reason else [asdict(row) for row in check(op, backend, device)]
+    print(json.dumps({"rows": rows, "left_out": reason}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

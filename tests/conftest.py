@@ -1,0 +1,56 @@
+"""Which kernels run where. Without a GPU Triton interprets, as is settled before its import."""
+
+import os
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+from bertfast.ops import available  # noqa: E402
+
+TRITON = pytest.param(("triton", "cpu"), id="triton", marks=pytest.mark.triton)
+HOST = pytest.param(("cuda", "cpu"), id="host", marks=pytest.mark.host)
+ON_GPU = [
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=[pytest.mark.triton, pytest.mark.gpu]),
+    pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
+]
+KERNELS = [HOST, *ON_GPU] if GPU else [TRITON, HOST]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=KERNELS)
+def target(request):
+    """(backend, device) of each way in which the kernels run on this machine."""
+    return request.param
+
+
+@pytest.fixture
+def need():
+    """Skips, with the dispatch's own text, what can't run here."""
+
+    def need(op, target):
+        backend, device = target
+        reason = available(device)[op][backend]
+        if reason is not None:
+            pytest.skip(reason)
+
+    return need
+
+
+@pytest.fixture
+def host_runtime():
+    """The host build's controls, put back to their defaults afterwards."""
+    module = pytest.importorskip("bertfast._host", reason="the host build is not there")
+    yield module
+    module.set_schedule("depth-first")
+    module.set_perturb(False)
+    module.set_dry_launch(False)
+    module.reset_records()

@@ -1,0 +1,155 @@
+"""benchmarks/run_all.py on a CPU, and the rules of bertfast.bench."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bertfast.bench import cases, measure, record, timing
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "run_all.py"
+
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="benchmarks/ is not here")
+
+
+def run_all(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=out)
+    with (out / "dry-run.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        assert tuple(reader.fieldnames) == record.COLUMNS
+    return result, rows
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("dry"))
+
+
+def test_dry_run_goes_through_every_step(dry_run):
+    result, rows = dry_run
+    assert result.returncode == 0, result.stdout + result.stderr
+    for step in ("build", "tests", "ceilings", "op_times"):
+        assert f"== {step}" in result.stdout
+    assert {"copy", "matmul", "layer_norm"} <= {row["op"] for row in rows}
+
+
+def test_dry_run_times_every_provider_in_every_pass(dry_run):
+    _, rows = dry_run
+    # The script runs Triton in its interpreter, whatever this process does.
+    providers = {"bertfast triton", "torch eager", "torch compile"}
+    providers |= {"bertfast cuda"} if _host_is_built() else set()
+    for pass_ in ("forward", "training", "backward"):
+        timed = [row for row in rows if row["op"] == "layer_norm" and row["pass"] == pass_]
+        assert {row["provider"] for row in timed} == providers
+        for row in timed:
+            assert float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
+            assert float(row["error"]) < 0.02
+            assert row["device"].startswith("cpu: ") and row["bertfast_commit"] and row["time"]
+
+
+def _host_is_built() -> bool:
+    from bertfast.ops import native
+
+    return native.unsupported_reason("cpu") is None
+
+
+def test_time_limit_ends_cleanly_and_keeps_the_header(tmp_path):
+    result, rows = run_all(tmp_path, "--minutes", "0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert rows == []
+    assert "left out: ceilings: the time was over" in result.stdout
+
+
+@pytest.fixture
+def bench(tmp_path):
+    recorder = record.Recorder(tmp_path / "rows.csv", record.environment("cpu"))
+    copy = measure.Copy(timing.Sample(1.0, 1.0, 1.0), 10_000)
+    return measure.Bench("cpu", recorder, copy, repeats=2, say=lambda text: None)
+
+
+CASE = cases.LayerNormCase("backward", 5, 32, torch.float32)
+
+
+def test_a_wrong_provider_is_not_timed(bench):
+    def wrong(x, weight, bias, residual, x_bias, seed, p):
+        return cases._stock(x, weight, bias, residual, x_bias, seed, p) + 1e-3 * x
+
+    def broken(**inputs):
+        raise RuntimeError("no such kernel")
+
+    right = {"torch eager": cases._stock}
+    bench.measure(CASE, {"torch wrong": wrong, "torch broken": broken} | right)
+    rows = {row.provider: row for row in bench.recorder.rows}
+    assert rows["torch wrong"].median_us is None and rows["torch wrong"].error is None
+    assert rows["torch wrong"].note.startswith("not timed, wrong: Wrong: relative error")
+    assert rows["torch broken"].note == "not timed: RuntimeError: no such kernel"
+    assert rows["torch eager"].median_us > 0
+    assert len(bench.refused) == 2
+
+
+def test_a_nan_is_wrong():
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.ones(2)
+    assert measure.relative_error((nan, one), (one, one)) == float("inf")
+    assert measure.relative_error((one, nan), (one, one)) == float("inf")
+    assert measure.relative_error((one, one), (one, one)) == 0.0
+
+
+def test_ours_must_meet_the_error_budget(bench, monkeypatch):
+    monkeypatch.setattr(measure, "LIMITS", {torch.float32: float("inf")})
+
+    def over_budget(*args):
+        raise measure.Wrong("y: max error 1 of 0.1 allowed")
+
+    monkeypatch.setattr(measure, "check_budget", over_budget)
+    bench.measure(CASE, {"bertfast torch": cases._ours("torch")})
+    assert bench.recorder.rows[0].median_us is None
+    assert "max error 1" in bench.recorder.rows[0].note
+
+
+def test_budget_check_accepts_the_reference():
+    measure.check_budget("layer_norm", "torch", "cpu", torch.float32, 64, 0.1)
+
+
+def test_rows_survive_a_run_that_is_cut_short(bench):
+    bench.measure(CASE, {"torch eager": cases._stock})
+    with bench.recorder.path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["provider"] == "torch eager" and row["shape"] == "5x32"
+    assert float(row["percent_of_floor"]) > 0
+
+
+@pytest.mark.parametrize(
+    "pass_, dropout, values, statistics, parameters",
+    [
+        ("forward", False, 3, 0, 3),
+        ("training", True, 4, 2, 3),
+        ("backward", False, 3, 2, 4),
+        ("backward", True, 4, 2, 4),
+    ],
+)
+def test_bytes(pass_, dropout, values, statistics, parameters):
+    expected = values * 10 * 32 * 2 + statistics * 10 * 4 + parameters * 32 * 2
+    # weight, bias, x_bias in; in the backward weight in and three gradients out
+    assert cases.layer_norm_bytes(pass_, 10, 32, 2, dropout) == expected
+
+
+def test_providers_take_turns_and_stop_in_time():
+    order = []
+    timers = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    samples = timing.interleaved(timers, 2)
+    assert order == ["a", "b", "a", "b"]
+    assert samples["a"].median == 2.0
+    order.clear()
+    timing.interleaved(timers, 5, out_of_time=lambda: True)
+    assert order == ["a", "b"]
+
+
+def test_the_package_measures_without_a_gpu_or_triton():
+    code = "import sys; sys.modules['triton'] = None; from bertfast.bench import cases, measure"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,131 @@
+"""Every bad input has an error that names the argument, what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+from bertfast.ops import available, dropout_keep_mask, layer_norm
+
+X, W, B = torch.randn(2, 3, 8), torch.ones(8), torch.zeros(8)
+SEED = torch.tensor([1])
+
+BAD = [
+    (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    (dict(x=X.long()), TypeError, "x must have a floating-point dtype, got torch.int64"),
+    (dict(x=torch.tensor(1.0)), ValueError, "x must have a last dimension of 1 or more, got []"),
+    (dict(x=X[..., :0]), ValueError, "x must have a last dimension of 1 or more, got [2, 3, 0]"),
+    (dict(weight=torch.ones(4)), ValueError, "weight must have shape [8], got [4]"),
+    (dict(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+    (dict(bias=torch.ones(1, 8)), ValueError, "bias must have shape [8], got [1, 8]"),
+    (dict(bias=B.half()), TypeError, "bias must have dtype torch.float32 (x's), got torch.float16"),
+    (dict(x_bias=B[:7]), ValueError, "x_bias must have shape [8], got [7]"),
+    (dict(residual=X[0]), ValueError, "residual must have shape [2, 3, 8], got [3, 8]"),
+    (
+        dict(residual=X.double()),
+        TypeError,
+        "residual must have dtype torch.float32 (x's), got torch.float64",
+    ),
+    (dict(residual=X.to("meta")), ValueError, "residual must be on cpu (where x is), got meta"),
+    (dict(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),
+    (dict(dropout_p=float("nan")), ValueError, "dropout_p must be between 0 and 1, got nan"),
+    (dict(dropout_p="0.1"), TypeError, "dropout_p must be a number, got str"),
+    (dict(site=-1), ValueError, "site must be between 0 and 2**31 - 1, got -1"),
+    (dict(site=1.0), TypeError, "site must be an int, got float"),
+    (dict(seed=7), TypeError, "seed must be an int64 tensor with one element"),
+    (
+        dict(seed=torch.tensor([1.0])),
+        ValueError,
+        "seed must be an int64 tensor with one element, got torch.float32 with shape [1]",
+    ),
+    (
+        dict(seed=torch.tensor([1, 2])),
+        ValueError,
+        "seed must be an int64 tensor with one element, got torch.int64 with shape [2]",
+    ),
+    (dict(seed=SEED.to("meta")), ValueError, "seed must be on cpu (where x is), got meta"),
+    (dict(row_index=[0]), TypeError, "row_index must be an int64 tensor, got list"),
+    (
+        dict(row_index=torch.arange(6).int()),
+        TypeError,
+        "row_index must have dtype torch.int64, got torch.int32",
+    ),
+    (
+        dict(row_index=torch.arange(5)),
+        ValueError,
+        "row_index must have shape [6] (one number for each row of x), got [5]",
+    ),
+    (
+        dict(backend="cudnn"),
+        ValueError,
+        "backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'cudnn'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD, ids=lambda value: str(value)[:40])
+def test_error_text(change, error, text):
+    arguments = dict(x=X, weight=W, bias=B) | change
+    with pytest.raises(error, match=re.escape(text)):
+        layer_norm(**arguments)
+
+
+def test_explicit_backend_never_falls_back(target, need):
+    need("layer_norm", target)
+    backend, device = target
+    wide = torch.randn(2, 8193, device=device)
+    weight = torch.ones(8193, device=device)
+    with pytest.raises(ValueError, match="the width must be between 1 and 8192, got 8193"):
+        layer_norm(wide, weight, weight, backend=backend)
+    double = torch.randn(2, 8, dtype=torch.float64, device=device)
+    ones = torch.ones(8, dtype=torch.float64, device=device)
+    text = "x must be float32, float16 or bfloat16, got torch.float64"
+    with pytest.raises(ValueError, match=text):
+        layer_norm(double, ones, ones, backend=backend)
+    # auto finds another.
+    assert layer_norm(wide, weight, weight).shape == wide.shape
+    assert layer_norm(double, ones, ones).dtype == torch.float64
+
+
+def test_the_error_is_what_available_says():
+    for backend, reason in available("meta")["layer_norm"].items():
+        if reason is None:
+            assert backend == "torch"
+            continue
+        x, weight = X.to("meta"), W.to("meta")
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            layer_norm(x, weight, weight, backend=backend)
+
+
+def test_dropout_keep_mask_errors():
+    for arguments, error, text in [
+        ((SEED, 0, (2, 8), 0.1, "rows"), ValueError, "kind must be one of 'row', 'attention'"),
+        ((SEED, 0, (2, 8), 0.1, "attention"), ValueError, "(batch, heads, queries, keys)"),
+        ((SEED, 0, (), 0.1, "row"), ValueError, "at least one dimension"),
+        ((SEED, 0, (2, 8), -0.1, "row"), ValueError, "dropout_p must be between 0 and 1, got -0.1"),
+        ((3, 0, (2, 8), 0.1, "row"), TypeError, "seed must be an int64 tensor"),
+    ]:
+        with pytest.raises(error, match=re.escape(text)):
+            dropout_keep_mask(*arguments)
+
+
+@pytest.mark.host
+def test_the_binding_checks_what_memory_safety_needs(host_runtime):
+    good = [0] * 11 + [1, 8, 8, 8, 1e-5, 1.0, 0, 0, 0, 0, 0, 0]
+
+    def call(**change):
+        arguments = list(good)
+        for position, value in change.items():
+            arguments[int(position[1:])] = value
+        host_runtime.layer_norm_forward(*arguments)
+
+    for change, text in [
+        (dict(a11=0), "rows must be 1 or more"),
+        (dict(a11=2**31), "rows must be between 0 and 2**31 - 1, got 2147483648"),
+        (dict(a12=-8), "x's row stride must be between 0 and 2**31 - 1, got -8"),
+        (dict(a14=0), "cols must be between 1 and 8192, got 0"),
+        (dict(a14=8193), "cols must be between 1 and 8192, got 8193"),
+        (dict(a20=3), "dtype must be 0, 1 or 2"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            call(**change)

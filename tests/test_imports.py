@@ -1,0 +1,79 @@
+"""bertfast without its optional parts: each is blocked in a process of its own."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PRELUDE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED or name in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+import torch
+import bertfast
+from bertfast.ops import available, layer_norm
+"""
+
+
+def run(blocked, body):
+    program = f"BLOCKED = {blocked!r}\n" + PRELUDE + textwrap.dedent(body)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+ALL = ("triton", "transformers", "bertfast._host", "bertfast._cuda", "typer", "rich")
+
+
+@pytest.mark.parametrize("blocked", [ALL, *((name,) for name in ALL)], ids=str)
+def test_import_and_torch_backend_need_nothing_else(blocked):
+    run(
+        blocked,
+        """
+        x = torch.randn(3, 8, requires_grad=True)
+        w = torch.ones(8)
+        for backend in ("auto", "torch"):
+            y = layer_norm(x, w, w, residual=x, dropout_p=0.5, backend=backend)
+            y.sum().backward()
+        for name in BLOCKED:
+            assert name not in sys.modules, name
+        """,
+    )
+
+
+def test_what_is_missing_is_named():
+    said = run(
+        ("triton", "bertfast._host"),
+        """
+        reasons = available("cpu")["layer_norm"]
+        assert reasons["torch"] is None
+        print(reasons["triton"])
+        print(reasons["cuda"])
+        x, w = torch.randn(3, 8), torch.ones(8)
+        try:
+            layer_norm(x, w, w, backend="triton")
+        except ValueError as error:
+            print(error)
+        """,
+    )
+    triton, cuda, error = said.splitlines()
+    assert "triton is blocked" in triton
+    assert "bertfast._host is not there" in cuda
+    assert error == f"backend 'triton' can't run layer_norm here: {triton}"
+
+
+def test_importing_bertfast_imports_neither_triton_nor_the_modules():
+    run(
+        (),
+        """
+        for name in ("triton", "bertfast._host", "bertfast._cuda", "transformers"):
+            # torch itself may bring Triton in, on a machine with a GPU
+            assert name not in sys.modules or name == "triton", name
+        """,
+    )

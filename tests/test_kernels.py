@@ -1,0 +1,275 @@
+"""`bertfast kernels`: the reading of machine code, and the budget."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import bertfast.kernels as kernels
+from bertfast.kernels import Reading, budget, cuda_modules, sass, triton_aot
+from bertfast.kernels.rows import Row, aot_modules, narrowest
+from bertfast.ops.aot import Case
+
+DATA = Path(__file__).parent / "data"
+
+# What nvdisasm -c prints, shortened: a loop of 7 instructions, a detour of parted lanes, padding.
+SASS = """
+	.target	sm_90a
+
+//--------------------- .text.first_kernel       --------------------------
+	.section	.text.first_kernel,"ax",@progbits
+	.align	128
+.text.first_kernel:
+        .type           first_kernel,@function
+first_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R3, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.64.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0050*/                   LDG.E.EF.U16 R8, desc[UR4][R2.64] ;
+        /*0060*/                   HMMA.16816.F32 R8, R8, R12, R8 ;
+        /*0070*/                   BRA.DIV UR4, `(.L_x_3) ;
+        /*0080*/                   SHFL.BFLY PT, R9, R8, 0x1, 0x1f ;
+        /*0090*/                   STG.E.128 desc[UR4][R2.64], R8 ;
+        /*00a0*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*00b0*/                   STS [R4], R8 ;
+        /*00c0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00d0*/                   MUFU.RSQ R4, R4 ;
+        /*00e0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00f0*/                   EXIT ;
+.L_x_3:
+        /*0100*/                   WARPSYNC.COLLECTIVE R15, `(.L_x_4) ;
+.L_x_4:
+        /*0110*/                   BRA `(.L_x_1) ;
+.L_x_5:
+        /*0120*/                   BRA `(.L_x_5);
+        /*0130*/                   NOP;
+        /*0140*/                   NOP;
+.L_x_6:
+
+//--------------------- .text._Z6secondv         --------------------------
+	.section	.text._Z6secondv,"ax",@progbits
+.text._Z6secondv:
+        /*0000*/                   EXIT ;
+.L_x_7:
+        /*0010*/                   BRA `(.L_x_7);
+"""
+
+ROW = Row(
+    source="cuda",
+    op="layer_norm",
+    kernel="layer_norm_forward_kernel",
+    label="768",
+    dtypes="float16",
+    arch="sm_90a",
+    threads=128,
+    registers=64,
+    stack=0,
+    shared=0,
+    instructions=384,
+    instructions_per_element=16.0,
+    load_bits=128,
+    store_bits=128,
+    loads={128: 15},
+    stores={32: 2, 128: 6},
+    shared_accesses=0,
+    barriers=0,
+    tensor_core=0,
+    mufu=1,
+)
+
+
+def planted(**rules):
+    cell = {"instructions": 16.5} | rules
+    forms = {"768": {"float16": cell}}
+    return {"kernels": {"cuda": {"layer_norm_forward_kernel": {"forms": forms}}}}
+
+
+def texts(row, limits=None, allowance=0.0):
+    return [v.text for v in budget.check(limits or planted(), [row], allowance)]
+
+
+def test_machine_code_is_counted():
+    code = sass.parse(SASS)
+    assert list(code) == ["first_kernel", "_Z6secondv"]
+    assert code["_Z6secondv"].instructions == 1
+    first = code["first_kernel"]
+    assert first.instructions == 16  # neither the detour nor what follows the last EXIT
+    assert first.loads == {16: 1, 32: 1, 64: 1, 128: 1}
+    assert first.stores == {32: 1, 128: 1}
+    assert (first.tensor_core, first.mufu, first.shared_accesses, first.barriers) == (1, 1, 1, 1)
+    assert first.loop.instructions == 7
+    assert first.loop.loads == {16: 1, 128: 1}
+    assert first.loop.stores == {128: 1}
+
+
+@pytest.mark.parametrize(
+    "name, is_one",
+    [("HMMA", True), ("HGMMA", True), ("QGMMA", True), ("IMMA", True), ("UTCHMMA", True)]
+    + [("DMMA", True), ("HFMA2", False), ("IMAD", False), ("FFMA", False)],
+)
+def test_tensor_core_instructions_are_known(name, is_one):
+    assert bool(sass.TENSOR_CORE.fullmatch(name)) == is_one
+
+
+def test_the_drivers_shared_memory_is_not_the_kernels():
+    text = " Function f:\n  REG:32 STACK:48 SHARED:1024 LOCAL:0 CONSTANT[0]:576 TEXTURE:0\n"
+    assert sass.parse_resources(text, "sm_80")["f"] == sass.Resources(32, 48, 1024)
+    assert sass.parse_resources(text, "sm_90a")["f"] == sass.Resources(32, 48, 0)
+
+
+def test_scalars_are_not_row_data():
+    assert narrowest({32: 2, 64: 2, 128: 6}, scalars=4) == 128
+    assert narrowest({32: 2, 64: 2, 128: 6}, scalars=3) == 64
+    assert narrowest({32: 2}, scalars=2) is None
+
+
+def test_template_arguments_are_read_from_the_mangled_name():
+    mangled = (
+        "_ZN8bertfast46_GLOBAL__N__cc90e94f_13_layer_norm_cu_5745b80a26layer_norm_backward_kernel"
+        "I13__nv_bfloat16fNS0_5SplitILi4ELi3ELi32ELb1EEELb1EEEvNS_17LayerNormBackwardE"
+    )
+    kernel, arguments = cuda_modules.template(cuda_modules.demangle(mangled))
+    assert kernel == "layer_norm_backward_kernel"
+    assert arguments == ["__nv_bfloat16", "float", "Split<4, 3, 32, true>", "true"]
+    case = aot_modules()["layer_norm"].cuda_case(kernel, arguments)
+    assert case.label == "384: vec 4 x 3 x 32 threads, dropout"
+    assert case.dtypes == "bfloat16->float32"
+    assert case.elements == 12
+
+
+def test_what_is_within_the_budget_passes():
+    assert texts(ROW) == []
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"stack": 8}, "stack 8 bytes, budget 0"),
+        ({"load_bits": 64}, "64-bit loads of row data, budget 128"),
+        ({"store_bits": 32}, "32-bit stores of row data, budget 128"),
+        ({"instructions_per_element": 16.6}, "16.6 instructions an element, budget 16.5"),
+        ({"kernel": "rms_norm_kernel"}, "no budget line; enter it with --update-budget"),
+        ({"dtypes": "float64"}, "no budget line; enter it with --update-budget"),
+    ],
+)
+def test_each_excess_is_named_and_exits_1(change, said, monkeypatch, capsys):
+    row = dataclasses.replace(ROW, **change)
+    assert texts(row) == [said]
+    monkeypatch.setattr(kernels, "read", lambda archs, op: Reading([row]))
+    monkeypatch.setattr(budget, "load", planted)
+    assert kernels.kernels() == 1
+    out = capsys.readouterr().out
+    assert f"FAIL cuda {row.kernel}, 768, {row.dtypes}, sm_90a: {said}" in out
+    assert "PASS" not in out
+
+
+def test_within_the_budget_exits_0_and_says_what_is_left_out(monkeypatch, capsys):
+    reading = Reading([ROW], left_out=["triton sm_80: Triton is not installed"])
+    monkeypatch.setattr(kernels, "read", lambda archs, op: reading)
+    monkeypatch.setattr(budget, "load", planted)
+    assert kernels.kernels() == 0
+    assert "left out: triton sm_80: Triton is not installed" in capsys.readouterr().out
+    assert kernels.kernels(as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"][0]["registers"] == 64
+    assert report["left_out"] == reading.left_out
+
+
+def test_matrix_kernels_need_tensor_cores():
+    limits = planted()
+    entry = limits["kernels"]["cuda"].pop("layer_norm_forward_kernel")
+    limits["kernels"]["cuda"]["attention_forward_kernel"] = entry
+    row = dataclasses.replace(ROW, kernel="attention_forward_kernel")
+    assert texts(row, limits) == ["no tensor-core instruction"]
+    assert texts(dataclasses.replace(row, tensor_core=8), limits) == []
+
+
+def test_blocks_that_must_fit_on_a_multiprocessor():
+    limits = planted(blocks_per_multiprocessor=8)
+    assert texts(ROW, limits) == []  # 64 registers x 128 threads: eight times
+    row = dataclasses.replace(ROW, registers=65)
+    assert texts(row, limits) == ["7 blocks fit on a multiprocessor, budget 8"]
+    row = dataclasses.replace(ROW, shared=100 * 1024)
+    assert texts(row, limits) == ["2 blocks fit on a multiprocessor, budget 8"]
+
+
+def test_another_compiler_has_an_allowance():
+    row = dataclasses.replace(ROW, instructions_per_element=17.0)
+    assert len(texts(row)) == 1
+    assert texts(row, allowance=0.1) == []
+
+
+def test_a_line_without_a_kernel_fails_when_all_was_read():
+    other = dataclasses.replace(ROW, dtypes="bfloat16")
+    assert len(budget.stale(planted(), [other], ["cuda"])) == 1
+    assert budget.stale(planted(), [other], []) == []
+
+
+def test_updating_says_what_changed_and_writes_what_was_measured(tmp_path):
+    spilled = dataclasses.replace(ROW, stack=16, arch="sm_80")
+    faster = dataclasses.replace(ROW, instructions_per_element=15.0)
+    new = dataclasses.replace(ROW, label="1024", load_bits=64)
+    updated, changes = budget.update(planted(), [faster, spilled, new], ["cuda"])
+    name = "cuda layer_norm_forward_kernel"
+    assert changes == [
+        f"looser   {name}, 768, float16: stack 0 -> 16",
+        f"tighter  {name}, 768, float16: instructions 16.5 -> 16.0",
+        f'new      {name}, 1024, float16: {{"instructions": 16.0, "load_bits": 64}}',
+    ]
+    budget.write(updated, tmp_path / "budget.json")
+    again = budget.load(tmp_path / "budget.json")
+    assert budget.update(again, [faster, spilled, new], ["cuda"]) == (again, [])
+    assert budget.check(again, [faster, spilled, new]) == []
+    _, changes = budget.update(again, [faster], ["cuda"])
+    assert any(line.startswith("gone") and "1024" in line for line in changes)
+
+
+def test_an_unknown_op_is_an_error(capsys):
+    assert kernels.kernels(op="nonsense") == 2
+    assert "layer_norm" in capsys.readouterr().out
+
+
+def test_every_triton_case_names_its_kernels_parameters():
+    pytest.importorskip("triton")
+    for module in aot_modules().values():
+        for case in module.triton_cases():
+            assert set(case.arguments) == set(case.kernel.arg_names)
+            assert isinstance(case.case, Case)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_triton_kernel_is_compiled_ahead_of_time_and_a_spill_is_seen(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(DATA))
+    # The interpreter would make compilation fail; the subprocess must not see this.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows, failures = triton_aot.read("sm_80", ["spilling_kernels"])
+    assert failures == []
+    small, spilling = rows
+    assert (small.kernel, small.arch, small.stack) == ("centre_kernel", "sm_80", 0)
+    assert small.load_bits == small.store_bits == 128
+    assert 2 < small.instructions_per_element < 6
+    assert spilling.stack > 0
+    entry = {"forms": {"small": {"float32": 6}, "spilling": {"float32": None}}}
+    limits = {"kernels": {"triton": {"centre_kernel": entry}}}
+    (verdict,) = budget.check(limits, rows)
+    assert verdict.row is spilling and verdict.text.startswith("stack ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_an_architecture_that_triton_does_not_know_is_left_out():
+    with pytest.raises(triton_aot.LeftOut, match="can't compile for sm_10"):
+        triton_aot.read("sm_10", [])
+
+
+def test_the_committed_budget_has_the_promised_limits():
+    forms = budget.load()["kernels"]["triton"]["layer_norm_fwd_kernel"]["forms"]
+    for width in (768, 1024):
+        cell = forms[f"{width}, training"]["float16"]
+        assert cell <= 17
+    assert forms["384, training"]["float16"]["instructions"] <= 24
