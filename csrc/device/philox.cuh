@@ -28,37 +28,46 @@ struct RowDropout {
   uint2 key;
   unsigned site, threshold;
 
-  __device__ __forceinline__ RowDropout(const int64_t* seed, unsigned site, unsigned threshold)
+  __device__ __forceinline__ RowDropout(int64_t seed, unsigned site, unsigned threshold)
       : site(site), threshold(threshold) {
-    const uint64_t value = static_cast<uint64_t>(*seed);
+    const uint64_t value = static_cast<uint64_t>(seed);
     key = make_uint2(static_cast<unsigned>(value), static_cast<unsigned>(value >> 32));
   }
 
-  // Bit i of the result: column `col + i` is kept.
+  // kept[i]: column `col + i` is kept. Booleans become predicates; packed bits would be unpacked.
   template<int kCount>
-  __device__ __forceinline__ unsigned keep(int64_t row, int col) const {
+  __device__ __forceinline__ void keep(int64_t row, int col, bool (&kept)[kCount]) const {
+#ifndef BERTFAST_HOST
+    // The first round's products depend on the column alone. Moved out of a loop over rows they
+    // would hold registers for each column, more than a thread of single columns has.
+    if constexpr (kCount == 1) asm volatile("" : "+r"(col));
+#endif
     const uint64_t r = static_cast<uint64_t>(row);
     const uint4 words = philox(make_uint4(static_cast<unsigned>(col) >> 3, static_cast<unsigned>(r),
                                           static_cast<unsigned>(r >> 32), site),
                                key);
-    unsigned bits = 0;
     if constexpr (kCount == 8) {
-      bits = pair(words.x) | pair(words.y) << 2 | pair(words.z) << 4 | pair(words.w) << 6;
+      pair(words.x, kept);
+      pair(words.y, kept + 2);
+      pair(words.z, kept + 4);
+      pair(words.w, kept + 6);
     } else if constexpr (kCount == 4) {
       const bool upper = col & 4;
-      bits = pair(upper ? words.z : words.x) | pair(upper ? words.w : words.y) << 2;
+      pair(upper ? words.z : words.x, kept);
+      pair(upper ? words.w : words.y, kept + 2);
     } else {
       static_assert(kCount == 1, "a row is dropped in vectors of 1, 4 or 8");
       const int word = col >> 1 & 3;
       const unsigned low = word & 1 ? words.y : words.x, high = word & 1 ? words.w : words.z;
-      bits = pair(word & 2 ? high : low) >> (col & 1) & 1;
+      const unsigned pair = word & 2 ? high : low;
+      kept[0] = (col & 1 ? pair >> 16 : pair & 0xffffu) >= threshold;
     }
-    return bits;
   }
 
  private:
-  __device__ __forceinline__ unsigned pair(unsigned word) const {
-    return ((word & 0xffffu) >= threshold) | ((word >> 16) >= threshold) << 1;
+  __device__ __forceinline__ void pair(unsigned word, bool* kept) const {
+    kept[0] = (word & 0xffffu) >= threshold;
+    kept[1] = (word >> 16) >= threshold;
   }
 };
 

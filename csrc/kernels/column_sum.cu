@@ -32,7 +32,9 @@ __global__ void __launch_bounds__(kColumns* kWarps) column_sum_kernel(ColumnSum 
   __syncthreads();
   if (warp == 0 && col < p.cols) {
     for (int other = 1; other < kWarps; ++other) total += sums.load(other * kColumns + lane);
-    static_cast<T*>(p.out[which])[col] = from_float<T>(total);
+    // An array among the parameters that is indexed at run time would be copied to the stack.
+    void* out = which == 0 ? p.out[0] : which == 1 ? p.out[1] : p.out[2];
+    static_cast<T*>(out)[col] = from_float<T>(total);
   }
 }
 

@@ -50,9 +50,10 @@ struct Split {
 template<int kVec>
 __device__ __forceinline__ void drop(float (&values)[kVec], const RowDropout& dropout, int64_t row,
                                      int col, float keep_scale) {
-  const unsigned keep = dropout.keep<kVec>(row, col);
+  bool keep[kVec];
+  dropout.keep<kVec>(row, col, keep);
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) values[k] = keep >> k & 1 ? values[k] * keep_scale : 0.f;
+  for (int k = 0; k < kVec; ++k) values[k] = keep[k] ? values[k] * keep_scale : 0.f;
 }
 
 // sum / cols, rounded once: of a constant row nothing may remain when its mean is subtracted.
@@ -75,6 +76,9 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   const int64_t from = live ? row : p.rows - 1;
   const int cols = S::kFull ? S::kCols : p.cols;
   const bool has_x_bias = S::kFull || p.x_bias, has_residual = S::kFull || p.residual;
+  const bool drops = kDropout && (S::kFull || p.seed);
+  const RowDropout dropout(drops ? *p.seed : 0, p.site, p.threshold);
+  const int64_t mask_row = drops && p.row_index ? p.row_index[from] : from;
 
   // 1. all loads of the row, before anything waits for one
   const X* x = static_cast<const X*>(p.x) + from * p.x_row_stride + S::first();
@@ -105,10 +109,7 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) z[j][k] += x_bias[k];
       }
-      if (kDropout && (S::kFull || p.seed)) {
-        const RowDropout dropout(p.seed, p.site, p.threshold);
-        drop(z[j], dropout, p.row_index ? p.row_index[from] : from, col, p.keep_scale);
-      }
+      if (drops) drop(z[j], dropout, mask_row, col, p.keep_scale);
       if (has_residual) {
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) z[j][k] += residual_bits[j][k];
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
   const int cols = S::kFull ? S::kCols : p.cols;
   // The weight stays in registers, except in rows so wide that the sums need them: there it is read
   // again for each row.
-  constexpr bool kKeepWeight = S::kVec * S::kPerThread <= 24;
+  constexpr bool kKeepWeight = S::kPerThread < 8;
   const T* weights = static_cast<const T*>(p.weight) + S::first();
   TVec kept_weight[S::kPerThread];
   if constexpr (kKeepWeight) {
@@ -207,6 +208,8 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
   const auto weight = [&](int j) {
     return kKeepWeight ? kept_weight[j] : TVec::load_again(weights + j * S::kStep);
   };
+  const bool drops = kDropout && (S::kFull || p.seed);
+  const RowDropout dropout(drops ? *p.seed : 0, p.site, p.threshold);
   float dweight[S::kPerThread][S::kVec] = {};
   float dbias[S::kPerThread][S::kVec] = {};
   float dx_bias[S::kPerThread][S::kVec] = {};
@@ -221,6 +224,7 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
     const int64_t to = int64_t(row) * cols + S::first();
 
     // 1. the row, normalised again
+    const int64_t mask_row = drops && live && p.row_index ? p.row_index[row] : row;
     const float mean = live ? p.mean[row] : 0.f;
     const float rstd = live ? p.rstd[row] : 0.f;
     TVec dy_bits[S::kPerThread], z_bits[S::kPerThread];
@@ -272,10 +276,7 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
           dz[k] = rstd * (dy_bits[j][k] * weight_j[k] - mean_g - h * mean_gh);
         }
         if (p.dz) TVec::store(static_cast<T*>(p.dz) + to + j * S::kStep, dz);
-        if (kDropout && (S::kFull || p.seed)) {
-          const RowDropout dropout(p.seed, p.site, p.threshold);
-          drop(dz, dropout, p.row_index ? p.row_index[row] : row, col, p.keep_scale);
-        }
+        if (drops) drop(dz, dropout, mask_row, col, p.keep_scale);
         if (p.dx) XVec::store(static_cast<X*>(p.dx) + to + j * S::kStep, dz);
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) dx_bias[j][k] += dz[k];
