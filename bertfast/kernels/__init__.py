@@ -18,7 +18,7 @@ from .report import print_table
 from .rows import Row, aot_modules
 from .sass import MissingTool
 
-WIDTH = 150  # of the tables, also where the terminal is narrower
+WIDTH = 180  # of the tables, also where the terminal is narrower
 DEFAULT_ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
 
 
@@ -128,7 +128,7 @@ def kernels(
             "budget_changes": changes,
         }
         print(json.dumps(report, indent=1))
-        return bool(failures)
+        return int(bool(failures))
     print_table(reading.rows, chosen, console)
     for source, version in present.items():
         if any(row.source == source for row in reading.rows):
@@ -142,8 +142,10 @@ def kernels(
         console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
     for line in failures:
         console.print(line, style="red", highlight=False, markup=False)
-    if not failures:
+    if not reading.rows:
+        console.print("nothing could be read on this machine", style="yellow")
+    elif not failures:
         forms = len({row.form for row in reading.rows})
         text = f"PASS {forms} kernels in {len(reading.rows)} compilations are within the budget"
         console.print(text, style="green", highlight=False)
-    return bool(failures)
+    return int(bool(failures))

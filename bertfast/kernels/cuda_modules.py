@@ -12,7 +12,7 @@ import bertfast
 
 from ..ops.aot import Case
 from .rows import Row, aot_modules, make_row
-from .sass import MissingTool, read_cubin, run_tool, tool
+from .sass import MissingTool, read_cubin, run_tool
 
 PACKAGE = Path(bertfast.__file__).parent
 SOURCES = PACKAGE.parent / "csrc"
@@ -72,9 +72,11 @@ def _compile(arch: str, directory: Path) -> list[Path]:
     if not SOURCES.is_dir():
         raise LeftOut("bertfast._cuda is not built, and this is no source checkout")
     try:
-        tool("nvcc")
+        known = run_tool("nvcc", "--list-gpu-code").split()
     except MissingTool as missing:
         raise LeftOut(f"bertfast._cuda is not built, and {missing}") from None
+    if arch.rstrip("af") not in known:
+        raise LeftOut(f"bertfast._cuda is not built, and nvcc {version()} can't compile for {arch}")
     cubins = []
     for source in sorted(SOURCES.glob("kernels/*.cu")):
         cubins.append(directory / f"{source.stem}.cubin")

@@ -8,6 +8,9 @@ from rich.table import Table
 
 from .rows import Row
 
+HEADINGS = ["instr/\nelement", "load\nbits", "store\nbits", "stack\nbytes", "shared\nbytes"]
+HEADINGS += ["LDS,\nSTS", "MUFU", "MMA"]
+
 
 def print_table(rows: list[Row], archs: list[str], console: Console) -> None:
     """A table for each kernel: a line for each form and dtype, the worst over the architectures."""
@@ -19,7 +22,7 @@ def print_table(rows: list[Row], archs: list[str], console: Console) -> None:
         table = Table(title=f"{source}: {kernel}", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("form", no_wrap=True)
         table.add_column("dtype", no_wrap=True)
-        for name in ("instr/element", "load", "store", "stack", "shared", "LDS+STS", "MUFU", "MMA"):
+        for name in HEADINGS:
             table.add_column(name, justify="right")
         for arch in archs:
             table.add_column(f"regs\n{arch}", justify="right")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +58,7 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 def parse(text: str) -> dict[str, Code]:
-    """The kernels of `nvdisasm -c`'s output, by their (mangled) names."""
+    """The kernels of nvdisasm's output, by their (mangled) names."""
     found: dict[str, Code] = {}
     name, lines = None, []
     for line in text.splitlines():
@@ -193,8 +194,15 @@ def run_tool(name: str, *arguments: str, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def read_cubin(cubin: Path, arch: str) -> dict[str, tuple[Code, Resources]]:
+def disassemble(cubin: Path) -> str:
+    # Without the data-flow analysis, whose annotations nobody reads.
+    return run_tool("nvdisasm", "--print-code", "--no-dataflow", str(cubin))
+
+
+def read_cubin(
+    cubin: Path, arch: str, disassemble: Callable[[Path], str] = disassemble
+) -> dict[str, tuple[Code, Resources]]:
     """The kernels of a cubin, by their (mangled) names."""
     resources = parse_resources(run_tool("cuobjdump", "--dump-resource-usage", str(cubin)), arch)
-    code = parse(run_tool("nvdisasm", "-c", str(cubin))) if resources else {}
-    return {name: (code[name], used) for name, used in resources.items() if name in code}
+    code = parse(disassemble(cubin)) if resources else {}
+    return {name: (code[name], used) for name, used in resources.items()}

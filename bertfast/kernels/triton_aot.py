@@ -5,6 +5,7 @@ an architecture that the installed Triton doesn't know can take the whole proces
 """
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -19,7 +20,9 @@ import bertfast
 
 from ..ops.aot import Case, TritonCase
 from .rows import Row, aot_modules, make_row
-from .sass import capability, read_cubin
+from .sass import capability, disassemble, read_cubin
+
+TAG = "bertfast kernels: "  # starts the subprocess's lines: a compiler may print too
 
 
 class LeftOut(Exception):
@@ -48,8 +51,10 @@ def read(arch: str, modules: list[str]) -> tuple[list[Row], list[str]]:
         text=True,
         check=False,
     )
-    said = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    end = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+    lines = [line.partition(TAG) for line in result.stdout.splitlines()]
+    said = [json.loads(after) for before, tag, after in lines if tag and not before]
+    complaints = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+    end = next((line for line in complaints if "fatal" in line), complaints[-1])
     if {"knows": arch} not in said:
         raise LeftOut(f"Triton {version()} can't compile for {arch}: {end}")
     rows = [_row(line["row"]) for line in said if "row" in line]
@@ -94,9 +99,22 @@ def _compiled_rows(op: str, case: TritonCase, arch: str, directory: Path) -> Ite
     compiled = compile_case(case, arch)
     cubin = directory / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    for name, (code, resources) in read_cubin(cubin, arch).items():
+    for name, (code, resources) in read_cubin(cubin, arch, _disassemble).items():
         shared = compiled.metadata.shared
         yield make_row("triton", op, name, arch, case.case, code, resources, shared)
+
+
+def _disassemble(cubin: Path) -> str:
+    """Kept beside the cubin in Triton's cache: for small kernels it takes longer than the rest."""
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(hashlib.sha256(cubin.read_bytes()).hexdigest())
+    kept = cache.get_file("kernel.sass")
+    if kept is not None:
+        return Path(kept).read_text()
+    text = disassemble(cubin)
+    cache.put(text, "kernel.sass", binary=False)
+    return text
 
 
 def _smallest_case() -> TritonCase:
@@ -114,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def say(**line: object) -> None:
-        print(json.dumps(line), flush=True)
+        print(TAG + json.dumps(line), flush=True)
 
     compile_case(_smallest_case(), args.arch)
     say(knows=args.arch)
