@@ -1,7 +1,9 @@
 """What the Triton kernels share: rounding stores, and dropout's draws for a row."""
 
+import contextlib
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,6 +25,13 @@ def unsupported_reason(device_type: str) -> str | None:
             "set TRITON_INTERPRET=1 before bertfast is imported"
         )
     return f"Triton kernels run on 'cuda' and (interpreted) on 'cpu', not on {device_type!r}"
+
+
+def on_device(tensor: torch.Tensor):
+    """A context in which Triton launches where the tensor is: it takes the current device."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""What only a GPU can show: graph capture, streams, offsets beyond 2^31 bytes, several devices."""
+
+import pytest
+import torch
+
+from bertfast.ops import layer_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
+
+
+@backends
+def test_graph_capture_replays_with_new_seeds(backend):
+    x, residual = torch.randn(2, 64, 768, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+    one = torch.ones(768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        y = layer_norm(x, one, one, residual=residual, dropout_p=0.5, backend=backend)
+        return y, *torch.autograd.grad(y, (x, one), torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles, loads, allocates
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    first = [value.clone() for value in captured]
+    graph.replay()
+    assert not torch.equal(captured[0], first[0])
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    for value, other in zip(captured, first, strict=True):
+        assert torch.equal(value, other)
+
+
+@backends
+def test_runs_on_the_current_stream(backend):
+    one = torch.ones(768, device="cuda")
+    layer_norm(torch.randn(8, 768, device="cuda"), one, one, backend=backend)
+    stream = torch.cuda.Stream()
+    big = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(
+            20
+        ):  # keeps the stream busy, so that a launch elsewhere would come too early
+            big = big @ big * 1e-3
+        x = torch.randn(8, 768, device="cuda") + big.sum() * 0
+        y = layer_norm(x, one, one, backend=backend)
+    stream.synchronize()
+    assert torch.equal(y, layer_norm(x, one, one, backend=backend))
+
+
+@backends
+def test_offsets_beyond_32_bits(backend):
+    rows, width = 2**31 // 1024 + 3, 1024
+    if torch.cuda.mem_get_info()[0] < 6 * rows * width * 2:
+        pytest.skip(reason="not enough GPU memory for a tensor of more than 2^31 elements")
+    x = torch.randn(rows, width, device="cuda", dtype=torch.float16)
+    one = torch.ones(width, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        y = layer_norm(x, one, one, residual=x, backend=backend)
+        tail = layer_norm(x[-5:].clone(), one, one, residual=x[-5:].clone(), backend=backend)
+    assert torch.equal(y[-5:], tail)
+
+
+@backends
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_runs_where_its_tensors_are(backend):
+    x, one = torch.randn(4, 768, device="cuda:1"), torch.ones(768, device="cuda:1")
+    with torch.cuda.device(0):
+        y = layer_norm(x, one, one, backend=backend)
+        assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        assert torch.equal(y, layer_norm(x, one, one, backend=backend))
