@@ -123,7 +123,7 @@ def _backward(width: int, dtypes: str, dropout: bool) -> TritonCase:
 
 
 def _column_sum(dtypes: str) -> TritonCase:
-    from . import triton
+    from .. import triton_column_sum as shared
 
     out = _pointer(DTYPES[dtypes][1])
     arguments = {
@@ -133,11 +133,14 @@ def _column_sum(dtypes: str) -> TritonCase:
         "out2_ptr": out,
         "n_partials": "i32",
         "N": "i32:16",
-        "BLOCK_P": 32,
-        "BLOCK_N": 32,
+        "BLOCK_P": shared.BLOCK_P,
+        "BLOCK_N": shared.BLOCK_N,
     }
-    case = Case("32 x 32", dtypes, threads=128, elements=32 * 32 / 128, loop=True)
-    return TritonCase(triton.column_sum_kernel, arguments, 4, case)
+    threads = 32 * shared.NUM_WARPS
+    elements = shared.BLOCK_P * shared.BLOCK_N / threads
+    label = f"{shared.BLOCK_P} x {shared.BLOCK_N}"
+    case = Case(label, dtypes, threads, elements=elements, loop=True)
+    return TritonCase(shared.column_sum_kernel, arguments, shared.NUM_WARPS, case)
 
 
 CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .. import dropout, triton_lib
 from ..rows import row_stride
+from ..triton_column_sum import column_sums
 from ..triton_lib import round_to, row_keep, to_float
 
 MAX_WIDTH = 8192
@@ -158,43 +159,6 @@ def layer_norm_bwd_kernel(
         tl.store(dx_bias_ptr + program * N + cols, dx_bias, mask=inside)
 
 
-@triton.jit
-def column_sum_kernel(
-    partial_ptr,  # (sums, n_partials, N) float32
-    out0_ptr,
-    out1_ptr,
-    out2_ptr,
-    n_partials,
-    N,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Adds the partial sums of up to three parameters, program (i, j) columns i of sum j."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(1)
-    rows = tl.arange(0, BLOCK_P)
-    base = partial_ptr + which.to(tl.int64) * n_partials * N
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    lost = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for first in range(0, n_partials, BLOCK_P):
-        row = first + rows[:, None]
-        inside = (row < n_partials) & (cols < N)[None, :]
-        value = tl.load(base + row.to(tl.int64) * N + cols[None, :], mask=inside, other=0.0)
-        # Kahan's compensation: the error does not grow with the number of rows.
-        value -= lost
-        sum_ = total + value
-        lost = (sum_ - total) - value
-        total = sum_
-    result = tl.sum(total, axis=0)
-    if which == 0:
-        out_ptr = out0_ptr
-    elif which == 1:
-        out_ptr = out1_ptr
-    else:
-        out_ptr = out2_ptr
-    tl.store(out_ptr + cols, round_to(result, out_ptr.dtype.element_ty), mask=cols < N)
-
-
 @dataclass(frozen=True)
 class Config:
     """How a width is split. One warp a row up to 1024: no barrier, and a dead quarter of the block
@@ -305,14 +269,4 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
             num_warps=config.num_warps,
         )
         if outs:
-            column_sum_kernel[(triton.cdiv(width, 32), len(outs))](
-                partial,
-                outs[0],
-                outs[min(1, len(outs) - 1)],
-                outs[-1],
-                programs,
-                width,
-                BLOCK_P=32,
-                BLOCK_N=32,
-                num_warps=4,
-            )
+            column_sums(partial, outs)
