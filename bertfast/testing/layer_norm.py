@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ..ops import dropout, layer_norm
 from .budget import UNIT_ROUNDOFF
+from .layouts import lay_out
 
 NAMES = ("x", "weight", "bias", "residual", "x_bias")
 
@@ -110,33 +111,18 @@ def _values(shape, kind: str, generator: torch.Generator) -> torch.Tensor:
     return normal
 
 
-def _lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout; what lies between them is NaN."""
-    if layout == "rows apart":
-        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 24), torch.nan)
-        view = wide[..., 8 : 8 + tensor.shape[-1]]
-    elif layout == "transposed":
-        view = torch.empty_like(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
-    elif layout == "strided":
-        view = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)[..., ::2]
-    else:
-        return tensor
-    view.copy_(tensor)
-    return view
-
-
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     width, rows = case.shape[-1], math.prod(case.shape[:-1])
     x = _values(case.shape, case.values, generator)
     x_dtype = torch.bfloat16 if case.x_is_16_bit else dtype
     inputs = {
-        "x": _lay_out(x.to(x_dtype), case.layout),
+        "x": lay_out(x.to(x_dtype), case.layout),
         "weight": (torch.rand(width, generator=generator) + 0.5).to(dtype),
         "bias": torch.randn(width, generator=generator).to(dtype),
         "residual": None,
         "x_bias": None,
-        "dy": _lay_out(torch.randn(case.shape, generator=generator).to(dtype), case.layout),
+        "dy": lay_out(torch.randn(case.shape, generator=generator).to(dtype), case.layout),
         "eps": case.eps,
         "p": case.p,
         "seed": torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator),
@@ -145,7 +131,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     }
     if case.residual:
         residual = _values(case.shape, case.values, generator)
-        inputs["residual"] = _lay_out(residual.to(dtype), case.layout)
+        inputs["residual"] = lay_out(residual.to(dtype), case.layout)
     if case.x_bias:
         inputs["x_bias"] = (torch.randn(width, generator=generator) * 0.1).to(dtype)
     if case.row_index:
