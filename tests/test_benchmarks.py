@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bertfast.bench import cases, measure, record, timing
+from bertfast.ops import available
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_all.py"
@@ -36,27 +37,22 @@ def test_dry_run_goes_through_every_step(dry_run):
     assert result.returncode == 0, result.stdout + result.stderr
     for step in ("build", "tests", "ceilings", "op_times"):
         assert f"== {step}" in result.stdout
-    assert {"copy", "matmul", "layer_norm"} <= {row["op"] for row in rows}
+    assert {"copy", "matmul", "layer_norm", "bias_gelu"} <= {row["op"] for row in rows}
 
 
 def test_dry_run_times_every_provider_in_every_pass(dry_run):
     _, rows = dry_run
-    # The script runs Triton in its interpreter, whatever this process does.
-    providers = {"bertfast triton", "torch eager", "torch compile"}
-    providers |= {"bertfast cuda"} if _host_is_built() else set()
-    for pass_ in ("forward", "training", "backward"):
-        timed = [row for row in rows if row["op"] == "layer_norm" and row["pass"] == pass_]
+    for op, pass_ in dict.fromkeys((case.op, case.pass_) for case in cases.dry_cases()):
+        # The script runs Triton in its interpreter, whatever this process does.
+        providers = {"bertfast triton", "torch eager", "torch compile"}
+        if available("cpu")[op]["cuda"] is None:
+            providers.add("bertfast cuda")
+        timed = [row for row in rows if row["op"] == op and row["pass"] == pass_]
         assert {row["provider"] for row in timed} == providers
         for row in timed:
             assert float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
             assert float(row["error"]) < 0.02
             assert row["device"].startswith("cpu: ") and row["bertfast_commit"] and row["time"]
-
-
-def _host_is_built() -> bool:
-    from bertfast.ops import native
-
-    return native.unsupported_reason("cpu") is None
 
 
 def test_time_limit_ends_cleanly_and_keeps_the_header(tmp_path):
@@ -113,7 +109,11 @@ def test_ours_must_meet_the_error_budget(bench, monkeypatch):
 
 
 def test_budget_check_accepts_the_reference():
-    measure.check_budget("layer_norm", "torch", "cpu", torch.float32, 64, 0.1)
+    for case in (
+        cases.LayerNormCase("training", 5, 64, torch.float32, 0.1),
+        cases.BiasGeluCase("backward", 5, 64, torch.float32),
+    ):
+        measure.check_budget(case, "torch", "cpu")
 
 
 def test_rows_survive_a_run_that_is_cut_short(bench):
@@ -137,6 +137,11 @@ def test_bytes(pass_, dropout, values, statistics, parameters):
     expected = values * 10 * 32 * 2 + statistics * 10 * 4 + parameters * 32 * 2
     # weight, bias, x_bias in; in the backward weight in and three gradients out
     assert cases.layer_norm_bytes(pass_, 10, 32, 2, dropout) == expected
+
+
+def test_bytes_of_bias_gelu():
+    assert cases.bias_gelu_bytes("forward", 10, 32, 2) == (2 * 10 + 1) * 32 * 2
+    assert cases.bias_gelu_bytes("backward", 10, 32, 4) == (3 * 10 + 2) * 32 * 4
 
 
 def test_providers_take_turns_and_stop_in_time():

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from bertfast.ops import available, dropout_keep_mask, layer_norm
+from bertfast.ops import available, bias_gelu, dropout_keep_mask, layer_norm
 
 X, W, B = torch.randn(2, 3, 8), torch.ones(8), torch.zeros(8)
 SEED = torch.tensor([1])
@@ -68,6 +68,49 @@ def test_error_text(change, error, text):
     arguments = dict(x=X, weight=W, bias=B) | change
     with pytest.raises(error, match=re.escape(text)):
         layer_norm(**arguments)
+
+
+BAD_GELU = [
+    (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
+    (dict(x=X.int()), TypeError, "x must have a floating-point dtype, got torch.int32"),
+    (
+        dict(x=torch.tensor(1.0)),
+        ValueError,
+        "x must have a last dimension (the bias's), got []",
+    ),
+    (dict(bias=1.0), TypeError, "bias must be a tensor, got float"),
+    (dict(bias=B[:7]), ValueError, "bias must have shape [8], got [7]"),
+    (dict(bias=B.half()), TypeError, "bias must have dtype torch.float32 (x's), got torch.float16"),
+    (dict(bias=B.to("meta")), ValueError, "bias must be on cpu (where x is), got meta"),
+    (
+        dict(approximate="erf"),
+        ValueError,
+        "approximate must be one of 'none', 'tanh', got 'erf'",
+    ),
+    (dict(approximate=None), ValueError, "approximate must be one of 'none', 'tanh', got None"),
+    (
+        dict(backend="cudnn"),
+        ValueError,
+        "backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'cudnn'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_GELU, ids=lambda value: str(value)[:40])
+def test_bias_gelu_error_text(change, error, text):
+    arguments = dict(x=X, bias=B) | change
+    with pytest.raises(error, match=re.escape(text)):
+        bias_gelu(**arguments)
+
+
+def test_explicit_backend_of_bias_gelu_never_falls_back(target, need):
+    need("bias_gelu", target)
+    backend, device = target
+    double = torch.randn(2, 8, dtype=torch.float64, device=device)
+    text = "x must be float32, float16 or bfloat16, got torch.float64"
+    with pytest.raises(ValueError, match=text):
+        bias_gelu(double, backend=backend)
+    assert bias_gelu(double).dtype == torch.float64
 
 
 def test_explicit_backend_never_falls_back(target, need):

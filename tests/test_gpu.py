@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bertfast.ops import layer_norm
+from bertfast.ops import bias_gelu, layer_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +80,60 @@ def test_runs_where_its_tensors_are(backend):
         assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
         assert torch.equal(y, layer_norm(x, one, one, backend=backend))
+
+
+@backends
+def test_graph_capture_of_bias_gelu(backend, need):
+    need("bias_gelu", (backend, "cuda"))
+    x = torch.randn(2, 64, 3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        y = bias_gelu(x, bias, backend=backend)
+        return y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles, loads, allocates
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(-2.0)  # what was captured reads the tensors anew
+    graph.replay()
+    for value, other in zip(captured, step(), strict=True):
+        assert torch.equal(value, other)
+
+
+@backends
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_bias_gelu_beyond_2_to_the_31_elements(backend, need, with_bias):
+    need("bias_gelu", (backend, "cuda"))
+    width = 1024
+    bias = torch.randn(width, device="cuda", dtype=torch.float16) if with_bias else None
+    for rows in (2**21 - 1, 2**21 + 3):  # the first index overflows only where a tile's end does
+        if torch.cuda.mem_get_info()[0] < 6 * rows * width * 2:
+            pytest.skip(reason="not enough GPU memory for a tensor of more than 2^31 elements")
+        x = torch.randn(rows, width, device="cuda", dtype=torch.float16)
+        y = bias_gelu(x, bias, backend=backend)
+        assert torch.equal(y[-5:], bias_gelu(x[-5:].clone(), bias, backend=backend))
+        assert torch.equal(y[:5], bias_gelu(x[:5].clone(), bias, backend=backend))
+        x.requires_grad_()
+        (dx,) = torch.autograd.grad(bias_gelu(x, bias, backend=backend), x, y)
+        tail = x[-5:].detach().clone().requires_grad_()
+        (dtail,) = torch.autograd.grad(bias_gelu(tail, bias, backend=backend), tail, y[-5:].clone())
+        assert torch.equal(dx[-5:], dtail)
+        del x, y, dx
+
+
+@backends
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_bias_gelu_runs_where_its_tensors_are(backend, need):
+    need("bias_gelu", (backend, "cuda"))
+    x, bias = torch.randn(4, 3072, device="cuda:1"), torch.ones(3072, device="cuda:1")
+    with torch.cuda.device(0):
+        y = bias_gelu(x, bias, backend=backend)
+        assert torch.cuda.current_device() == 0
+    with torch.cuda.device(1):
+        assert torch.equal(y, bias_gelu(x, bias, backend=backend))

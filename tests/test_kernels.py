@@ -273,3 +273,16 @@ def test_the_committed_budget_has_the_promised_limits():
         cell = forms[f"{width}, training"]["float16"]
         assert cell <= 17
     assert forms["384, training"]["float16"]["instructions"] <= 24
+
+
+def test_bias_gelu_keeps_its_promised_instructions_and_no_stack():
+    kernels_ = budget.load()["kernels"]["triton"]
+    forward = kernels_["bias_gelu_fwd_kernel"]["forms"]
+    backward = kernels_["bias_gelu_bwd_kernel"]["forms"]
+    for dtype in ("float16", "bfloat16"):
+        for tanh in ("", ", tanh"):
+            assert forward[f"no bias{tanh}"][dtype] <= 18
+            assert forward[f"3072{tanh}"][dtype] <= 20
+            assert backward[f"3072{tanh}"][dtype] <= 24
+    for cells in (*forward.values(), *backward.values()):
+        assert not any(isinstance(cell, dict) and "stack" in cell for cell in cells.values())

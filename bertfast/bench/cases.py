@@ -1,8 +1,9 @@
 """What is timed for each op: shapes in order of importance, inputs, providers, bytes.
 
-A new op adds one class like LayerNormCase and its list to `all_cases`.
+A new op adds one class like LayerNormCase and its list to `all_cases` and `dry_cases`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,48 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
+from ..testing import bias_gelu as bias_gelu_testing
+from ..testing import layer_norm as layer_norm_testing
 
 EPS = 1e-12
 Step = Callable[[], tuple[torch.Tensor, ...]]  # runs the pass once; its outputs
+
+
+def _step(pass_: str, call: Callable, leaves: dict[str, torch.Tensor], dy: torch.Tensor) -> Step:
+    """A pass of call(**leaves) as a function without arguments."""
+    if pass_ == "forward":
+
+        def forward() -> tuple[torch.Tensor, ...]:
+            with torch.no_grad():
+                return (call(**leaves),)
+
+        return forward
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
+
+    def training() -> tuple[torch.Tensor, ...]:
+        return (call(**leaves),)
+
+    if pass_ == "training":
+        return training
+    (y,) = training()
+    wanted = list(leaves.values())
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+
+def _providers(
+    op: str, ours: Callable[[str], Callable], stock: Callable, device: str, compile_backend: str
+) -> dict[str, Callable]:
+    """Ours where they run here, then torch, eager and compiled."""
+    torch._functorch.config.donated_buffer = False  # the backward is run many times
+    found: dict[str, Callable] = {}
+    for backend, reason in ops.available(device)[op].items():
+        if backend != "torch" and reason is None:
+            found[f"bertfast {backend}"] = ours(backend)
+    found["torch eager"] = stock
+    found["torch compile"] = torch.compile(
+        stock, fullgraph=True, dynamic=False, backend=compile_backend
+    )
+    return found
 
 
 def layer_norm_bytes(pass_: str, rows: int, width: int, itemsize: int, dropout: bool) -> int:
@@ -75,36 +115,13 @@ class LayerNormCase:
     def steps(self, function: Callable, inputs: dict[str, torch.Tensor]) -> Step:
         """The pass as a function without arguments; `function` is one of `providers`."""
         leaves = {k: v for k, v in inputs.items() if k not in ("dy", "seed")}
-        if self.pass_ == "forward":
-
-            def forward() -> tuple[torch.Tensor, ...]:
-                with torch.no_grad():
-                    return (function(**leaves, seed=inputs["seed"], p=0.0),)
-
-            return forward
-        leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
-
-        def training() -> tuple[torch.Tensor, ...]:
-            return (function(**leaves, seed=inputs["seed"], p=self.dropout),)
-
-        if self.pass_ == "training":
-            return training
-        (y,) = training()
-        wanted = list(leaves.values())
-        return lambda: torch.autograd.grad(y, wanted, inputs["dy"], retain_graph=True)
+        # Inference has no dropout.
+        p = 0.0 if self.pass_ == "forward" else self.dropout
+        call = functools.partial(function, seed=inputs["seed"], p=p)
+        return _step(self.pass_, call, leaves, inputs["dy"])
 
     def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
-        """Ours where they run here, then torch, eager and compiled."""
-        torch._functorch.config.donated_buffer = False  # the backward is run many times
-        found: dict[str, Callable] = {}
-        for backend, reason in ops.available(device)[self.op].items():
-            if backend != "torch" and reason is None:
-                found[f"bertfast {backend}"] = _ours(backend)
-        found["torch eager"] = _stock
-        found["torch compile"] = torch.compile(
-            _stock, fullgraph=True, dynamic=False, backend=compile_backend
-        )
-        return found
+        return _providers(self.op, _ours, _stock, device, compile_backend)
 
     def reference(self, inputs: dict[str, torch.Tensor]) -> dict[str, Callable]:
         """What is right, in float64 on the inputs' device, for ours and for stock torch."""
@@ -114,6 +131,10 @@ class LayerNormCase:
     def without_dropout(self) -> "LayerNormCase":
         """To check stock torch, whose own random mask can't be known."""
         return LayerNormCase(self.pass_, self.rows, self.width, self.dtype)
+
+    def for_budget(self) -> layer_norm_testing.Case:
+        """A few rows of it, for the error budget."""
+        return layer_norm_testing.Case((67, self.width), p=self.dropout)
 
 
 def _ours(backend: str) -> Callable:
@@ -156,14 +177,104 @@ def layer_norm_cases() -> list[LayerNormCase]:
     return cases
 
 
-def all_cases() -> list[LayerNormCase]:
-    return layer_norm_cases()
+def bias_gelu_bytes(pass_: str, rows: int, width: int, itemsize: int) -> int:
+    """The least that bias_gelu must move through memory.
+
+    forward    values an element: x read, y written; x is what the backward needs, too     2
+    backward   dy and x read, dx written                                                   3
+    The bias is one row, and so is its gradient; the partial sums are not counted.
+    """
+    values, parameter_rows = {"forward": (2, 1), "backward": (3, 2)}[pass_]
+    return (values * rows + parameter_rows) * width * itemsize
 
 
-def dry_cases() -> list[LayerNormCase]:
+@dataclass(frozen=True)
+class BiasGeluCase:
+    """y = gelu(x + bias), as between the two Linears of an encoder layer's feed-forward part."""
+
+    pass_: str  # forward (in training too: nothing more is saved) or backward
+    rows: int
+    width: int
+    dtype: torch.dtype
+    op: str = "bias_gelu"
+
+    dropout = 0.0
+    flops = 0  # bound by memory
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}"
+
+    @property
+    def bytes(self) -> int:
+        return bias_gelu_bytes(self.pass_, self.rows, self.width, self.dtype.itemsize)
+
+    def inputs(self, device: str, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        shapes = {"x": (self.rows, self.width), "bias": (self.width,)}
+        shapes["dy"] = shapes["x"]
+        return {
+            name: torch.randn(shape, generator=generator, device=device).to(self.dtype)
+            for name, shape in shapes.items()
+        }
+
+    def steps(self, function: Callable, inputs: dict[str, torch.Tensor]) -> Step:
+        """The pass as a function without arguments; `function` is one of `providers`."""
+        leaves = {name: inputs[name] for name in ("x", "bias")}
+        return _step(self.pass_, function, leaves, inputs["dy"])
+
+    def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
+        return _providers(self.op, _our_gelu, _stock_gelu, device, compile_backend)
+
+    def reference(self, inputs: dict[str, torch.Tensor]) -> dict[str, Callable]:
+        """What is right, in float64 on the inputs' device, for ours and for stock torch."""
+        wide = {name: value.double() for name, value in inputs.items()}
+        return dict.fromkeys(("bertfast", "torch"), self.steps(_stock_gelu, wide))
+
+    def for_budget(self) -> bias_gelu_testing.Case:
+        """A few rows of it, for the error budget."""
+        return bias_gelu_testing.Case((67, self.width))
+
+
+def _our_gelu(backend: str) -> Callable:
+    return functools.partial(ops.bias_gelu, backend=backend)
+
+
+def _stock_gelu(x, bias):
+    return F.gelu(x + bias)
+
+
+def bias_gelu_cases() -> list[BiasGeluCase]:
+    """Most important first: BERT-base's inner width at a full batch in bf16, then outward."""
+    order = itertools.chain(
+        itertools.product((16384,), (3072, 4096, 1536), (torch.bfloat16, torch.float16)),
+        itertools.product((128, 4096), (3072,), (torch.bfloat16,)),
+        itertools.product((16384,), (3072,), (torch.float32,)),
+    )
+    return [
+        BiasGeluCase(pass_, rows, width, dtype)
+        for rows, width, dtype in order
+        for pass_ in ("forward", "backward")
+    ]
+
+
+Case = LayerNormCase | BiasGeluCase
+
+
+def all_cases() -> list[Case]:
+    """The ops take turns, so that a run that is cut short has the most important of each."""
+    longest = itertools.zip_longest(layer_norm_cases(), bias_gelu_cases())
+    return [case for pair in longest for case in pair if case is not None]
+
+
+def dry_cases() -> list[Case]:
     """One tiny case a pass, with every dtype among them: the interpreter is slow."""
     dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
-    return [
+    layer_norm = [
         LayerNormCase(pass_, 6, 64, dtype, p)
         for (pass_, p), dtype in zip(_PASSES, dtypes, strict=False)
+    ]
+    return layer_norm + [
+        BiasGeluCase("forward", 6, 64, torch.bfloat16),
+        BiasGeluCase("backward", 6, 64, torch.float16),
     ]

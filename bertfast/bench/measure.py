@@ -45,11 +45,11 @@ def check(case, provider: str, function: Callable, inputs: dict) -> float:
     return error
 
 
-def check_budget(op: str, backend: str, device: str, dtype: torch.dtype, width: int, p: float):
+def check_budget(case, backend: str, device: str) -> None:
     """Ours against the error budget, output and every gradient, on a few rows."""
-    testing = importlib.import_module(f"bertfast.testing.{op}")
+    testing = importlib.import_module(f"bertfast.testing.{case.op}")
     budget = importlib.import_module("bertfast.testing")
-    inputs = testing.make_inputs(testing.Case((67, width), p=p), dtype)
+    inputs = testing.make_inputs(case.for_budget(), case.dtype)
     worst = budget.worst(
         budget.compare(
             testing.run(inputs, backend, device),
@@ -129,11 +129,11 @@ class Bench:
             self.recorder.add(row)
 
     def _check_budget_once(self, case, provider: str) -> None:
-        """Before a backend's first timing at a width, dtype and dropout."""
+        """Before a backend's first timing in a dtype and form, such as a width."""
         name, _, backend = provider.partition(" ")
-        key = (case.op, backend, case.dtype, case.width, case.dropout)
+        key = (case.op, backend, case.dtype, case.for_budget())
         if name == "bertfast" and key not in self._within_budget:
-            check_budget(case.op, backend, self.device, case.dtype, case.width, case.dropout)
+            check_budget(case, backend, self.device)
             self._within_budget.add(key)
 
     def _peak_memory(self, step: Callable) -> float | None:

@@ -1,7 +1,8 @@
 """The fused ops: the same function on every backend, differentiable, with the same numbers."""
 
+from .bias_gelu import bias_gelu
 from .dispatch import available
 from .dropout import dropout_keep_mask
 from .layer_norm import layer_norm
 
-__all__ = ["available", "dropout_keep_mask", "layer_norm"]
+__all__ = ["available", "bias_gelu", "dropout_keep_mask", "layer_norm"]

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # runs torch. Order on "cuda": not measured yet; the compiled kernels have the lower call cost.
 AUTO_ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
+    "bias_gelu": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
 }
 
 _modules: dict[tuple[str, str], object] = {}
@@ -29,10 +30,14 @@ def backend_module(op: str, backend: str):
     """The backend's module, or the text of what its import failed with."""
     key = (op, backend)
     if key not in _modules:
+        name = f"bertfast.ops.{op}.{backend}"
         try:
-            _modules[key] = importlib.import_module(f"bertfast.ops.{op}.{backend}")
+            _modules[key] = importlib.import_module(name)
         except ImportError as error:
-            _modules[key] = f"{backend} can't be imported: {error}"
+            if error.name == name:  # the module itself is missing, not something that it needs
+                _modules[key] = f"{op} has no {backend} kernels yet"
+            else:
+                _modules[key] = f"{backend} can't be imported: {error}"
     return _modules[key]
 
 

@@ -55,6 +55,17 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(value):
+    """1 / value to 1 ulp, for values of ordinary size. A division would scale huge divisors first,
+    four instructions more."""
+    if _INTERPRETED:
+        return 1.0 / value
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def row_keep(seed, row, site, threshold, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """dropout.row_keep_mask for one row: BLOCK_N booleans.
 
