@@ -8,6 +8,10 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+torch.manual_seed(0)  # random values in tables of cases: every process must find the same tests
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for each core already
+
 import pytest  # noqa: E402
 
 from bertfast.ops import available  # noqa: E402
