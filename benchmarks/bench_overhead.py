@@ -4,7 +4,7 @@
 
 The CUDA path is taken with the kernels compiled for the host and their launch switched off, so the
 same Python, checks, allocations and binding run as on a GPU, but for the launch itself. The tensors
-are tiny, there is one thread, and stock torch's layer_norm, which does run, stands beside it.
+are tiny, there is one thread, and what stock torch does instead, which does run, stands beside it.
 """
 
 import pytest
@@ -86,5 +86,41 @@ def test_gradients_on(benchmark, inputs, name):
 def test_backward(benchmark, inputs, name):
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     y = globals()[name](inputs)()
+    dy = torch.randn_like(y)
+    run(benchmark, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+
+
+@pytest.fixture
+def gelu_inputs():
+    return torch.randn(8, WIDTH), torch.randn(WIDTH)
+
+
+def fused_gelu(x, bias):
+    return ops.bias_gelu(x, bias, backend="cuda")
+
+
+def stock_gelu(x, bias):
+    return F.gelu(x + bias)
+
+
+@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
+def test_gelu_gradients_off(benchmark, gelu_inputs, name):
+    function = globals()[name]
+    with torch.no_grad():
+        run(benchmark, lambda: function(*gelu_inputs))
+
+
+@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
+def test_gelu_gradients_on(benchmark, gelu_inputs, name):
+    function = globals()[name]
+    for tensor in gelu_inputs:
+        tensor.requires_grad_()
+    run(benchmark, lambda: function(*gelu_inputs))
+
+
+@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
+def test_gelu_backward(benchmark, gelu_inputs, name):
+    leaves = [tensor.requires_grad_() for tensor in gelu_inputs]
+    y = globals()[name](*leaves)
     dy = torch.randn_like(y)
     run(benchmark, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))

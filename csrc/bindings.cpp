@@ -148,6 +148,43 @@ void layer_norm_backward(Pointer dy, Pointer z, Pointer mean, Pointer rstd, Poin
         "launching layer_norm's backward");
 }
 
+void bias_gelu_forward(Pointer x, Pointer bias, Pointer y, int64_t rows, int64_t x_row_stride,
+                       int64_t cols, bool tanh, int x_dtype, int dtype, int device,
+                       Pointer stream) {
+  BiasGeluForward p;
+  p.x = as(x);
+  p.bias = as(bias);
+  p.y = as(y);
+  p.rows = at_least_one(rows, "rows");
+  p.x_row_stride = to_int(x_row_stride, "x's row stride");
+  p.cols = at_least_one(cols, "cols");
+  OnDevice guard(device);
+  check(launch_bias_gelu_forward(p, tanh, dtype_of(x_dtype), dtype_of(dtype),
+                                 reinterpret_cast<Stream>(stream)),
+        "launching bias_gelu's forward");
+}
+
+void bias_gelu_backward(Pointer dy, Pointer x, Pointer bias, Pointer dx, Pointer partial_dbias,
+                        int64_t rows, int64_t dy_row_stride, int64_t x_row_stride, int64_t cols,
+                        int64_t chains, bool tanh, int x_dtype, int dtype, int device,
+                        Pointer stream) {
+  BiasGeluBackward p;
+  p.dy = as(dy);
+  p.x = as(x);
+  p.bias = as(bias);
+  p.dx = as(dx);
+  p.partial_dbias = as<float>(partial_dbias);
+  p.rows = at_least_one(rows, "rows");
+  p.dy_row_stride = to_int(dy_row_stride, "dy's row stride");
+  p.x_row_stride = to_int(x_row_stride, "x's row stride");
+  p.cols = at_least_one(cols, "cols");
+  p.chains = at_least_one(chains, "chains");
+  OnDevice guard(device);
+  check(launch_bias_gelu_backward(p, tanh, dtype_of(x_dtype), dtype_of(dtype),
+                                  reinterpret_cast<Stream>(stream)),
+        "launching bias_gelu's backward");
+}
+
 void column_sum(Pointer partial, Pointer out0, Pointer out1, Pointer out2, int64_t sums,
                 int64_t n_partials, int64_t cols, int dtype, int device, Pointer stream) {
   if (sums < 1 || sums > 3) throw std::invalid_argument("sums must be 1, 2 or 3");
@@ -202,6 +239,8 @@ PYBIND11_MODULE(BERTFAST_MODULE, m) {
   m.def("layer_norm_rows_per_block", [](int64_t cols, int dtype) {
     return layer_norm_rows_per_block(columns(cols), dtype_of(dtype));
   });
+  m.def("bias_gelu_forward", &bias_gelu_forward);
+  m.def("bias_gelu_backward", &bias_gelu_backward);
   m.def("column_sum", &column_sum);
   bind_host(m);
 }

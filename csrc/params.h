@@ -62,6 +62,32 @@ struct LayerNormBackward {
   uint32_t site;
 };
 
+// x has x_dtype, with rows x_row_stride elements apart; bias and y have dtype, y is contiguous.
+struct BiasGeluForward {
+  const void* x;
+  const void* bias;
+  void* y;
+  int rows;
+  int x_row_stride;
+  int cols;
+  int tiles;  // blocks beside each other in a row; set by the launch
+};
+
+// x and dx have x_dtype, dy and bias have dtype; dx is contiguous and may not be null.
+struct BiasGeluBackward {
+  const void* dy;
+  const void* x;
+  const void* bias;
+  void* dx;
+  float* partial_dbias;  // (chains, cols)
+  int rows;
+  int dy_row_stride;
+  int x_row_stride;
+  int cols;
+  int chains;  // threads that walk down the rows side by side
+  int tiles;
+};
+
 // out[i][column] = sum over the partials' rows; partial is (sums, n_partials, cols).
 struct ColumnSum {
   const float* partial;
@@ -74,6 +100,10 @@ struct ColumnSum {
 cudaError_t launch_layer_norm_forward(const LayerNormForward&, DType x_dtype, DType dtype, Stream);
 cudaError_t launch_layer_norm_backward(const LayerNormBackward&, DType x_dtype, DType dtype,
                                        Stream);
+cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, DType dtype,
+                                     Stream);
+cudaError_t launch_bias_gelu_backward(BiasGeluBackward, bool tanh, DType x_dtype, DType dtype,
+                                      Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 
 // How many rows a block of layer_norm's backward works on at a time.

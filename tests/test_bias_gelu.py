@@ -1,6 +1,8 @@
 """bias_gelu on every backend: the case table against float64, and properties."""
 
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ from bertfast.testing.bias_gelu import Case
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 approximations = pytest.mark.parametrize("approximate", ["none", "tanh"])
-LIMIT = 16.0  # as in triton.py, which can't be imported where there is no Triton
 
 
 def derivative(v, approximate):
@@ -131,6 +132,15 @@ def test_the_committed_polynomials_are_what_the_fit_finds(one):
     assert fit.weighted_error(one, committed) <= 1.5 * error
 
 
+def test_cuda_and_triton_have_the_same_polynomials():
+    header = Path(__file__).parents[1] / "csrc" / "device" / "gelu_coefficients.cuh"
+    if not header.exists():
+        pytest.skip("csrc is not here")
+    committed = {one.name: getattr(coefficients, one.name) for one in fit.FITS}
+    assert header.read_text() == fit.cuda_text(committed)
+    assert Path(coefficients.__file__).read_text() == fit.python_text(committed)
+
+
 def _horner(z, polynomial):
     """In float32 with fused multiply-adds, as a GPU evaluates it."""
     value = np.full_like(z, np.float32(polynomial[-1]))
@@ -160,7 +170,7 @@ def test_every_float16_value_is_within_0_6_ulp_with_an_approximate_exp2(off):
     x = _every_float16().astype(np.float32)
     if off == "random":
         off = np.random.default_rng(0).uniform(-(2.0**-22), 2.0**-22, len(x))
-    z = np.minimum(np.abs(x), np.float32(LIMIT))
+    z = np.minimum(np.abs(x), np.float32(coefficients.LIMIT))
     share = np.exp2(_horner(z, coefficients.FORWARD_16).astype(float)) * (1 + off)
     share = share.astype(np.float32).astype(float)
     y = (np.maximum(x, 0) - z * share).astype(np.float32).astype(np.float16)
@@ -189,7 +199,7 @@ def test_the_derivative_at_every_float16_value(target, need):
 
 @pytest.mark.parametrize("name", ["FORWARD_16", "FORWARD_32"])
 def test_the_tail_falls_to_zero(name):
-    z = np.linspace(0, LIMIT, 4001).astype(np.float32)
+    z = np.linspace(0, coefficients.LIMIT, 4001).astype(np.float32)
     p = _horner(z, getattr(coefficients, name))
     assert (np.diff(p) < 0).all()
     assert p[-1] < -150  # half of float32's smallest subnormal: exp2 gives 0
@@ -365,6 +375,45 @@ def test_autocast_gives_the_dtypes_of_torch(target, need, x_dtype, bias_dtype, b
         torch.autograd.grad(y, ours, dy), torch.autograd.grad(stock, theirs, dy), strict=True
     ):
         assert mine.dtype == other.dtype
+
+
+# What only the host build can show.
+
+
+@pytest.mark.host
+@approximations
+@pytest.mark.parametrize("shape", [(70, 1536), (9, 33), (3, 5, 24)], ids=str)
+def test_same_bits_in_every_scheduling_order(host_runtime, shape, approximate):
+    results = []
+    for order, seed in (("depth-first", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+        host_runtime.set_schedule(order, seed)
+        inputs = table.make_inputs(Case(shape, approximate=approximate), torch.float16)
+        results.append(table.run(inputs, "cuda"))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.host
+@dtypes
+@pytest.mark.parametrize("seed", range(3))
+def test_budget_holds_when_approximations_are_off_by_their_documented_error(
+    host_runtime, dtype, seed
+):
+    host_runtime.set_perturb(True, seed)
+    for case in table.quick_cases():
+        inputs = table.make_inputs(case, dtype)
+        hold_to_budget(inputs, table.run(inputs, "cuda"))
+
+
+@pytest.mark.host
+@dtypes
+def test_chains_as_long_as_they_get(host_runtime, dtype):
+    cuda = importlib.import_module("bertfast.ops.bias_gelu.cuda")
+    rows, width = 1003, 4096  # as wide as that few threads fill the host's two multiprocessors
+    inputs = table.make_inputs(Case((rows, width)), dtype)
+    assert cuda._chains(inputs["dy"], rows, width) == -(-rows // cuda.LONGEST_CHAIN)
+    hold_to_budget(inputs, table.run(inputs, "cuda"))
 
 
 def test_case_names_are_unique():

@@ -172,3 +172,25 @@ def test_the_binding_checks_what_memory_safety_needs(host_runtime):
     ]:
         with pytest.raises(ValueError, match=re.escape(text)):
             call(**change)
+
+
+@pytest.mark.host
+def test_the_binding_of_bias_gelu_checks_what_memory_safety_needs(host_runtime):
+    forward = dict(x=0, bias=0, y=0, rows=1, x_row_stride=8, cols=8, tanh=False)
+    backward = dict(dy=0, x=0, bias=0, dx=0, partial_dbias=0, rows=1, dy_row_stride=8)
+    backward |= dict(x_row_stride=8, cols=8, chains=1, tanh=False)
+    types = dict(x_dtype=0, dtype=0, device=0, stream=0)
+    for function, good, change, text in [
+        (host_runtime.bias_gelu_forward, forward, dict(rows=0), "rows must be 1 or more"),
+        (
+            host_runtime.bias_gelu_forward,
+            forward,
+            dict(x_row_stride=2**31),
+            "x's row stride must be between 0 and 2**31 - 1, got 2147483648",
+        ),
+        (host_runtime.bias_gelu_forward, forward, dict(dtype=3), "dtype must be 0, 1 or 2"),
+        (host_runtime.bias_gelu_backward, backward, dict(cols=0), "cols must be 1 or more"),
+        (host_runtime.bias_gelu_backward, backward, dict(chains=0), "chains must be 1 or more"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            function(*(good | types | change).values())

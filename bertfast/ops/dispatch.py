@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # runs torch. Order on "cuda": not measured yet; the compiled kernels have the lower call cost.
 AUTO_ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-    "bias_gelu": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "bias_gelu": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
 }
 
 _modules: dict[tuple[str, str], object] = {}

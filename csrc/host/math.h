@@ -94,6 +94,19 @@ inline float __fdividef(float x, float y) {
   return host::perturb::ulps(x / y, 2, y);
 }
 
+// The names of device/math.cuh; the PTX manual states the errors.
+inline float exp2_approx(float x) {
+  float result = ::exp2f(x);
+  if (result < 0x1p-126f) return 0.0f;
+  return host::perturb::ulps(result, 4, x);  // 2^-22 of the result is less than 4 ulp
+}
+inline float reciprocal_approx(float x) {
+  return host::perturb::ulps(1.0f / x, 1, x);
+}
+inline float min_or_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : fminf(a, b);
+}
+
 }  // namespace bertfast
 
 // These two have no namesake in the C library.

@@ -17,6 +17,7 @@
 // each run.
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
+#include "device/types.cuh"
 #include "device/vec.cuh"
 #include "params.h"
 
@@ -339,16 +340,6 @@ auto with_backward_split(int cols, Use use) {
     }
     return use(Split<kVec, 2, 512>());
   }
-}
-
-// Calls use(X(), T()) with the element types of x and of everything else.
-template<class Use>
-cudaError_t with_types(DType x_dtype, DType dtype, Use use) {
-  if (dtype == DType::kFloat16) return use(__half(), __half());
-  if (dtype == DType::kBFloat16) return use(__nv_bfloat16(), __nv_bfloat16());
-  if (x_dtype == DType::kFloat16) return use(__half(), float());
-  if (x_dtype == DType::kBFloat16) return use(__nv_bfloat16(), float());
-  return use(float(), float());
 }
 
 template<class S>

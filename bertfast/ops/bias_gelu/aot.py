@@ -99,6 +99,23 @@ def _backward(width: int | None, dtypes: str, tanh: bool, want_dbias: bool = Tru
     return TritonCase(triton.bias_gelu_bwd_kernel, arguments, config.num_warps, case)
 
 
+CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
+CUDA_THREADS = 256  # of a block, at most
+
+
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """There is no CUDA kernel of this op yet."""
-    return None
+    """What a template instance of csrc/kernels/bias_gelu.cu is, if it is one."""
+    if kernel not in ("bias_gelu_forward_kernel", "bias_gelu_backward_kernel"):
+        return None
+    x, rest = (CUDA_NAMES[name] for name in arguments[:2])
+    vec, rows = map(int, arguments[2:4])
+    label = f"vec {vec} x {rows} rows" + ", tanh" * (arguments[4] == "true")
+    if arguments[5:] == ["false"]:
+        label += ", no bias"
+    return Case(
+        label,
+        rest if x == rest else f"{x}->{rest}",
+        CUDA_THREADS,
+        elements=vec * rows,
+        loop=kernel == "bias_gelu_backward_kernel",
+    )

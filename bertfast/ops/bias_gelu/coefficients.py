@@ -1,6 +1,8 @@
 """Polynomials of the exact GELU, lowest power first. Written by fit.py, which says what
 they are; a test runs it again."""
 
+LIMIT = 16.0  # of their argument
+
 # Degree 6; largest error 0.055 float16 ulp.
 FORWARD_16 = (
     -1.0000398,

@@ -1,6 +1,7 @@
-"""Finds the polynomials in coefficients.py.
+"""Finds the polynomials of the exact GELU.
 
-`python -m bertfast.ops.bias_gelu.fit` prints that file, with the errors.
+In a source checkout `python -m bertfast.ops.bias_gelu.fit` writes them to coefficients.py, for
+Triton, and to csrc/device/gelu_coefficients.cuh, for CUDA C++.
 
 For z >= 0, with Phi the normal distribution function and phi its density:
 
@@ -19,6 +20,7 @@ to the absolute error of the floor, since what they are added to or multiplied b
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -133,20 +135,71 @@ def weighted_error(fit: Fit, coefficients) -> float:
     return float(np.max(np.abs(value - fit.target(z)) * fit.weight(z)))
 
 
-def text() -> str:
-    """coefficients.py, as it is committed."""
+# There exp2 gives 0 in every form, so |v| needs to go no further.
+LIMIT = 16.0
+
+Polynomials = dict[str, tuple[float, ...]]  # name -> coefficients, lowest power first
+
+
+def _number(coefficient: np.float32) -> float:
+    """The float of the fewest digits that rounds to it."""
+    return float(np.format_float_scientific(coefficient))
+
+
+def found() -> Polynomials:
+    return {fit.name: tuple(_number(c) for c in solve(fit)[0]) for fit in FITS}
+
+
+def _about(fit: Fit, polynomials: Polynomials) -> str:
+    error = weighted_error(fit, polynomials[fit.name])
+    return f"Degree {fit.degree}; largest error {error:.2g} {fit.unit}."
+
+
+def python_text(polynomials: Polynomials) -> str:
+    """coefficients.py."""
     lines = [
         '"""Polynomials of the exact GELU, lowest power first. Written by fit.py, which says what',
         'they are; a test runs it again."""',
+        "",
+        f"LIMIT = {LIMIT}  # of their argument",
     ]
     for fit in FITS:
-        coefficients, error = solve(fit)
-        lines += ["", f"# Degree {fit.degree}; largest error {error:.2g} {fit.unit}."]
-        lines += [f"{fit.name} = ("]
-        lines += [f"    {float(np.format_float_scientific(c))!r}," for c in coefficients]
+        lines += ["", f"# {_about(fit, polynomials)}", f"{fit.name} = ("]
+        lines += [f"    {c!r}," for c in polynomials[fit.name]]
         lines += [")"]
     return "\n".join(lines) + "\n"
 
 
+def cuda_text(polynomials: Polynomials) -> str:
+    """csrc/device/gelu_coefficients.cuh: functions, a fused multiply-add for each coefficient."""
+    lines = [
+        "// Polynomials of the exact GELU. Written by bertfast/ops/bias_gelu/fit.py, which says",
+        "// what they are; a test holds them to those of Triton.",
+        "#pragma once",
+        "",
+        '#include "device/cuda.cuh"',
+        "",
+        "namespace bertfast {",
+        "",
+        f"inline constexpr float kGeluLimit = {LIMIT}f;  // of their argument",
+    ]
+    for fit in FITS:
+        *lower, highest = polynomials[fit.name]
+        lines += ["", f"// {_about(fit, polynomials)}"]
+        lines += [f"__device__ __forceinline__ float gelu_{fit.name.lower()}(float z) {{"]
+        lines += [f"  float value = {highest!r}f;"]
+        lines += [f"  value = fmaf(value, z, {c!r}f);" for c in reversed(lower)]
+        lines += ["  return value;", "}"]
+    return "\n".join([*lines, "", "}  // namespace bertfast"]) + "\n"
+
+
+def main() -> None:
+    polynomials = found()
+    here = Path(__file__).resolve()
+    here.with_name("coefficients.py").write_text(python_text(polynomials))
+    header = here.parents[3] / "csrc" / "device" / "gelu_coefficients.cuh"
+    header.write_text(cuda_text(polynomials))
+
+
 if __name__ == "__main__":
-    print(text(), end="")
+    main()

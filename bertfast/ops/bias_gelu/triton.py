@@ -27,7 +27,7 @@ from ..triton_column_sum import column_sums
 from ..triton_lib import reciprocal, round_to, to_float
 from . import coefficients
 
-_LIMIT = tl.constexpr(16.0)
+_LIMIT = tl.constexpr(coefficients.LIMIT)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TANH_1 = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _TANH_3 = tl.constexpr(0.044715)

@@ -1,0 +1,96 @@
+"""bias_gelu by csrc/kernels/bias_gelu.cu, on a GPU or compiled for the host."""
+
+import torch
+
+from .. import native
+from ..native import DTYPE_TAG, pointer
+from ..rows import row_stride
+
+# A thread of the backward adds at most this many rows in one float32 chain before the compensated
+# final sum: what that rounds is within the error budget, whatever the number of rows.
+LONGEST_CHAIN = 32
+# Threads that keep a multiprocessor busy: each has 64 bytes of loads under way.
+THREADS_PER_MULTIPROCESSOR = 1024
+# A row, where there is no bias and no gap, so that the shape says nothing: what a block takes.
+FLAT_BYTES = 256 * 16
+
+
+def unsupported_reason(device_type, dtype=None) -> str | None:
+    reason = native.unsupported_reason(device_type)
+    if reason is None and dtype is not None and dtype not in DTYPE_TAG:
+        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
+    return reason
+
+
+def _pieces(x, bias, wide, *others) -> list[tuple[int, int, int]]:
+    """The (rows, width, first element) of each launch. wide has the output's dtype."""
+    if bias is not None or not all(tensor.is_contiguous() for tensor in (x, *others)):
+        width = x.shape[-1]
+        return [(x.numel() // width, width, 0)]
+    width = FLAT_BYTES // wide.element_size()
+    rows, rest = divmod(x.numel(), width)
+    pieces = [(rows, width, 0)] if rows else []
+    return [*pieces, (1, rest, rows * width)] if rest else pieces
+
+
+def _at(tensor: torch.Tensor | None, first: int) -> int:
+    return pointer(tensor) + first * tensor.element_size() if tensor is not None else 0
+
+
+def forward(x, bias, tanh, y):
+    """Fills y. x is rows."""
+    module = native.module_for(x)
+    place = native.place(x)
+    for rows, width, first in _pieces(x, bias, y):
+        module.bias_gelu_forward(
+            _at(x, first),
+            pointer(bias),
+            _at(y, first),
+            rows,
+            row_stride(x, width),
+            width,
+            tanh,
+            DTYPE_TAG[x.dtype],
+            DTYPE_TAG[y.dtype],
+            *place,
+        )
+
+
+def _chains(dy: torch.Tensor, rows: int, width: int) -> int:
+    """How many threads walk down the rows side by side: what fills the GPU, two rows at a time;
+    more where their chains would grow long."""
+    vectors = -(-width * dy.element_size() // 16)
+    filling = THREADS_PER_MULTIPROCESSOR * native.multiprocessors(dy) // vectors
+    return max(min(filling, -(-rows // 2)), -(-rows // LONGEST_CHAIN))
+
+
+def backward(dy, x, bias, tanh, dx, dbias):
+    """Fills dx and dbias where they are given. dy and x are rows."""
+    module = native.module_for(dy)
+    place = native.place(dy)
+    tag = DTYPE_TAG[dy.dtype]
+    partial = None
+    if dx is None:  # the kernel writes it anyway
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows, width, first in _pieces(x, bias, dy, dy):
+        chains = _chains(dy, rows, width)
+        if dbias is not None:  # then there is one piece
+            partial = torch.empty((chains, width), dtype=torch.float32, device=dy.device)
+        module.bias_gelu_backward(
+            _at(dy, first),
+            _at(x, first),
+            pointer(bias),
+            _at(dx, first),
+            pointer(partial),
+            rows,
+            row_stride(dy, width),
+            row_stride(x, width),
+            width,
+            chains,
+            tanh,
+            DTYPE_TAG[x.dtype],
+            tag,
+            *place,
+        )
+    if partial is not None:
+        module.column_sum(partial.data_ptr(), dbias.data_ptr(), 0, 0, 1, chains, width, tag, *place)

@@ -1,0 +1,36 @@
+// Single instructions that CUDA C++ has no function for, or only a slower one.
+//
+// For the host build csrc/host/math.h defines the same names, off by the errors given here where
+// the perturb mode is on.
+#pragma once
+
+#include "device/cuda.cuh"
+
+#ifndef BERTFAST_HOST
+
+namespace bertfast {
+
+// 2^x with a relative error of up to 2^-22; what would be subnormal is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x to 1 ulp, for x of ordinary size.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The smaller one; NaN if either is, where fminf gives the other.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+}  // namespace bertfast
+
+#endif

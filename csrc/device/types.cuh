@@ -1,0 +1,18 @@
+// From the element types that a call names to those of a kernel template.
+#pragma once
+
+#include "params.h"
+
+namespace bertfast {
+
+// Calls use(X(), T()) with the element types of x and of everything else.
+template<class Use>
+cudaError_t with_types(DType x_dtype, DType dtype, Use use) {
+  if (dtype == DType::kFloat16) return use(__half(), __half());
+  if (dtype == DType::kBFloat16) return use(__nv_bfloat16(), __nv_bfloat16());
+  if (x_dtype == DType::kFloat16) return use(__half(), float());
+  if (x_dtype == DType::kBFloat16) return use(__nv_bfloat16(), float());
+  return use(float(), float());
+}
+
+}  // namespace bertfast
