@@ -82,6 +82,12 @@ __device__ float fast_exp_of(float x) {
 __device__ float third_of(float x) {
   return __fdividef(x, 3.0f);
 }
+__device__ float exp2_approx_of(float x) {
+  return exp2_approx(x);
+}
+__device__ float reciprocal_of(float x) {
+  return reciprocal_approx(x);
+}
 __device__ float sqrt_of(float x) {
   return sqrtf(x);
 }
@@ -111,6 +117,8 @@ Case erf_case("erff", &run<erf_of>);
 Case tanh_case("tanhf", &run<tanh_of>);
 Case fast_exp_case("__expf", &run<fast_exp_of>);
 Case divide_case("__fdividef", &run<third_of>);
+Case exp2_approx_case("exp2_approx", &run<exp2_approx_of>);
+Case reciprocal_case("reciprocal_approx", &run<reciprocal_of>);
 Case sqrt_case("sqrtf", &run<sqrt_of>);
 
 }  // namespace

@@ -70,6 +70,8 @@ FUNCTIONS = {  # the function in double, the arguments' range, CUDA's maximum er
     "tanhf": (np.tanh, (-5, 5), 2),
     "__expf": (np.exp, (-30, 30), lambda x: 2 + np.floor(np.abs(1.173 * x))),
     "__fdividef": (lambda x: x / 3, (-9, 9), 2),
+    "exp2_approx": (np.exp2, (-30, 30), 4),
+    "reciprocal_approx": (lambda x: 1 / x, (1, 2), 1),
 }
 
 
@@ -116,5 +118,7 @@ def test_perturb_leaves_exact_functions_and_special_values(program) -> None:
         np.testing.assert_array_equal(result, [math.inf, 0, math.nan])
         result = apply(program, "rsqrtf", special[:2], perturb=True, seed=seed)
         np.testing.assert_array_equal(result, [math.inf, 0])
+        small = apply(program, "exp2_approx", np.array([-126, -126.5], np.float32), True, seed)
+        assert small[0] > 0 and small[1] == 0  # subnormal results are flushed
         result = apply(program, "exp2f", np.array([127.99999], np.float32), True, seed)
         assert np.isfinite(result).all()
