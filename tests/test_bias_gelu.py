@@ -324,6 +324,24 @@ def test_offsets_beyond_32_bits(target, need):
         assert torch.equal(far, near)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_tensors_that_start_anywhere(target, need, with_bias):
+    """One element into their memory: 16-byte accesses are not possible."""
+    need("bias_gelu", target)
+
+    def off(*shape):
+        return torch.randn(math.prod(shape) + 1, device=target[1]).half()[1:].view(shape)
+
+    tensors = [off(5, 3, 256), off(256)] if with_bias else [off(5, 3, 256)]
+    dy, results = off(5, 3, 256), []
+    for copy in (torch.Tensor.detach, torch.Tensor.clone):
+        leaves = [copy(tensor).requires_grad_() for tensor in tensors]
+        y = bias_gelu(*leaves, backend=target[0])
+        results.append((y, *torch.autograd.grad(y, leaves, copy(dy))))
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
+
+
 def test_second_derivatives_are_refused_not_wrong(target, need):
     need("bias_gelu", target)
     x = torch.randn(3, 64, device=target[1], requires_grad=True)

@@ -26,10 +26,14 @@ constexpr int kThreads = 256;  // of a block, at most
 // Rows of a thread that are under way together: 64 bytes of loads, of x alone and of x and dy.
 constexpr int kForwardRows = 4;
 constexpr int kBackwardRows = 2;
+// Blocks on a multiprocessor, which leaves 64 registers: enough, but not told so the compiler goes
+// for fewer, in some forms, and spills.
+constexpr int kBackwardBlocks = 4;
 
-// Where a thread works: its first column, and how many threads lie above it in all blocks.
+// Where a thread works: its first column, and how many threads lie above it in all blocks. The last
+// block of a row may reach beyond 2^31 columns, though no row does.
 struct Place {
-  int col;
+  unsigned col;
   int64_t row;
 
   __device__ __forceinline__ Place(int vec, int tiles) {
@@ -41,7 +45,7 @@ struct Place {
 
 // The biases of a thread's columns, or 0.
 template<class T, int kVec>
-__device__ __forceinline__ void load_bias(float (&bias)[kVec], const void* biases, int col) {
+__device__ __forceinline__ void load_bias(float (&bias)[kVec], const void* biases, unsigned col) {
   if (biases) {
     const auto bits = Vec<T, kVec>::load(static_cast<const T*>(biases) + col);
 #pragma unroll
@@ -57,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) bias_gelu_forward_kernel(BiasGeluFor
   using XVec = Vec<X, kVec>;
   const Place place(kVec, p.tiles);
   const int64_t first = place.row * kRows;
-  if (place.col >= p.cols || first >= p.rows) return;
+  if (place.col >= unsigned(p.cols) || first >= p.rows) return;
   const int last = p.rows - first < kRows ? int(p.rows - first) - 1 : kRows - 1;
 
   // 1. all loads; beyond the last row it again, since a branch for each row would keep them apart
@@ -86,11 +90,12 @@ __global__ void __launch_bounds__(kThreads) bias_gelu_forward_kernel(BiasGeluFor
 }
 
 template<class X, class T, int kVec, int kRows, bool kTanh>
-__global__ void __launch_bounds__(kThreads) bias_gelu_backward_kernel(BiasGeluBackward p) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+    bias_gelu_backward_kernel(BiasGeluBackward p) {
   using XVec = Vec<X, kVec>;
   using TVec = Vec<T, kVec>;
   const Place place(kVec, p.tiles);
-  if (place.col >= p.cols || place.row >= p.chains) return;
+  if (place.col >= unsigned(p.cols) || place.row >= p.chains) return;
   float bias[kVec], dbias[kVec] = {};
   load_bias<T>(bias, p.bias, place.col);
 
@@ -127,8 +132,9 @@ __global__ void __launch_bounds__(kThreads) bias_gelu_backward_kernel(BiasGeluBa
   const int64_t stride = int64_t(p.chains) * kRows;
   int64_t first = place.row * kRows;
 #pragma unroll 1
-  for (; first + kRows <= p.rows; first += stride)
+  for (; first + kRows <= p.rows; first += stride) {
     take(first, std::integral_constant<int, kRows>());
+  }
 #pragma unroll 1
   for (const int64_t end = min(first + kRows, int64_t(p.rows)); first < end; ++first) {
     take(first, std::integral_constant<int, 1>());  // the rows at the end
