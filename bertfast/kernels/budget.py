@@ -100,7 +100,8 @@ def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Ver
         most, is_ = limit["instructions"], row.instructions_per_element
         if most is not None and is_ is not None and is_ > most * (1 + allowance):
             fail(row, f"{is_} instructions an element, budget {most}")
-        if limit["tensor_cores"] and row.tensor_core == 0:
+        # Tensor cores would multiply float32 as TF32.
+        if limit["tensor_cores"] and row.tensor_core == 0 and row.dtypes != "float32":
             fail(row, "no tensor-core instruction")
         blocks = limit["blocks_per_multiprocessor"]
         if blocks is not None and blocks_per_multiprocessor(row) < blocks:

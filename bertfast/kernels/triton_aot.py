@@ -8,13 +8,15 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import bertfast
 
@@ -124,6 +126,13 @@ def _smallest_case() -> TritonCase:
     return TritonCase(fill_kernel, {"out_ptr": "*fp32"}, 1, case)
 
 
+def _cases(module: ModuleType, arch: str) -> Iterable[TritonCase]:
+    """The module's; where configurations differ between architectures, those of this one."""
+    if inspect.signature(module.triton_cases).parameters:
+        return module.triton_cases(capability(arch))
+    return module.triton_cases()
+
+
 def main() -> None:
     """The subprocess: one line of JSON for each row."""
     parser = argparse.ArgumentParser()
@@ -140,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
             op = name.split(".")[-2] if "." in name else name
-            for case in importlib.import_module(name).triton_cases():
+            for case in _cases(importlib.import_module(name), args.arch):
                 try:
                     for row in _compiled_rows(op, case, args.arch, Path(directory)):
                         say(row=row.as_dict())

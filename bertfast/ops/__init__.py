@@ -1,8 +1,16 @@
 """The fused ops: the same function on every backend, differentiable, with the same numbers."""
 
+from .attention import attention, attention_qkv
 from .bias_gelu import bias_gelu
 from .dispatch import available
 from .dropout import dropout_keep_mask
 from .layer_norm import layer_norm
 
-__all__ = ["available", "bias_gelu", "dropout_keep_mask", "layer_norm"]
+__all__ = [
+    "attention",
+    "attention_qkv",
+    "available",
+    "bias_gelu",
+    "dropout_keep_mask",
+    "layer_norm",
+]

@@ -1,7 +1,8 @@
 """How an op describes its kernels to `bertfast kernels`, which compiles and reads them.
 
-An op folder's `aot.py` has `triton_cases()`, the Triton kernels in the forms in which they matter,
-and `cuda_case()`, which says what an instance of a CUDA template is. So a new op needs no change
+An op folder's `aot.py` has `triton_cases()`, the Triton kernels in the forms in which they matter
+(`triton_cases(capability)` where their configurations depend on the architecture), and
+`cuda_case()`, which says what an instance of a CUDA template is. So a new op needs no change
 anywhere else.
 """
 

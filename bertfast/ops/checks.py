@@ -24,6 +24,7 @@ def check_like(
     expected,
     device: torch.device,
     dtype: torch.dtype | None,
+    like: str = "x",
 ) -> None:
     """Shape, device and dtype (None: any floating-point one) are what x's are."""
     if not isinstance(tensor, torch.Tensor) or dtype is None:
@@ -31,9 +32,9 @@ def check_like(
     if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {_list(expected)}, got {shape(tensor)}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} (where x is), got {tensor.device}")
+        raise ValueError(f"{name} must be on {device} (where {like} is), got {tensor.device}")
     if dtype is not None and tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype} (x's), got {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype} ({like}'s), got {tensor.dtype}")
 
 
 def check_dropout(p: float, site: int) -> None:
@@ -47,7 +48,7 @@ def check_dropout(p: float, site: int) -> None:
         raise ValueError(f"site must be between 0 and 2**31 - 1, got {site}")
 
 
-def check_seed(seed: torch.Tensor, device: torch.device | None) -> None:
+def check_seed(seed: torch.Tensor, device: torch.device | None, like: str = "x") -> None:
     if not isinstance(seed, torch.Tensor):
         raise TypeError(
             "seed must be an int64 tensor with one element, such as "
@@ -59,7 +60,7 @@ def check_seed(seed: torch.Tensor, device: torch.device | None) -> None:
             f"got {seed.dtype} with shape {shape(seed)}"
         )
     if seed.device != device:
-        raise ValueError(f"seed must be on {device} (where x is), got {seed.device}")
+        raise ValueError(f"seed must be on {device} (where {like} is), got {seed.device}")
 
 
 def check_row_index(row_index: torch.Tensor, rows: int, device: torch.device) -> None:

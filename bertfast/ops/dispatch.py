@@ -20,7 +20,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 AUTO_ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
     "bias_gelu": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
+    "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "attention_qkv": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
 }
+# Ops that share another's folder, and so its backends.
+_FOLDERS = {"attention_qkv": "attention"}
 
 _modules: dict[tuple[str, str], object] = {}
 _chosen: dict[tuple, str] = {}
@@ -30,7 +34,7 @@ def backend_module(op: str, backend: str):
     """The backend's module, or the text of what its import failed with."""
     key = (op, backend)
     if key not in _modules:
-        name = f"bertfast.ops.{op}.{backend}"
+        name = f"bertfast.ops.{_FOLDERS.get(op, op)}.{backend}"
         try:
             _modules[key] = importlib.import_module(name)
         except ImportError as error:

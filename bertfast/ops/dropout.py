@@ -77,18 +77,26 @@ def row_keep_mask(seed, site: int, rows: torch.Tensor, width: int, threshold: in
     return draws.flatten(1)[:, :width] >= threshold
 
 
-def attention_keep_mask(seed, site: int, shape, threshold: int) -> torch.Tensor:
-    """The mask of kind "attention" for shape (batch, heads, queries, keys)."""
+def attention_keep_mask(seed, site: int, shape, threshold: int, start=None) -> torch.Tensor:
+    """The mask of kind "attention" for shape (batch, heads, queries, keys).
+
+    start: for each of the batch the position of its first token, which then counts as 0. What lies
+    before has negative coordinates, taken modulo 2^32.
+    """
     batch, heads, queries, keys = shape
     device = seed.device
-    i = torch.arange(queries, device=device)
-    j = torch.arange(keys, device=device)
-    c0 = ((j >> 5) << 3 | (j & 7)).expand(batch * heads, queries, keys)
-    c1 = ((i >> 4) << 3 | (i & 7))[:, None].expand_as(c0)
-    c2 = torch.arange(batch * heads, device=device)[:, None, None].expand_as(c0)
-    k = ((i >> 3) & 1)[:, None] * 4 + ((j >> 3) & 3)
+    i = torch.arange(queries, device=device)[None, :, None]
+    j = torch.arange(keys, device=device)[None, None]
+    if start is not None:
+        start = start.to(torch.int64).repeat_interleave(heads, output_size=batch * heads)
+        i, j = i - start[:, None, None], j - start[:, None, None]
+    shape = (batch * heads, queries, keys)
+    c0 = (((j >> 5) << 3 | (j & 7)) & _MASK32).expand(shape)
+    c1 = (((i >> 4) << 3 | (i & 7)) & _MASK32).expand(shape)
+    c2 = torch.arange(batch * heads, device=device)[:, None, None].expand(shape)
+    k = ((i >> 3) & 1) * 4 + ((j >> 3) & 3)
     draws = _draws(seed, site, c0, c1, c2)
-    chosen = draws.gather(-1, k.expand_as(c0)[..., None]).squeeze(-1)
+    chosen = draws.gather(-1, k.expand(shape)[..., None]).squeeze(-1)
     return (chosen >= threshold).view(batch, heads, queries, keys)
 
 

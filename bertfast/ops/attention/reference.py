@@ -1,0 +1,82 @@
+"""out = dropout(softmax(scale * q k^T)) v over each sequence's attended keys, in torch.
+
+Runs in float32 for 16-bit inputs and rounds once, at the output; float64 stays float64, which makes
+it the oracle of every test. On a CPU it is also what `backend="auto"` runs: without dropout through
+torch's fused attention, which stores no probabilities; a packed batch sequence by sequence, in one
+call if all have one length.
+
+Masked keys and values are zeroed first, so nothing that lies there gets out, NaN neither; a row
+without any key attends to zeros only and so is zero itself, as are its gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .. import dispatch, dropout
+
+
+def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale):
+    """Padded (B, S, H, D) with key_mask (B, S) or None, or packed (T, H, D) with cu_seqlens."""
+    dtype = q.dtype
+    compute = dtype if dtype == torch.float64 else torch.float32
+    q, k, v = (tensor.to(compute) for tensor in (q, k, v))
+    if cu_seqlens is None:
+        out = _padded(q, k, v, key_mask, seed, threshold, site, scale)
+    elif threshold or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        out = _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale)
+    else:
+        out = _by_sequence(q, k, v, cu_seqlens.tolist(), scale)
+    return out.to(dtype)
+
+
+def _padded(q, k, v, key_mask, seed, threshold, site, scale):
+    if q.numel() == 0:
+        return q * 1.0 + 0.0 * (k + v)
+    mask = None
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask[:, :, None, None], 0.0)
+        v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
+        mask = (key_mask | ~key_mask.any(1, keepdim=True))[:, None, None, :]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if threshold == 0 and not dispatch.in_functorch_transform():
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return out.transpose(1, 2)
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    probabilities = scores.softmax(-1)
+    if threshold:
+        # The mask counts from a sequence's first token, wherever that lies in the padded row.
+        start = None if key_mask is None else key_mask.int().argmax(1)
+        keep = dropout.attention_keep_mask(seed, site, scores.shape, threshold, start)
+        factor = dropout.keep_scale(threshold)
+        probabilities = torch.where(keep, probabilities * factor, 0.0)
+    return (probabilities @ v).transpose(1, 2)
+
+
+def _by_sequence(q, k, v, bounds, scale):
+    lengths = {end - start for start, end in zip(bounds, bounds[1:], strict=False)}
+    if len(lengths) == 1 and bounds[0] == 0 and bounds[-1] == q.shape[0] != 0:
+        q, k, v = (t.unflatten(0, (len(bounds) - 1, bounds[1])) for t in (q, k, v))
+        return _padded(q, k, v, None, None, 0, 0, scale).flatten(0, 1)
+    outs = [
+        _padded(*(t[None, start:end] for t in (q, k, v)), None, None, 0, 0, scale)[0]
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        if end > start
+    ]
+    return torch.cat(outs) if outs else q * 1.0 + 0.0 * (k + v)
+
+
+def _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale):
+    """Every sequence as a row of a padded batch: no length is read on the host."""
+    tokens, cu = q.shape[0], cu_seqlens.to(torch.int64)
+    if tokens == 0:
+        return q * 1.0 + 0.0 * (k + v)
+    position = torch.arange(max_seqlen, device=q.device)
+    key_mask = position < (cu[1:] - cu[:-1])[:, None]
+    index = (cu[:-1, None] + position).clamp(max=tokens - 1)
+    padded = (tensor[index] for tensor in (q, k, v))
+    out = _padded(*padded, key_mask, seed, threshold, site, scale)
+    token = torch.arange(tokens, device=q.device)
+    row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=cu.shape[0] - 2)
+    return out[row, token - cu[row]]

@@ -1,0 +1,212 @@
+"""out = dropout(softmax(scale * q k^T)) v, and lse = log2(sum(exp(scale * q k^T))) for the backward.
+
+Saved for the backward: q, k, v, out, lse and the seed; no score is. lse is float32 and a logarithm
+to base 2, as the kernels compute with exp2: so the backward subtracts what the forward did, without
+another rounding. It is 0 for a row without keys.
+
+One program a tile of BLOCK_M queries; it runs over the keys in blocks of BLOCK_N with the online
+softmax: m is the largest product q k^T so far, l the sum of exp2(scale_log2 * (product - m)), acc the
+sum of the same times v, both rescaled when m grows. Where one block holds all keys the loop is a single
+step. Dropout acts on what goes into acc, not on l.
+Moves 4 values an element of q (q, k, v read; out written) where a tile holds all queries, and
+2 + 2 * tiles where it doesn't, mostly from the second-level cache.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_lib import round_to
+from .triton_core import (
+    attended,
+    find_tile,
+    load_tile,
+    operand,
+    product,
+    segments,
+    store_tile,
+    wide,
+)
+from .triton_dropout import keep_each, keep_tile
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "length", "n_tiles"])
+def attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,  # None: not saved
+    mask_ptr,  # one byte a key, 0 = masked; or None
+    cu_ptr,  # first token of each sequence, or None: padded
+    tiles_ptr,  # the plan's list, or None
+    seed_ptr,  # one int64, or None without dropout
+    q_batch,  # strides in elements: from sequence to sequence (0 if packed), token, head
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    out_batch,
+    out_token,
+    out_head,
+    mask_batch,
+    lse_batch,
+    lse_head,
+    heads,
+    n_tiles,
+    length,  # of a padded sequence
+    scale_log2,  # scale * log2 e
+    site,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # keys in a step where not all count
+    PARTS: tl.constexpr,  # programs for a plan's tile
+    TF32: tl.constexpr,
+    STAGES: tl.constexpr,
+    SINGLE: tl.constexpr,  # one block holds all keys
+):
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    # 1. where this tile lies; low and high bound the keys that count
+    batch, head, first, start, length, many = find_tile(
+        cu_ptr, tiles_ptr, heads, n_tiles, length, BLOCK_M, PARTS
+    )
+    low = 0
+    high = length
+    if mask_ptr is not None:
+        mask_ptr += wide(batch) * mask_batch
+        low, high = attended(mask_ptr, length)
+        if seed_ptr is not None:
+            # Dropout counts from the first token: tiles start at multiples of BLOCK_M from there.
+            first -= (BLOCK_M - low % BLOCK_M) % BLOCK_M
+    if first >= length:
+        return
+
+    # 2. the queries
+    token = wide(start)
+    batch64 = wide(batch)
+    columns = tl.arange(0, BLOCK_D)
+    tile_rows = tl.arange(0, BLOCK_M)
+    rows = first + tile_rows
+    row_inside = (rows >= 0) & (rows < length)
+    q_ptr += batch64 * q_batch + (token + first) * q_token + wide(head) * q_head
+    q_offsets = tile_rows[:, None] * q_token + columns[None, :]
+    q = operand(load_tile(q_ptr, q_offsets, row_inside, columns, D, BLOCK_D, True))
+    if scale_log2 < 0:  # so that the largest product belongs to the largest score
+        q = -q
+        scale_log2 = -scale_log2
+    k_ptr += batch64 * k_batch + token * k_token + wide(head) * k_head
+    v_ptr += batch64 * v_batch + token * v_token + wide(head) * v_head
+    if tiles_ptr is not None:
+        row_which, row_origin = segments(cu_ptr, batch, start, many, rows)
+
+    # 3. over the keys: blocks in which every key counts for every query, then the rest, in smaller
+    # steps, as most of the last block may be beyond the sequence's end
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    # One loop for float32, whose products are what takes time; two would spill.
+    FLOAT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    ALL_CHECKED: tl.constexpr = mask_ptr is not None or SINGLE or FLOAT
+    STEPS: tl.constexpr = (BLOCK_N, BLOCK_N if ALL_CHECKED else BLOCK_T)
+    full = low
+    if not ALL_CHECKED:
+        full = high // BLOCK_N * BLOCK_N
+        if tiles_ptr is not None:
+            full = tl.where(many > 1, 0, full)
+    for CHECK in tl.static_range(1 if ALL_CHECKED else 0, 2):
+        begin = full if CHECK else low
+        end = high if CHECK else full
+        tile_keys = tl.arange(0, STEPS[CHECK])
+        k_offsets = tile_keys[:, None] * k_token + columns[None, :]
+        v_offsets = tile_keys[:, None] * v_token + columns[None, :]
+        for block in tl.range(
+            0, 1 if SINGLE else tl.cdiv(end - begin, STEPS[CHECK]), num_stages=STAGES
+        ):
+            j0 = begin + block * STEPS[CHECK]
+            keys = j0 + tile_keys
+            on = keys < high
+            if mask_ptr is not None:
+                on = on & (tl.load(mask_ptr + keys, mask=on, other=0) != 0)
+            k_block = k_ptr + wide(j0) * k_token
+            k = load_tile(k_block, k_offsets, on, columns, D, BLOCK_D, CHECK)
+            scores = product(q, operand(k), PRECISION)
+            key_which = tl.zeros_like(keys)
+            key_origin = tl.zeros_like(keys)
+            if CHECK:
+                scores += tl.where(on, 0.0, float("-inf"))[None, :]
+                if tiles_ptr is not None:
+                    if many > 1:
+                        key_which, key_origin = segments(cu_ptr, batch, start, many, keys)
+                        same = row_which[:, None] == key_which[None, :]
+                        scores = tl.where(same, scores, float("-inf"))
+            m_new = tl.maximum(m, tl.max(scores, axis=1))
+            m_used = m_new * scale_log2
+            if CHECK:
+                # A row that has seen no key yet is all -inf: any finite m serves it.
+                m_used = tl.where(m_new == float("-inf"), 0.0, m_used)
+            p = tl.exp2(scores * scale_log2 - m_used[:, None])
+            if SINGLE:
+                l = tl.sum(p, axis=1)  # noqa: E741
+            else:
+                alpha = tl.exp2(m * scale_log2 - m_used)
+                l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+                acc = acc * alpha[:, None]
+            m = m_new
+            if seed_ptr is not None:
+                if CHECK and tiles_ptr is not None:
+                    if many > 1:
+                        keep = keep_each(
+                            *(seed, ((batch + row_which) * heads + head)[:, None]),
+                            *((rows - row_origin)[:, None], (keys - key_origin)[None, :]),
+                            *(site, threshold),
+                        )
+                    else:
+                        keep = keep_tile(
+                            *(
+                                seed,
+                                batch * heads + head,
+                                first,
+                                j0,
+                                site,
+                                threshold,
+                                BLOCK_M,
+                                STEPS[CHECK],
+                            )
+                        )
+                else:
+                    keep = keep_tile(
+                        *(seed, batch * heads + head, first - low, j0 - low),
+                        *(site, threshold, BLOCK_M, STEPS[CHECK]),
+                    )
+                p = tl.where(keep, p, 0.0)
+            v_block = v_ptr + wide(j0) * v_token
+            v = load_tile(v_block, v_offsets, on, columns, D, BLOCK_D, CHECK)
+            p = operand(round_to(p, v_ptr.dtype.element_ty))
+            acc = tl.dot(p, operand(v), acc, input_precision=PRECISION)
+
+    # 4. normalise and write
+    empty = l == 0.0
+    out = acc * (keep_scale / tl.where(empty, 1.0, l))[:, None]
+    out_ptr += batch64 * out_batch + (token + first) * out_token + wide(head) * out_head
+    store_tile(
+        out_ptr,
+        tile_rows[:, None] * out_token + columns[None, :],
+        round_to(out, out_ptr.dtype.element_ty),
+        row_inside,
+        columns,
+        D,
+        BLOCK_D,
+    )
+    if lse_ptr is not None:
+        lse = tl.where(empty, 0.0, m * scale_log2 + tl.log2(tl.where(empty, 1.0, l)))
+        lse_ptr += batch64 * lse_batch + wide(head) * lse_head + token
+        tl.store(lse_ptr + rows, lse, mask=row_inside)

@@ -1,0 +1,110 @@
+"""The tile list of a packed batch: made once, used by every layer and its backward.
+
+Attention works on a packed batch in tiles of 64 tokens, or of 32 where sequences are very short.
+Short sequences share a tile, whole, as many neighbours as fit; a longer one is cut into tiles of its
+own. So no program finds nothing to do, and most of a tile's scores are useful (`useful_share`).
+Everything is computed on the device, without waiting for it: the list has room for the most that
+there can be, and what is left over is empty.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+TILES = (32, 64)
+STEP = 32  # keys (or queries) at a time at a sequence's end
+
+
+def tile_size(batch: int, max_seqlen: int, total: int | None) -> int:
+    """32 where sequences have 32 tokens or fewer, on average if that is known: a tile of 64 would
+    then be mostly scores between different sequences."""
+    longest = max_seqlen if total is None else min(max_seqlen, total // max(batch, 1))
+    return 32 if longest <= 32 else 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tiles: int32 (n, 3): sequence, first position in it, number of sequences (0: no tile).
+    count: int32 (1,), how many of them there are. Both lie where cu_seqlens does.
+    tile: their size in tokens."""
+
+    tiles: torch.Tensor
+    count: torch.Tensor
+    tile: int
+    sequences: int
+    max_seqlen: int
+
+    def check(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+        """That this can be the plan of a batch; the lengths themselves can't be looked at."""
+        if self.sequences != cu_seqlens.shape[0] - 1:
+            raise ValueError(
+                f"plan must be made from cu_seqlens: it has {self.sequences} sequences, "
+                f"cu_seqlens {cu_seqlens.shape[0] - 1}"
+            )
+        if self.max_seqlen != max_seqlen:
+            raise ValueError(
+                f"plan must be made with max_seqlen {max_seqlen}, got one of {self.max_seqlen}"
+            )
+        if self.tiles.device != cu_seqlens.device:
+            raise ValueError(
+                f"plan must be on {cu_seqlens.device} (where cu_seqlens is), "
+                f"got {self.tiles.device}"
+            )
+
+
+def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) -> Plan:
+    """The tile list of the packed batch whose sequence b has tokens cu_seqlens[b] to [b + 1].
+
+    total: the number of tokens, which a caller knows without waiting for the device: packed
+    tensors' first size. Without it the list has room for sequences of max_seqlen each, whose empty
+    part costs a little, and the tiles' size goes by max_seqlen alone.
+    """
+    batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
+    tile = tile_size(batch, max_seqlen, total)
+    room = batch * (-(-max_seqlen // tile))
+    if total is not None:
+        room = min(room, -(-total // tile) + batch)
+    if room == 0:
+        tiles = torch.zeros((0, 3), dtype=torch.int32, device=device)
+        count = torch.zeros(1, dtype=torch.int32, device=device)
+        return Plan(tiles, count, tile, batch, max_seqlen)
+    cu = cu_seqlens.to(torch.int64)
+    index = torch.arange(batch + 1, device=device)
+
+    # 1. Were a group to start at sequence i, it would end before sequence `after[i]`.
+    after = torch.searchsorted(cu, cu + tile, right=True) - 1
+    after = torch.maximum(after, index + 1).clamp(max=batch)
+
+    # 2. Which sequences start a group: those that are reached from 0 by steps of `after`. After
+    # round n all within 2^n steps are marked.
+    head = (index == 0).to(torch.int32)
+    jump = after
+    for _ in range(batch.bit_length()):
+        head = head.scatter_reduce(0, jump, head, "amax")
+        jump = jump[jump]
+
+    # 3. The tiles of each group, and the list of all.
+    groups = torch.where(head[:-1] > 0, cu[after[:-1]] - cu[:-1], 0)
+    ends = ((groups + tile - 1) // tile).cumsum(0)
+    slot = torch.arange(room, device=device)
+    owner = torch.searchsorted(ends, slot, right=True).clamp(max=batch - 1)
+    before = torch.where(owner > 0, ends[owner - 1], 0)
+    inside = slot < ends[-1]
+    columns = (owner, (slot - before) * tile, after[owner] - owner)
+    tiles = torch.stack([torch.where(inside, column, 0) for column in columns], 1)
+    return Plan(tiles.to(torch.int32), ends[-1:].to(torch.int32), tile, batch, max_seqlen)
+
+
+def useful_share(cu_seqlens: torch.Tensor, plan: Plan, step: int = STEP) -> float:
+    """Of the scores that attention computes for a batch, the part between tokens of one sequence.
+
+    A tile of queries meets the keys of its sequence, or of all that share it, rounded up to a
+    step; in the pass that owns keys, queries and keys change places. Reads the plan on the host.
+    """
+    bounds = cu_seqlens.tolist()
+    useful = sum((end - start) ** 2 for start, end in zip(bounds, bounds[1:], strict=False))
+    computed = 0
+    for sequence, _, many in plan.tiles[: int(plan.count)].tolist():
+        length = bounds[sequence + many] - bounds[sequence]
+        computed += plan.tile * -(-length // step) * step
+    return useful / computed if computed else 1.0

@@ -1,0 +1,311 @@
+"""attention's cases, inputs and rounding model.
+
+The rounding model works on the padded form of every case, sequence by sequence the same numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import packing
+from ..ops import attention, attention_qkv, dropout
+
+NAMES = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of a batch's sequences; padded to the longest, or packed."""
+
+    lengths: tuple[int, ...]
+    heads: int = 1
+    head_dim: int = 32
+    mask: str = "none"  # padded: "right", "left", "holes", "all" (the first row), or "none"
+    packed: bool = False
+    plan: bool = False
+    p: float = 0.0
+    scale: float | None = None
+    values: str = "normal"  # or "large" (scores beyond fp16), "spoilt" (NaN, Inf at masked keys)
+    layout: str = "one buffer"  # or "apart", "heads first"
+
+    def __str__(self) -> str:
+        words = ["+".join(map(str, self.lengths)), f"H{self.heads}", f"D{self.head_dim}"]
+        words += [word for word in ("packed", "plan") if getattr(self, word)]
+        words += [self.mask] if self.mask != "none" else []
+        words += [f"p={self.p}"] if self.p else []
+        words += [f"scale={self.scale}"] if self.scale is not None else []
+        words += [w for w in (self.values, self.layout) if w not in ("normal", "one buffer")]
+        return "-".join(words).replace(" ", "-")
+
+
+def quick_cases() -> list[Case]:
+    """What `bertfast verify` runs: each layout and feature once, the hostile values."""
+    return [
+        Case((70,), head_dim=64),
+        Case((45, 60), mask="right", p=0.1),
+        Case((40, 70), mask="left", p=0.2),
+        Case((50, 64), mask="holes", values="spoilt"),
+        Case((17, 0, 70, 3), packed=True, p=0.1),
+        Case((17, 0, 40, 70, 3), packed=True, plan=True, p=0.1),
+        Case((17, 30, 130, 9, 40), packed=True, plan=True, p=0.1),
+        Case((33,), head_dim=128, values="large"),
+        Case((140,), head_dim=64),
+    ]
+
+
+def cases() -> list[Case]:
+    lengths = [Case((n,)) for n in (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129)]
+    long = [Case((n,), head_dim=64) for n in (257, 512, 513)]
+    head_dims = [Case((66,), head_dim=d) for d in (8, 16, 40, 64, 80, 96, 128)]
+    head_dims += [Case((130,), head_dim=d) for d in (16, 64, 96, 128)]
+    masks = [
+        Case((30, 70), mask=mask, p=p, head_dim=16)
+        for mask in ("right", "left", "holes", "all")
+        for p in (0.0, 0.2)
+    ]
+    masks += [
+        Case((77, 150), mask=mask, p=p) for mask in ("right", "left", "holes") for p in (0.0, 0.2)
+    ]
+    packed = [
+        Case(lengths, packed=True, plan=plan, p=p, head_dim=16)
+        for lengths in (
+            *((5, 0, 30, 20, 9, 0, 40), (0, 70, 3, 64, 129, 0), (20,) * 5),
+            *((17, 40, 130, 9, 50, 3), (40, 20, 60)),
+        )
+        for plan in (False, True)
+        for p in (0.0, 0.2)
+    ]
+    dropouts = [Case((70,), p=p) for p in (0.5, 0.999, 1.0)]
+    dropouts += [Case((65,), heads=2, p=0.1), Case((140,), head_dim=64, p=0.1)]
+    values = [
+        Case((70,), values="large"),
+        Case((140,), values="large", head_dim=64),
+        Case((70, 40), values="spoilt", mask="right"),
+        Case((70, 40), values="spoilt", mask="left", p=0.2),
+        Case((150, 140), values="spoilt", mask="holes"),
+        Case((40,), scale=0.5),
+        Case((40,), scale=-0.1),
+    ]
+    layouts = [
+        Case((40, 66), heads=2, layout=layout, packed=packed)
+        for layout in ("one buffer", "apart", "heads first")
+        for packed in (False, True)
+    ]
+    return lengths + long + head_dims + masks + packed + dropouts + values + layouts
+
+
+def _key_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    if case.mask == "none":
+        return None
+    length = max(case.lengths)
+    position = torch.arange(length)
+    own = torch.tensor(case.lengths)[:, None]
+    if case.mask == "left":
+        return position >= length - own
+    mask = position < own
+    if case.mask == "holes":
+        mask &= torch.rand(mask.shape, generator=generator) < 0.6
+    if case.mask == "all":
+        mask[0] = False
+    return mask
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    tail = (case.heads, case.head_dim)
+    lead = (len(case.lengths), max(case.lengths))
+    if case.packed:
+        lead = (sum(case.lengths),)
+    size = 40.0 if case.values == "large" else 1.0  # a score of 1600 * sqrt(D) overflows float16
+    values = torch.randn((*lead, 3, *tail), generator=generator)
+    values[..., :2, :, :] *= size
+    buffer = values.to(dtype)
+    key_mask = None if case.packed else _key_mask(case, generator)
+    if case.values == "spoilt":
+        spoilt = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(dtype)
+        count = int((~key_mask).sum())
+        buffer[..., 1:, :, :][~key_mask] = spoilt[torch.arange(count) % 3].view(-1, 1, 1, 1)
+    q, k, v = buffer.unbind(-3)
+    if case.layout == "apart":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    elif case.layout == "heads first":
+        q, k, v = (t.transpose(-2, -3).contiguous().transpose(-2, -3) for t in (q, k, v))
+    cu_seqlens = None
+    if case.packed:
+        cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "dout": torch.randn((*lead, *tail), generator=generator).to(dtype),
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max(case.lengths) if case.packed else None,
+        "plan": case.plan,
+        "p": case.p,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator),
+        "site": 3,
+        "scale": case.scale,
+    }
+
+
+def options(inputs: dict, device: str = "cpu") -> dict:
+    """The keyword arguments of the call."""
+    moved = {
+        name: None if inputs[name] is None else inputs[name].to(device)
+        for name in ("key_mask", "cu_seqlens")
+    }
+    made = None
+    if inputs["plan"]:
+        total = inputs["q"].shape[0]
+        made = packing.plan(moved["cu_seqlens"], inputs["max_seqlen"], total)
+    return moved | {
+        "max_seqlen": inputs["max_seqlen"],
+        "plan": made,
+        "dropout_p": inputs["p"],
+        "seed": inputs["seed"].to(device),
+        "site": inputs["site"],
+        "scale": inputs["scale"],
+    }
+
+
+def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
+    """Output and gradients by a backend. dtype=torch.float64 with "torch" is the oracle."""
+    leaves = [inputs[name].to(device, dtype).detach().requires_grad_() for name in NAMES]
+    out = attention(*leaves, **options(inputs, device), backend=backend)
+    grads = torch.autograd.grad(out, leaves, inputs["dout"].to(device, dtype))
+    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+
+
+def run_qkv(
+    inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict:
+    """The same by attention_qkv, its gradient taken apart."""
+    buffer = torch.stack([inputs[name].to(device, dtype) for name in NAMES], -3).requires_grad_()
+    out = attention_qkv(buffer, **options(inputs, device), backend=backend)
+    (grad,) = torch.autograd.grad(out, buffer, inputs["dout"].to(device, dtype))
+    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grad.unbind(-3), strict=True))
+
+
+def oracle(inputs: dict) -> dict:
+    return run(inputs, "torch", dtype=torch.float64)
+
+
+def _padded(inputs: dict, dtype: torch.dtype):
+    """q, k, v, dout as (B, H, S, D), masked keys zeroed; the mask of keys; the dropout's factor."""
+    tensors = [inputs[name].to(dtype) for name in (*NAMES, "dout")]
+    cu, mask = inputs["cu_seqlens"], inputs["key_mask"]
+    if cu is not None:
+        length = inputs["max_seqlen"]
+        bounds = list(zip(cu.tolist(), cu.tolist()[1:], strict=False))
+        tensors = [
+            torch.stack([_pad(tensor[start:end], length) for start, end in bounds])
+            for tensor in tensors
+        ]
+        mask = torch.arange(length) < (cu[1:] - cu[:-1])[:, None]
+    if mask is None:
+        mask = torch.ones(tensors[0].shape[:2], dtype=torch.bool)
+    q, k, v, dout = (tensor.transpose(1, 2) for tensor in tensors)
+    k, v = (tensor.masked_fill(~mask[:, None, :, None], 0.0) for tensor in (k, v))
+    factor = None
+    if threshold := dropout.threshold(inputs["p"]):
+        shape = (*q.shape[:3], k.shape[2])
+        start = mask.int().argmax(1)
+        keep = dropout.attention_keep_mask(inputs["seed"], inputs["site"], shape, threshold, start)
+        factor = keep.to(dtype) * dropout.keep_scale(threshold)
+    return q, k, v, dout, mask[:, None, None, :], factor
+
+
+def _pad(sequence: torch.Tensor, length: int) -> torch.Tensor:
+    rest = sequence.new_zeros((length - sequence.shape[0], *sequence.shape[1:]))
+    return torch.cat((sequence, rest))
+
+
+def _packed_again(inputs: dict, tensor: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, D) in the layout of the inputs."""
+    tensor = tensor.transpose(1, 2)
+    if inputs["cu_seqlens"] is None:
+        return tensor
+    lengths = inputs["cu_seqlens"].diff().tolist()
+    return torch.cat([row[:length] for row, length in zip(tensor, lengths, strict=True)])
+
+
+def _scale(inputs: dict) -> float:
+    scale = inputs["scale"]
+    return 1 / math.sqrt(inputs["q"].shape[-1]) if scale is None else scale
+
+
+def rounding_model(inputs: dict, statistics=lambda t: t, operand=None) -> dict:
+    """float32 arithmetic, rounded where the algorithm must: p, ds and out, and the gradients.
+
+    statistics (of the scores) and operand are the places where tests plant a precision fault.
+    """
+    dtype, scale = inputs["q"].dtype, _scale(inputs)
+
+    def rounded(tensor):
+        return tensor.to(dtype).float()
+
+    operand = operand or rounded
+    q, k, v, dout, mask, factor = _padded(inputs, torch.float32)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    highest = statistics(scores.amax(-1, keepdim=True))
+    highest = torch.where(highest == -torch.inf, 0.0, highest)
+    weights = torch.exp(scores - highest)
+    total = statistics(weights.sum(-1, keepdim=True))
+    p = weights / torch.where(total == 0, 1.0, total)
+    dropped = p if factor is None else p * factor
+    out = operand(dropped) @ v
+    dv = operand(dropped).transpose(-1, -2) @ dout
+    dp = dout @ v.transpose(-1, -2)
+    dp = dp if factor is None else dp * factor
+    delta = (dout * rounded(out)).sum(-1, keepdim=True)
+    ds = operand(p * (dp - delta))
+    found = {"out": out, "dq": ds @ k * scale, "dk": ds.transpose(-1, -2) @ q * scale, "dv": dv}
+    return {name: _packed_again(inputs, tensor).to(dtype) for name, tensor in found.items()}
+
+
+def scales(inputs: dict) -> dict:
+    """What the budget's u multiplies where it is more than |reference|.
+
+    ds = p * (dp - delta) cancels, and dq and dk are sums of it that cancel again: each term is
+    rounded to the dtype once, so u times the sum of the terms' sizes remains. As dp and delta are
+    computed apart, the sizes are |p| * (|dp| + |delta|): for dq times |k|, for dk times |q|.
+    """
+    scale = abs(_scale(inputs))
+    q, k, v, dout, mask, factor = _padded(inputs, torch.float64)
+    scores = (q @ k.transpose(-1, -2) * _scale(inputs)).masked_fill(~mask, -torch.inf)
+    p = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
+    dp = dout @ v.transpose(-1, -2)
+    dp = dp if factor is None else dp * factor
+    delta = (p * dp).sum(-1, keepdim=True)
+    sizes = p * (dp.abs() + delta.abs())
+    found = {"dq": sizes @ k.abs() * scale, "dk": sizes.transpose(-1, -2) @ q.abs() * scale}
+    if inputs["q"].dtype == torch.float32:
+        # exp turns an absolute error of a score into a relative one of p. A score's error is 2^-24
+        # of the sum of its products' sizes, as that is what the partial sums can be. Up to 32 the
+        # budget's own factor covers it; beyond, it is added.
+        summed = (q.abs() @ k.abs().transpose(-1, -2) * scale).masked_fill(~mask, 0.0)
+        excess = (summed.amax(-1, keepdim=True) - 32).clamp(min=0)
+        wide = p * excess if factor is None else p * factor * excess
+        found["dq"] += (sizes * excess) @ k.abs() * scale
+        found["dk"] += (sizes * excess).transpose(-1, -2) @ q.abs() * scale
+        out = p @ v if factor is None else (p * factor) @ v
+        plain = p if factor is None else p * factor
+        found["out"] = out.abs() + wide @ v.abs()
+        found["dv"] = (plain.transpose(-1, -2) @ dout).abs() + wide.transpose(-1, -2) @ dout.abs()
+    return {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
+
+
+def plain_torch(inputs: dict) -> dict:
+    """What stock torch computes in this dtype: one op after the other, each rounding."""
+    q, k, v, dout, mask, factor = _padded(inputs, inputs["q"].dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    q, k, v = leaves
+    scores = (q @ k.transpose(-1, -2) * _scale(inputs)).masked_fill(~mask, -torch.inf)
+    p = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1)
+    p = p * mask.any(-1, keepdim=True)
+    out = (p if factor is None else p * factor) @ v
+    found = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+    names = ("out", "dq", "dk", "dv")
+    return {n: _packed_again(inputs, t) for n, t in zip(names, found, strict=True)}

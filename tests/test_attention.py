@@ -1,0 +1,526 @@
+"""attention on every backend: the case table against float64, and properties."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+
+from bertfast import packing
+from bertfast.bench import length_mixes
+from bertfast.ops import attention, attention_qkv, dispatch, dropout_keep_mask
+from bertfast.testing import compare, guarded_allocations, worst
+from bertfast.testing import attention as table
+from bertfast.testing.attention import Case
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+
+
+def hold_to_budget(inputs, actual):
+    findings = compare(
+        actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs)
+    )
+    finding = worst(findings)
+    assert finding.ok, str(finding)
+
+
+def run_guarded(inputs, target, run=table.run):
+    """Outputs and gradients lie between guard zones and start as NaN."""
+    with guarded_allocations():
+        return run(inputs, *target)
+
+
+@dtypes
+@pytest.mark.parametrize("case", table.cases(), ids=str)
+def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
+    need("attention", target)
+    inputs = table.make_inputs(case, dtype)
+    hold_to_budget(inputs, run_guarded(inputs, target))
+
+
+@dtypes
+@pytest.mark.parametrize("case", table.quick_cases(), ids=str)
+def test_torch_backend_stays_within_the_error_budget(case, dtype):
+    inputs = table.make_inputs(case, dtype)
+    hold_to_budget(inputs, table.run(inputs, "torch"))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((40, 66), heads=2, mask="right", p=0.2),
+        Case((17, 0, 30, 70), heads=2, packed=True, plan=True),
+        Case((130,), head_dim=64, layout="apart"),
+    ],
+    ids=str,
+)
+def test_one_buffer_gives_the_same_bits(case, dtype, target, need):
+    need("attention_qkv", target)
+    inputs = table.make_inputs(case, dtype)
+    apart, together = table.run(inputs, *target), run_guarded(inputs, target, table.run_qkv)
+    for name, value in apart.items():
+        assert torch.equal(value, together[name]), name
+
+
+@pytest.mark.parametrize("fault", ["bf16 sums", "p in 8 bits"])
+def test_budget_catches_a_planted_precision_fault(fault):
+    inputs = table.make_inputs(Case((140,), head_dim=64), torch.float16)
+    good = table.rounding_model(inputs)
+    if fault == "bf16 sums":
+        bad = table.rounding_model(inputs, statistics=lambda t: t.bfloat16().float())
+    else:
+        bad = table.rounding_model(inputs, operand=lambda t: t.bfloat16().float())
+    oracle, scales = table.oracle(inputs), table.scales(inputs)
+    assert worst(compare(good, oracle, good, scales)).ok
+    assert not worst(compare(bad, oracle, good, scales)).ok
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an architecture of its own")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((100,), p=0.1),
+        Case((40, 100), mask="left", p=0.1),
+        Case((17, 40, 130, 9, 50, 3), packed=True, plan=True, p=0.1),
+        Case((130,), head_dim=128, p=0.1),
+    ],
+    ids=str,
+)
+def test_configurations_of_gpus_without_wgmma(case, dtype, need, monkeypatch):
+    """The interpreter runs Hopper's; these are those of Ampere, Ada and consumer Blackwell."""
+    need("attention", ("triton", "cpu"))
+    module = dispatch.backend_module("attention", "triton")
+    monkeypatch.setattr(module, "device_architecture", lambda index: 80)
+    inputs = table.make_inputs(case, dtype)
+    hold_to_budget(inputs, table.run(inputs, "triton"))
+
+
+# Properties.
+
+
+@dtypes
+@pytest.mark.parametrize("length", [1, 65, 130])
+def test_probabilities_sum_to_one(dtype, length, target, need):
+    need("attention", target)
+    backend, device = target
+    q, k = torch.randn(2, 1, length, 2, 32, device=device).to(dtype)
+    out = attention(q, k, torch.ones_like(q), backend=backend)
+    u = torch.finfo(dtype).eps
+    assert (out.float() - 1).abs().max() <= u
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("mask", ["right", "left"])
+@pytest.mark.parametrize("plan", [False, True])
+def test_packed_is_padded(p, mask, plan, target, need):
+    need("attention", target)
+    backend, device = target
+    case = Case((20, 70, 33, 5), heads=2, mask=mask, p=p)
+    inputs = table.make_inputs(case, torch.float32)
+    own = inputs["key_mask"]
+    inputs["dout"] = inputs["dout"] * own[:, :, None, None]
+    padded = table.run(inputs, *target)
+    packed = {name: inputs[name][own] for name in (*table.NAMES, "dout")}
+    cu = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+    packed = table.run(
+        inputs | packed | {"key_mask": None, "cu_seqlens": cu, "max_seqlen": 70, "plan": plan},
+        *target,
+    )
+    for name, value in padded.items():
+        assert (value[own] - packed[name]).abs().max() < 4e-6, name
+
+
+@pytest.mark.parametrize("length", [70, 140])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_draws_the_exported_mask(p, length, target, need):
+    """With v the identity out is the probabilities themselves, dropped where the mask says so."""
+    need("attention", target)
+    backend, device = target
+    q, k = torch.randn(2, 2, length, 1, 16, device=device)
+    seed = torch.tensor([-77], device=device)
+    keep = dropout_keep_mask(seed, 9, (2, 1, length, length), p, "attention")
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 4
+    expected = scores.softmax(-1) * keep / (1 - round(65536 * p) / 65536)
+    for first in range(0, length, 128):
+        v = torch.eye(length, device=device)[:, None, first : first + 128]
+        v = v.expand(2, -1, -1, -1).contiguous()
+        width = v.shape[-1]
+        padded_q, padded_k = (F.pad(t, (0, width - 16)) for t in (q, k))
+        out = attention(
+            *(padded_q, padded_k, v),
+            **dict(dropout_p=p, seed=seed, site=9, scale=0.25, backend=backend),
+        )
+        difference = out.transpose(1, 2) - expected[..., first : first + 128]
+        assert difference.abs().max() < 1e-6
+        dropped = ~keep[..., first : first + 128]
+        assert (out.transpose(1, 2)[dropped] == 0).all()
+    assert abs(keep.float().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("length", [50, 150])
+def test_rows_without_keys_give_zeros(p, length, target, need):
+    need("attention", target)
+    case = Case((length, length - 3), mask="all", p=p)
+    inputs = table.make_inputs(case, torch.float16)
+    result = table.run(inputs, *target)
+    for name, value in result.items():
+        assert (value[0] == 0).all(), name
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("mask", ["right", "left", "holes"])
+@pytest.mark.parametrize("length", [60, 150])
+def test_what_is_masked_does_not_get_out(mask, length, target, need):
+    need("attention", target)
+    clean = Case((length, length // 2), mask=mask)
+    inputs = table.make_inputs(clean, torch.float16)
+    spoilt = table.make_inputs(replace(clean, values="spoilt"), torch.float16)
+    spoilt["q"] = inputs["q"]
+    one, other = table.run(inputs, *target), table.run(spoilt, *target)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    for name in ("dk", "dv"):
+        assert (other[name][~inputs["key_mask"]] == 0).all()
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "case",
+    [Case((140,), p=0.1), Case((5, 70, 30), packed=True, plan=True, p=0.1)],
+    ids=str,
+)
+def test_same_bits_every_run_and_with_and_without_gradients(case, dtype, target, need):
+    need("attention", target)
+    inputs = table.make_inputs(case, dtype)
+    first, second = table.run(inputs, *target), table.run(inputs, *target)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    backend, device = target
+    tensors = [inputs[name].to(device) for name in table.NAMES]
+    out = attention(*tensors, **table.options(inputs, device), backend=backend)
+    assert torch.equal(out, first["out"])
+
+
+@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("q", "v")], ids="+".join)
+def test_any_subset_of_gradients(wanted, target, need):
+    need("attention", target)
+    backend, device = target
+    inputs = table.make_inputs(Case((40,)), torch.float32)
+    everything = table.run(inputs, *target)
+    leaves = {name: inputs[name].to(device).clone() for name in table.NAMES}
+    for name in wanted:
+        leaves[name].requires_grad_()
+    out = attention(**leaves, backend=backend)
+    grads = torch.autograd.grad(out, [leaves[n] for n in wanted], inputs["dout"].to(device))
+    for name, grad in zip(wanted, grads, strict=True):
+        assert torch.equal(grad, everything[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_to_do(packed, target, need):
+    need("attention", target)
+    backend, device = target
+    shape = (0, 2, 16) if packed else (2, 0, 2, 16)
+    leaves = [torch.zeros(shape, device=device, requires_grad=True) for _ in "qkv"]
+    more = {}
+    if packed:
+        cu = torch.zeros(3, dtype=torch.int32, device=device)
+        more = {"cu_seqlens": cu, "max_seqlen": 0, "plan": packing.plan(cu, 0)}
+    for name in (backend, "torch"):
+        out = attention(*leaves, **more, backend=name)
+        assert out.shape == shape
+        for grad in torch.autograd.grad(out.sum(), leaves):
+            assert grad.shape == shape
+
+
+def test_reference_gradients_in_float64():
+    inputs = table.make_inputs(Case((3, 5), mask="left", p=0.3, head_dim=4), torch.float32)
+    leaves = [inputs[name].double().requires_grad_() for name in table.NAMES]
+    options = table.options(inputs)
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, **options), leaves)
+
+
+def test_torch_backend_is_sdpa():
+    q, k, v = torch.randn(3, 2, 33, 2, 16)
+    ours = attention(q, k, v)
+    stock = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    assert torch.equal(ours, stock.transpose(1, 2))
+
+
+@pytest.mark.parametrize("backend", ["torch", "target"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtypes_of_torch(dtype, backend, target, need):
+    need("attention", target)
+    name, device = target
+    name = "torch" if backend == "torch" else name
+    leaves = [torch.randn(1, 9, 2, 16, device=device).to(dtype).requires_grad_() for _ in "qkv"]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours = attention(*leaves, backend=name)
+        stock = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in leaves))
+        stock = stock.transpose(1, 2)
+        together = attention_qkv(torch.stack(leaves, -3), backend=name)
+    assert ours.dtype == stock.dtype == together.dtype
+    assert (ours.float() - stock.float()).abs().max() < 2**-6
+    for mine, leaf in zip(torch.autograd.grad(ours.float().sum(), leaves), leaves, strict=True):
+        assert mine.dtype == leaf.dtype
+
+
+# The plan.
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(5, 0, 30, 20, 9, 0, 40), (0, 130, 64, 65, 1, 0), (64,) * 3, (20,) * 9, (0, 0), (200,), ()],
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_plan_covers_each_token_once(lengths, known):
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    total = sum(lengths)
+    plan = packing.plan(cu, max(lengths, default=0), total if known else None)
+    mean = total // max(len(lengths), 1) if known else max(lengths, default=0)
+    assert plan.tile == (32 if mean <= 32 else 64)
+    covered = torch.zeros(total, dtype=torch.int64)
+    bounds = cu.tolist()
+    for sequence, first, many in plan.tiles[: int(plan.count)].tolist():
+        start, end = bounds[sequence], bounds[sequence + many]
+        assert many == 1 or end - start <= plan.tile
+        covered[start + first : min(start + first + plan.tile, end)] += 1
+    assert (covered == 1).all()
+    assert (plan.tiles[int(plan.count) :] == 0).all()
+
+
+def test_most_scores_are_useful():
+    """What the two tile sizes and the sharing of tiles are for, on three mixes of lengths."""
+    for name, least in (("squad", 0.75), ("wikipedia", 0.90), ("queries", 0.40)):
+        shares = [length_mixes.useful_share(name, seed) for seed in range(5)]
+        assert min(shares) >= least, (name, shares)
+
+
+def test_useful_share_is_counted():
+    cu = torch.tensor([0, 64, 74, 84], dtype=torch.int32)
+    plan = packing.plan(cu, 64)
+    # A tile of 64 by 64, and one of 64 by 32 that 10 and 10 share.
+    assert packing.useful_share(cu, plan) == (64**2 + 2 * 10**2) / (64 * 64 + 64 * 32)
+
+
+# Registration.
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((9, 20), mask="left", p=0.3, heads=2), Case((9, 0, 20), packed=True, plan=True)],
+    ids=str,
+)
+def test_opcheck(case, target, need):
+    need("attention", target)
+    backend, device = target
+    inputs = table.make_inputs(case, torch.float32)
+    options = table.options(inputs, device)
+    tiles, tile = (options["plan"].tiles, options["plan"].tile) if case.plan else (None, 0)
+    threshold = round(65536 * case.p)
+    layout = [options["key_mask"], options["cu_seqlens"], tiles, tile]
+    layout += [options["seed"] if threshold else None]
+    rest = [*layout, inputs["max_seqlen"] or 0, 0.25, threshold, 3, backend]
+    parts = [inputs[name].to(device) for name in table.NAMES]
+    dout = inputs["dout"].to(device)
+    ops = torch.ops.bertfast
+    for suffix, tensors in (("", parts), ("_qkv", [torch.stack(parts, -3)])):
+        out, lse = getattr(ops, f"attention{suffix}_forward")(*tensors, *rest)
+        for name, arguments in (
+            ("", tensors),
+            ("_forward", tensors),
+            ("_backward", [dout, *tensors, out, lse]),
+        ):
+            op = getattr(ops, f"attention{suffix}{name}").default
+            result = torch.library.opcheck(op, [*arguments, *rest], test_utils=OPCHECKS)
+            assert set(result.values()) == {"SUCCESS"}, (name, result)
+
+
+def _module(target, p):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(32, 96)
+
+        def forward(self, x, mask, seed):
+            qkv = self.linear(x).unflatten(-1, (3, 2, 16))
+            options = dict(key_mask=mask, dropout_p=p, seed=seed, backend=target[0])
+            return attention_qkv(qkv, **options) + attention(*qkv.unbind(-3), **options)
+
+    return Block().to(target[1])
+
+
+@pytest.mark.parametrize(("mode", "p"), [("aot_eager", 0.3), ("inductor", 0.0)])
+def test_compile_fullgraph(mode, p, target, need):
+    need("attention", target)
+    module, device = _module(target, p), target[1]
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    mask[1, 5:] = False
+    seed = torch.tensor([5], device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=mode)
+
+    def step(f):
+        torch.manual_seed(0)
+        x = torch.randn(2, 9, 32, device=device, requires_grad=True)
+        y = f(x, mask, seed)
+        return y, *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+    for ours, eager in zip(step(compiled), step(module), strict=True):
+        assert (ours - eager).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_backend_compiles(packed):
+    case = Case((9, 0, 20), packed=packed, mask="none" if packed else "right", p=0.2)
+    inputs = table.make_inputs(case, torch.float32)
+    options = table.options(inputs)
+
+    def f(q, k, v):
+        return attention(q, k, v, **options)
+
+    tensors = [inputs[name] for name in table.NAMES]
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert (compiled(*tensors) - f(*tensors)).abs().max() < 1e-5
+
+
+def test_export(target, need):
+    need("attention", target)
+    module, device = _module(target, 0.0).eval(), target[1]
+    x, mask = torch.randn(2, 9, 32, device=device), torch.ones(2, 9, dtype=torch.bool)
+    mask = mask.to(device)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = ({0: batch, 1: length}, {0: batch, 1: length}, None)
+    program = torch.export.export(module, (x, mask, None), dynamic_shapes=shapes)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("bertfast.attention" in name for name in names), names
+    other, mask = torch.randn(3, 7, 32, device=device), torch.ones(3, 7, dtype=torch.bool)
+    mask = mask.to(device)
+    difference = program.module()(other, mask, None) - module(other, mask, None)
+    assert difference.abs().max() < 1e-5
+
+
+def test_functorch_runs_the_reference(target, need):
+    need("attention", target)
+    backend, device = target
+    q, k, v = torch.randn(3, 4, 2, 7, 1, 16, device=device)
+
+    def f(q, k, v):
+        return attention(q, k, v, backend=backend)
+
+    mapped = torch.vmap(f)(q, k, v)
+    for row in range(4):
+        assert (mapped[row] - f(q[row], k[row], v[row])).abs().max() < 1e-5
+    _, tangent = torch.func.jvp(lambda v: f(q[0], k[0], v), (v[0],), (v[0],))
+    assert (tangent - f(q[0], k[0], v[0])).abs().max() < 1e-5
+
+
+# Errors.
+
+Q = torch.randn(2, 5, 2, 16)
+PACKED = torch.randn(10, 2, 16)
+CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+PACKED_CALL = dict(q=PACKED, k=PACKED, v=PACKED, cu_seqlens=CU, max_seqlen=6)
+BAD = [
+    (dict(q=[1]), TypeError, "q must be a tensor, got list"),
+    (dict(q=Q[0, 0]), ValueError, "[tokens, heads, head_dim], got [2, 16]"),
+    (dict(k=Q[:, :4]), ValueError, "k must have shape [2, 5, 2, 16], got [2, 4, 2, 16]"),
+    (
+        dict(v=Q.half()),
+        TypeError,
+        "v must have dtype torch.float32 (q's), got torch.float16",
+    ),
+    (dict(k=Q.to("meta")), ValueError, "k must be on cpu (where q is), got meta"),
+    (dict(key_mask=[True]), TypeError, "key_mask must be a bool tensor, got list"),
+    (
+        dict(key_mask=torch.ones(2, 5)),
+        TypeError,
+        "key_mask must have dtype torch.bool (True = attend), got torch.float32",
+    ),
+    (
+        dict(key_mask=torch.ones(2, 4, dtype=torch.bool)),
+        ValueError,
+        "key_mask must have shape [2, 5], got [2, 4]",
+    ),
+    (dict(cu_seqlens=CU), ValueError, "cu_seqlens must be None where q is padded"),
+    (dict(max_seqlen=5), ValueError, "max_seqlen must be None where q is padded"),
+    (dict(scale="1"), TypeError, "scale must be a number, got str"),
+    (dict(dropout_p=2.0), ValueError, "dropout_p must be between 0 and 1, got 2.0"),
+    (dict(backend="cudnn"), ValueError, "backend must be one of 'auto', 'torch'"),
+    (PACKED_CALL | dict(cu_seqlens=None), TypeError, "cu_seqlens must be an int32 tensor"),
+    (
+        PACKED_CALL | dict(cu_seqlens=CU.long()),
+        TypeError,
+        "cu_seqlens must have dtype torch.int32, got torch.int64",
+    ),
+    (PACKED_CALL | dict(max_seqlen=None), TypeError, "max_seqlen must be an int, got NoneType"),
+    (
+        PACKED_CALL | dict(max_seqlen=5),
+        ValueError,
+        "max_seqlen must be at least the longest sequence, 6, got 5",
+    ),
+    (
+        PACKED_CALL | dict(cu_seqlens=CU - 1),
+        ValueError,
+        "cu_seqlens must go from 0 to 10 (q's tokens), got -1 to 9",
+    ),
+    (
+        PACKED_CALL | dict(key_mask=torch.ones(2, 5, dtype=torch.bool)),
+        ValueError,
+        "key_mask must be None where q is packed, got a tensor",
+    ),
+    (
+        PACKED_CALL | dict(plan=packing.plan(CU[:2], 6)),
+        ValueError,
+        "plan must be made from cu_seqlens: it has 1 sequences, cu_seqlens 2",
+    ),
+    (
+        PACKED_CALL | dict(plan=packing.plan(CU, 8)),
+        ValueError,
+        "plan must be made with max_seqlen 6, got one of 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD, ids=lambda value: str(value)[:30])
+def test_error_text(change, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        attention(**dict(q=Q, k=Q, v=Q) | change)
+
+
+def test_one_buffer_error_text():
+    for bad in (Q, torch.randn(2, 5, 4, 2, 16)):
+        with pytest.raises(ValueError, match=re.escape("qkv must have shape [batch, length, 3")):
+            attention_qkv(bad)
+
+
+def test_explicit_backend_never_falls_back(target, need):
+    need("attention", target)
+    backend, device = target
+    q = torch.randn(1, 3, 1, 129, device=device)
+    text = "the head dimension must be between 1 and 128, got 129"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        attention(q, q, q, backend=backend)
+    assert attention(q, q, q).shape == q.shape
+
+
+def test_case_names_are_unique():
+    for cases in (table.cases(), table.quick_cases()):
+        assert len({str(case) for case in cases}) == len(cases)
+    assert len(table.cases()) <= 120
+    assert "attention" in dispatch.AUTO_ORDER
