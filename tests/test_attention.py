@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from bertfast import packing
 from bertfast.bench import length_mixes
 from bertfast.ops import attention, attention_qkv, dispatch, dropout_keep_mask
-from bertfast.testing import compare, guarded_allocations, worst
 from bertfast.testing import attention as table
+from bertfast.testing import compare, guarded_allocations, worst
 from bertfast.testing.attention import Case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

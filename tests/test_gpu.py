@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from bertfast.ops import bias_gelu, layer_norm
+from bertfast import packing
+from bertfast.ops import attention_qkv, available, bias_gelu, layer_norm
+from bertfast.testing import attention as table
+from bertfast.testing import compare, worst
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,3 +140,84 @@ def test_bias_gelu_runs_where_its_tensors_are(backend, need):
         assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
         assert torch.equal(y, bias_gelu(x, bias, backend=backend))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def attention_backend(request):
+    if reason := available("cuda")["attention"][request.param]:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("lengths", [(128,) * 3, (384, 200, 7), (512, 513)], ids=str)
+@pytest.mark.parametrize("layout", ["right", "left", "holes", "packed", "plan"])
+def test_attention_at_real_sizes(layout, lengths, head_dim, dtype, attention_backend):
+    packed = {"packed": dict(packed=True), "plan": dict(packed=True, plan=True)}
+    kind = packed.get(layout, dict(mask=layout))
+    case = table.Case(lengths, heads=3, head_dim=head_dim, p=0.1, **kind)
+    inputs = table.make_inputs(case, dtype)
+    actual = table.run(inputs, attention_backend, "cuda")
+    model, scales = table.rounding_model(inputs), table.scales(inputs)
+    finding = worst(compare(actual, table.oracle(inputs), model, scales))
+    assert finding.ok, str(finding)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_attention_in_a_graph(planned, attention_backend):
+    """The plan is made inside the capture too: nothing waits for the host."""
+    qkv = torch.randn(300, 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cu = torch.tensor([0, 20, 150, 170, 300], dtype=torch.int32, device="cuda")
+
+    def step():
+        plan = packing.plan(cu, 130, 300) if planned else None
+        options = dict(cu_seqlens=cu, max_seqlen=130, plan=plan, dropout_p=0.5)
+        out = attention_qkv(qkv, **options, backend=attention_backend)
+        return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    first = [value.clone() for value in captured]
+    graph.replay()
+    assert not torch.equal(captured[0], first[0])
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    for value, other in zip(captured, first, strict=True):
+        assert torch.equal(value, other)
+
+
+def test_attention_beyond_32_bit_offsets(attention_backend):
+    length, heads, width = 512, 16, 64
+    batch = 2**31 // (length * 3 * heads * width) + 2
+    if torch.cuda.mem_get_info()[0] < 2**33:
+        pytest.skip(reason="not enough GPU memory for a tensor of more than 2^31 elements")
+    qkv = torch.empty(batch, length, 3, heads, width, device="cuda", dtype=torch.float16)
+    qkv.normal_()
+    with torch.no_grad():
+        out = attention_qkv(qkv, backend=attention_backend)
+        tail = attention_qkv(qkv[-1:].clone(), backend=attention_backend)
+    assert torch.equal(out[-1:], tail)
+
+
+def test_attention_of_8192_tokens(attention_backend):
+    qkv = torch.randn(1, 8192, 3, 2, 64, device="cuda", dtype=torch.float16)
+    out = attention_qkv(qkv, backend=attention_backend)
+    right = attention_qkv(qkv.double(), backend="torch")
+    assert (out - right).abs().max() < 2e-3 * right.abs().max() + 2**-11
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_attention_runs_where_its_tensors_are(attention_backend):
+    qkv = torch.randn(2, 40, 3, 2, 64, device="cuda:1")
+    with torch.cuda.device(0):
+        out = attention_qkv(qkv, backend=attention_backend)
+    with torch.cuda.device(1):
+        assert torch.equal(out, attention_qkv(qkv, backend=attention_backend))

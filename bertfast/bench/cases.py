@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..testing import bias_gelu as bias_gelu_testing
 from ..testing import layer_norm as layer_norm_testing
+from .attention_cases import AttentionCase, attention_cases, dry_attention_cases
 
 EPS = 1e-12
 Step = Callable[[], tuple[torch.Tensor, ...]]  # runs the pass once; its outputs
@@ -258,13 +259,13 @@ def bias_gelu_cases() -> list[BiasGeluCase]:
     ]
 
 
-Case = LayerNormCase | BiasGeluCase
+Case = LayerNormCase | BiasGeluCase | AttentionCase
 
 
 def all_cases() -> list[Case]:
     """The ops take turns, so that a run that is cut short has the most important of each."""
-    longest = itertools.zip_longest(layer_norm_cases(), bias_gelu_cases())
-    return [case for pair in longest for case in pair if case is not None]
+    turns = itertools.zip_longest(layer_norm_cases(), attention_cases(), bias_gelu_cases())
+    return [case for turn in turns for case in turn if case is not None]
 
 
 def dry_cases() -> list[Case]:
@@ -277,4 +278,5 @@ def dry_cases() -> list[Case]:
     return layer_norm + [
         BiasGeluCase("forward", 6, 64, torch.bfloat16),
         BiasGeluCase("backward", 6, 64, torch.float16),
+        *dry_attention_cases(),
     ]

@@ -73,12 +73,13 @@ class Bench:
         *,
         repeats: int = 15,
         out_of_time: Callable[[], bool] = lambda: False,
+        flop_per_s: float | None = None,
         compile_backend: str = "inductor",
         say: Callable[[str], None] = print,
     ):
         self.device, self.recorder, self.copy = device, recorder, copy
         self.repeats, self.out_of_time, self.say = repeats, out_of_time, say
-        self.compile_backend = compile_backend
+        self.compile_backend, self.flop_per_s = compile_backend, flop_per_s
         self.refused: list[str] = []
         self._within_budget: set[tuple] = set()
         # Backward kernels run on the stream of their forward, so both are on the capture's.
@@ -161,7 +162,10 @@ class Bench:
         row.median_us, row.p20_us, row.p80_us = sample.median, sample.p20, sample.p80
         row.gb_per_s = case.bytes / sample.median / 1e3
         row.tflop_per_s = case.flops / sample.median / 1e6 if case.flops else None
-        row.percent_of_floor = 100 * case.bytes / self.copy.bytes_per_s * 1e6 / sample.median
+        floor = case.bytes / self.copy.bytes_per_s
+        if self.flop_per_s:
+            floor = max(floor, case.flops / self.flop_per_s)
+        row.percent_of_floor = 100 * floor * 1e6 / sample.median
         return row
 
 

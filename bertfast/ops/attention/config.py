@@ -45,7 +45,7 @@ def architecture(capability: int) -> int:
 
 @functools.lru_cache(None)
 def device_architecture(index: int | None) -> int:
-    """The class of a device; Hopper's, with the most forms, where there is none (the interpreter)."""
+    """The class of a device; without one, as in the interpreter, Hopper's: it has most forms."""
     if index is None:
         return 90
     major, minor = torch.cuda.get_device_capability(index)

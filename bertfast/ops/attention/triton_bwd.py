@@ -11,9 +11,11 @@ Two kernels. attention_bwd_dq_kernel has one program a tile of queries and runs 
 also computes delta and leaves it for the other. attention_bwd_dkv_kernel has one program a tile of
 keys, holds their dk and dv in registers and runs over the queries. Where one tile holds all keys of
 its sequence, a program has all that dq is made of, so it makes that too (WHOLE) and the first
-kernel isn't needed. delta is then summed as written; in the first kernel, which has not all of p
-when it needs it, it is the same sum in another order: dout times out, over a head. Scores are computed with queries as rows in both, and p and ds are transposed
-as operands: so the dropout's draws lie as the threads hold them.
+kernel isn't needed; where it holds all queries too there is no loop (SINGLE). delta is then summed
+as written; in the first kernel, which has not all of p when it needs it, it is the same sum in
+another order: dout times out, over a head.
+Scores are computed with queries as rows in both, and p and ds are transposed as operands: so the
+dropout's draws lie as the threads hold them.
 No atomics: every gradient is written once, by one program, in a fixed order.
 Moves 7 values an element of q for WHOLE (q, k, v, dout read; dq, dk, dv written), else the
 first kernel 6 and more, the second 6 and more: each tile reads the other side again.

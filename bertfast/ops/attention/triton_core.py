@@ -22,7 +22,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def find_tile(cu_ptr, tiles_ptr, heads, n_tiles, length, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """(batch, head, first position, first token, length, number of sequences) of this program.
 
-    PARTS programs share a plan's tile, where it is larger than BLOCK. The tiles of one head of a sequence are neighbours, as they read the same keys and values.
+    PARTS programs share a plan's tile, where it is larger than BLOCK. The tiles of one head of a
+    sequence are neighbours, as they read the same keys and values.
     """
     program = tl.program_id(0)
     many = 1

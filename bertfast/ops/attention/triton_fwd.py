@@ -1,13 +1,13 @@
-"""out = dropout(softmax(scale * q k^T)) v, and lse = log2(sum(exp(scale * q k^T))) for the backward.
+"""out = dropout(softmax(scale * q k^T)) v, and lse = log2(sum(exp(scale * q k^T))).
 
 Saved for the backward: q, k, v, out, lse and the seed; no score is. lse is float32 and a logarithm
 to base 2, as the kernels compute with exp2: so the backward subtracts what the forward did, without
 another rounding. It is 0 for a row without keys.
 
 One program a tile of BLOCK_M queries; it runs over the keys in blocks of BLOCK_N with the online
-softmax: m is the largest product q k^T so far, l the sum of exp2(scale_log2 * (product - m)), acc the
-sum of the same times v, both rescaled when m grows. Where one block holds all keys the loop is a single
-step. Dropout acts on what goes into acc, not on l.
+softmax: m is the largest product q k^T so far, l the sum of exp2(scale_log2 * (product - m)), acc
+the sum of the same times v, both rescaled when m grows. Where one block holds all keys there is no
+loop and nothing to rescale (SINGLE). Dropout acts on what goes into acc, not on l.
 Moves 4 values an element of q (q, k, v read; out written) where a tile holds all queries, and
 2 + 2 * tiles where it doesn't, mostly from the second-level cache.
 """
