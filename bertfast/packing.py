@@ -3,8 +3,8 @@
 Attention works on a packed batch in tiles of 64 tokens, or of 32 where sequences are very short.
 Short sequences share a tile, whole, as many neighbours as fit; a longer one is cut into tiles of
 its own. So no program finds nothing to do, and most of a tile's scores are useful
-(`useful_share`). Everything is computed on the device, without waiting for it: the list has room for the most that
-there can be, and what is left over is empty.
+(`useful_share`). Everything is computed on the device, without waiting for it: the list has room
+for the most that there can be, and what is left over is empty.
 """
 
 from dataclasses import dataclass
