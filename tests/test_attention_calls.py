@@ -1,0 +1,218 @@
+"""attention's registered ops under opcheck, compile, export and functorch; its error texts."""
+
+import re
+
+import pytest
+import torch
+import torch._dynamo
+
+from bertfast import packing
+from bertfast.ops import attention, attention_qkv
+from bertfast.testing import attention as table
+from bertfast.testing.attention import Case
+
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((9, 20), mask="left", p=0.3, heads=2), Case((9, 0, 20), packed=True, plan=True)],
+    ids=str,
+)
+def test_opcheck(case, target, need):
+    need("attention", target)
+    backend, device = target
+    inputs = table.make_inputs(case, torch.float32)
+    options = table.options(inputs, device)
+    tiles, tile = (options["plan"].tiles, options["plan"].tile) if case.plan else (None, 0)
+    threshold = round(65536 * case.p)
+    layout = [options["key_mask"], options["cu_seqlens"], tiles, tile]
+    layout += [options["seed"] if threshold else None]
+    rest = [*layout, inputs["max_seqlen"] or 0, 0.25, threshold, 3, backend]
+    parts = [inputs[name].to(device) for name in table.NAMES]
+    dout = inputs["dout"].to(device)
+    ops = torch.ops.bertfast
+    for suffix, tensors in (("", parts), ("_qkv", [torch.stack(parts, -3)])):
+        out, lse = getattr(ops, f"attention{suffix}_forward")(*tensors, *rest)
+        for name, arguments in (
+            ("", tensors),
+            ("_forward", tensors),
+            ("_backward", [dout, *tensors, out, lse]),
+        ):
+            op = getattr(ops, f"attention{suffix}{name}").default
+            result = torch.library.opcheck(op, [*arguments, *rest], test_utils=OPCHECKS)
+            assert set(result.values()) == {"SUCCESS"}, (name, result)
+
+
+def _module(target, p):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(32, 96)
+
+        def forward(self, x, mask, seed):
+            qkv = self.linear(x).unflatten(-1, (3, 2, 16))
+            options = dict(key_mask=mask, dropout_p=p, seed=seed, backend=target[0])
+            return attention_qkv(qkv, **options) + attention(*qkv.unbind(-3), **options)
+
+    return Block().to(target[1])
+
+
+@pytest.mark.parametrize(("mode", "p"), [("aot_eager", 0.3), ("inductor", 0.0)])
+def test_compile_fullgraph(mode, p, target, need):
+    need("attention", target)
+    module, device = _module(target, p), target[1]
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    mask[1, 5:] = False
+    seed = torch.tensor([5], device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=mode)
+
+    def step(f):
+        torch.manual_seed(0)
+        x = torch.randn(2, 9, 32, device=device, requires_grad=True)
+        y = f(x, mask, seed)
+        return y, *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+    for ours, eager in zip(step(compiled), step(module), strict=True):
+        assert (ours - eager).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_backend_compiles(packed):
+    case = Case((9, 0, 20), packed=packed, mask="none" if packed else "right", p=0.2)
+    inputs = table.make_inputs(case, torch.float32)
+    options = table.options(inputs)
+
+    def f(q, k, v):
+        return attention(q, k, v, **options)
+
+    tensors = [inputs[name] for name in table.NAMES]
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert (compiled(*tensors) - f(*tensors)).abs().max() < 1e-5
+
+
+def test_export(target, need):
+    need("attention", target)
+    module, device = _module(target, 0.0).eval(), target[1]
+    x, mask = torch.randn(2, 9, 32, device=device), torch.ones(2, 9, dtype=torch.bool)
+    mask = mask.to(device)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = ({0: batch, 1: length}, {0: batch, 1: length}, None)
+    program = torch.export.export(module, (x, mask, None), dynamic_shapes=shapes)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("bertfast.attention" in name for name in names), names
+    other, mask = torch.randn(3, 7, 32, device=device), torch.ones(3, 7, dtype=torch.bool)
+    mask = mask.to(device)
+    difference = program.module()(other, mask, None) - module(other, mask, None)
+    assert difference.abs().max() < 1e-5
+
+
+def test_functorch_runs_the_reference(target, need):
+    need("attention", target)
+    backend, device = target
+    q, k, v = torch.randn(3, 4, 2, 7, 1, 16, device=device)
+
+    def f(q, k, v):
+        return attention(q, k, v, backend=backend)
+
+    mapped = torch.vmap(f)(q, k, v)
+    for row in range(4):
+        assert (mapped[row] - f(q[row], k[row], v[row])).abs().max() < 1e-5
+    _, tangent = torch.func.jvp(lambda v: f(q[0], k[0], v), (v[0],), (v[0],))
+    assert (tangent - f(q[0], k[0], v[0])).abs().max() < 1e-5
+
+
+# Errors.
+
+Q = torch.randn(2, 5, 2, 16)
+PACKED = torch.randn(10, 2, 16)
+CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+PACKED_CALL = dict(q=PACKED, k=PACKED, v=PACKED, cu_seqlens=CU, max_seqlen=6)
+BAD = [
+    (dict(q=[1]), TypeError, "q must be a tensor, got list"),
+    (dict(q=Q[0, 0]), ValueError, "[tokens, heads, head_dim], got [2, 16]"),
+    (dict(k=Q[:, :4]), ValueError, "k must have shape [2, 5, 2, 16], got [2, 4, 2, 16]"),
+    (
+        dict(v=Q.half()),
+        TypeError,
+        "v must have dtype torch.float32 (q's), got torch.float16",
+    ),
+    (dict(k=Q.to("meta")), ValueError, "k must be on cpu (where q is), got meta"),
+    (dict(key_mask=[True]), TypeError, "key_mask must be a bool tensor, got list"),
+    (
+        dict(key_mask=torch.ones(2, 5)),
+        TypeError,
+        "key_mask must have dtype torch.bool (True = attend), got torch.float32",
+    ),
+    (
+        dict(key_mask=torch.ones(2, 4, dtype=torch.bool)),
+        ValueError,
+        "key_mask must have shape [2, 5], got [2, 4]",
+    ),
+    (dict(cu_seqlens=CU), ValueError, "cu_seqlens must be None where q is padded"),
+    (dict(max_seqlen=5), ValueError, "max_seqlen must be None where q is padded"),
+    (dict(scale="1"), TypeError, "scale must be a number, got str"),
+    (dict(dropout_p=2.0), ValueError, "dropout_p must be between 0 and 1, got 2.0"),
+    (dict(backend="cudnn"), ValueError, "backend must be one of 'auto', 'torch'"),
+    (PACKED_CALL | dict(cu_seqlens=None), TypeError, "cu_seqlens must be an int32 tensor"),
+    (
+        PACKED_CALL | dict(cu_seqlens=CU.long()),
+        TypeError,
+        "cu_seqlens must have dtype torch.int32, got torch.int64",
+    ),
+    (PACKED_CALL | dict(max_seqlen=None), TypeError, "max_seqlen must be an int, got NoneType"),
+    (
+        PACKED_CALL | dict(max_seqlen=5),
+        ValueError,
+        "max_seqlen must be at least the longest sequence, 6, got 5",
+    ),
+    (
+        PACKED_CALL | dict(cu_seqlens=CU - 1),
+        ValueError,
+        "cu_seqlens must go from 0 to 10 (q's tokens), got -1 to 9",
+    ),
+    (
+        PACKED_CALL | dict(key_mask=torch.ones(2, 5, dtype=torch.bool)),
+        ValueError,
+        "key_mask must be None where q is packed, got a tensor",
+    ),
+    (
+        PACKED_CALL | dict(plan=packing.plan(CU[:2], 6)),
+        ValueError,
+        "plan must be made from cu_seqlens: it has 1 sequences, cu_seqlens 2",
+    ),
+    (
+        PACKED_CALL | dict(plan=packing.plan(CU, 8)),
+        ValueError,
+        "plan must be made with max_seqlen 6, got one of 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD, ids=lambda value: str(value)[:30])
+def test_error_text(change, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        attention(**dict(q=Q, k=Q, v=Q) | change)
+
+
+def test_one_buffer_error_text():
+    for bad in (Q, torch.randn(2, 5, 4, 2, 16)):
+        with pytest.raises(ValueError, match=re.escape("qkv must have shape [batch, length, 3")):
+            attention_qkv(bad)
+
+
+def test_explicit_backend_never_falls_back(target, need):
+    need("attention", target)
+    backend, device = target
+    q = torch.randn(1, 3, 1, 129, device=device)
+    text = "the head dimension must be between 1 and 128, got 129"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        attention(q, q, q, backend=backend)
+    assert attention(q, q, q).shape == q.shape
