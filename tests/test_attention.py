@@ -109,8 +109,12 @@ def test_probabilities_sum_to_one(dtype, length, target, need):
     backend, device = target
     q, k = torch.randn(2, 1, length, 2, 32, device=device).to(dtype)
     out = attention(q, k, torch.ones_like(q), backend=backend)
-    u = torch.finfo(dtype).eps
-    assert (out.float() - 1).abs().max() <= u
+    # One rounding of the output. float32's is as fine as those inside two sums of `length` terms,
+    # which add up like a random walk.
+    allowed = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        allowed = (1 + 2 * length**0.5) * 2**-24
+    assert (out.float() - 1).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -51,7 +51,8 @@ class _Batch:
             self.mask = key_mask.view(torch.uint8)
         self.mask_and_lse = (0 if key_mask is None else self.mask.stride(0), *lse_strides)
         # float32 is multiplied as float32, unless torch itself may use TF32.
-        self.tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        precision = torch.backends.cuda.matmul.fp32_precision  # reading allow_tf32 may raise
+        self.tf32 = q.dtype == torch.float32 and precision == "tf32"
 
     def config(self, pass_: str) -> Config | None:
         case = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
