@@ -12,6 +12,7 @@ from .. import packing
 from ..ops import attention, attention_qkv, dropout
 
 NAMES = ("q", "k", "v")
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _scale(inputs: dict) -> float:
 
 
 def rounding_model(inputs: dict, statistics=lambda t: t, operand=None) -> dict:
-    """float32 arithmetic, rounded where the algorithm must: p, ds and out, and the gradients.
+    """float32 arithmetic, rounded where the algorithm must: p, ds, lse and out, and the gradients.
 
     statistics (of the scores) and operand are the places where tests plant a precision fault.
     """
@@ -254,6 +255,10 @@ def rounding_model(inputs: dict, statistics=lambda t: t, operand=None) -> dict:
     p = weights / torch.where(total == 0, 1.0, total)
     dropped = p if factor is None else p * factor
     out = operand(dropped) @ v
+    # The backward has p from lse, which is saved as one float32 number a row.
+    lse = highest * LOG2E + torch.where(total == 0, 1.0, total).log2()
+    p = torch.exp2(scores * LOG2E - lse)
+    dropped = p if factor is None else p * factor
     dv = operand(dropped).transpose(-1, -2) @ dout
     dp = dout @ v.transpose(-1, -2)
     dp = dp if factor is None else dp * factor
@@ -282,9 +287,11 @@ def scales(inputs: dict) -> dict:
     if inputs["q"].dtype == torch.float32:
         # exp turns an absolute error of a score into a relative one of p. A score's error is 2^-24
         # of the sum of its products' sizes, as that is what the partial sums can be. Up to 32 the
-        # budget's own factor covers it; beyond, it is added.
+        # budget's own factor covers it, since a sum over keys averages; of that, dropout leaves the
+        # share of the terms that it keeps. Beyond, it is added.
         summed = (q.abs() @ k.abs().transpose(-1, -2) * scale).masked_fill(~mask, 0.0)
-        excess = (summed.amax(-1, keepdim=True) - 32).clamp(min=0)
+        covered = 32 * (1 - dropout.threshold(inputs["p"]) / 65536)
+        excess = (summed.amax(-1, keepdim=True) - covered).clamp(min=0)
         wide = p * excess if factor is None else p * factor * excess
         found["dq"] += (sizes * excess) @ k.abs() * scale
         found["dk"] += (sizes * excess).transpose(-1, -2) @ q.abs() * scale
