@@ -293,3 +293,23 @@ def test_bias_gelu_keeps_its_promised_instructions_and_no_stack():
             limit = forward_limit if "fwd" in kernel or "forward" in kernel else 24
             assert cell["instructions"] <= limit, (kernel, label, dtype)
             assert "load_bits" not in cell and "store_bits" not in cell
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_dropout_takes_at_most_12_instructions_a_score_on_hopper(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(DATA))
+    rows, failures = triton_aot.read("sm_90a", ["dropout_kernels"])
+    assert failures == [] and len(rows) == 6
+    for without, with_ in zip(rows[::2], rows[1::2], strict=True):
+        assert with_.instructions_per_element - without.instructions_per_element <= 12
+        assert without.tensor_core > 0 and with_.tensor_core > 0
+
+
+def test_attention_never_spills():
+    kernels_ = budget.load()["kernels"]["triton"]
+    found = {name: entry["forms"] for name, entry in kernels_.items() if "attention" in name}
+    assert len(found) == 3
+    for forms in found.values():
+        for cells in forms.values():
+            for cell in cells.values():
+                assert not (isinstance(cell, dict) and cell.get("stack"))
