@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "params.h"
 
@@ -201,6 +202,114 @@ void column_sum(Pointer partial, Pointer out0, Pointer out1, Pointer out2, int64
         "launching column_sum");
 }
 
+// (address, strides of batch, token and head) of a tensor of head rows.
+using HeadRowsTuple = std::tuple<Pointer, int64_t, int64_t, int64_t>;
+
+template<class Void>
+HeadRows<Void> head_rows(const HeadRowsTuple& x, const char* name) {
+  const auto [data, batch, token, head] = x;
+  if (data % 16 != 0 || batch % 8 != 0 || token % 8 != 0 || head % 8 != 0) {
+    throw std::invalid_argument(std::string(name) +
+                                " must be aligned to 16 bytes, its strides multiples of 8");
+  }
+  if (token < 0 || token >= 1 << 23) {
+    throw std::invalid_argument(std::string(name) + "'s token stride must be below 2**23");
+  }
+  return {as(data), batch, token, head};
+}
+
+// (key_mask, its row stride), (cu_seqlens, tiles, entries of tiles), (seed, keep_scale, threshold,
+// site), (strides of batch and head of lse), (batch, length, heads, head_dim).
+using MaskTuple = std::tuple<Pointer, int64_t>;
+using PackedTuple = std::tuple<Pointer, Pointer, int64_t>;
+using DropoutTuple = std::tuple<Pointer, float, uint32_t, uint32_t>;
+using StatisticsTuple = std::tuple<int64_t, int64_t>;
+using SizesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+// The shared memory of a block holds a bit for each key of a masked row, beside its tiles.
+constexpr int64_t kMostMaskedKeys = 1 << 17;
+
+AttentionBatch attention_batch(MaskTuple mask, PackedTuple packed, DropoutTuple dropout,
+                               StatisticsTuple statistics, SizesTuple sizes, float scale) {
+  AttentionBatch p{};
+  p.key_mask = as<const uint8_t>(std::get<0>(mask));
+  p.mask_batch = std::get<1>(mask);
+  p.cu_seqlens = as<const int32_t>(std::get<0>(packed));
+  p.tiles = as<const int32_t>(std::get<1>(packed));
+  p.plan_size = to_int(std::get<2>(packed), "the plan's size");
+  p.seed = as<const int64_t>(std::get<0>(dropout));
+  p.keep_scale = std::get<1>(dropout);
+  p.threshold = std::get<2>(dropout);
+  p.site = std::get<3>(dropout);
+  p.lse_batch = std::get<0>(statistics);
+  p.lse_head = std::get<1>(statistics);
+  p.batch = at_least_one(std::get<0>(sizes), "batch");
+  p.length = at_least_one(std::get<1>(sizes), "length");
+  p.heads = at_least_one(std::get<2>(sizes), "heads");
+  p.head_dim = to_int(std::get<3>(sizes), "head_dim");
+  p.scale = scale;
+  if (p.head_dim < 8 || p.head_dim > 128 || p.head_dim % 8 != 0) {
+    throw std::invalid_argument("head_dim must be a multiple of 8 from 8 to 128, got " +
+                                std::to_string(p.head_dim));
+  }
+  if (p.threshold > 65535) throw std::invalid_argument("threshold must be at most 65535");
+  if (p.tiles && !p.cu_seqlens) throw std::invalid_argument("a plan needs cu_seqlens");
+  if (p.key_mask && p.cu_seqlens) throw std::invalid_argument("a packed batch has no key_mask");
+  if (p.key_mask && p.length > kMostMaskedKeys) {
+    throw std::invalid_argument("a sequence with a key_mask has at most 2**17 tokens, got " +
+                                std::to_string(p.length));
+  }
+  const int64_t tiles = p.tiles ? p.plan_size : (p.length / 64 + 2) * int64_t(p.batch);
+  if (tiles * p.heads > std::numeric_limits<int>::max()) {
+    throw std::invalid_argument("batch * heads * length / 64 must stay below 2**31");
+  }
+  return p;
+}
+
+DType dtype_of_16_bits(int tag) {
+  const DType dtype = dtype_of(tag);
+  if (dtype == DType::kFloat32) throw std::invalid_argument("dtype must be 1 or 2");
+  return dtype;
+}
+
+void attention_forward(HeadRowsTuple q, HeadRowsTuple k, HeadRowsTuple v, HeadRowsTuple out,
+                       Pointer lse, MaskTuple mask, PackedTuple packed, DropoutTuple dropout,
+                       StatisticsTuple statistics, SizesTuple sizes, float scale, int dtype,
+                       int device, Pointer stream) {
+  AttentionForward p;
+  p.batch = attention_batch(mask, packed, dropout, statistics, sizes, scale);
+  p.q = head_rows<const void>(q, "q");
+  p.k = head_rows<const void>(k, "k");
+  p.v = head_rows<const void>(v, "v");
+  p.out = head_rows<void>(out, "out");
+  p.lse = as<float>(lse);
+  OnDevice guard(device);
+  check(launch_attention_forward(p, dtype_of_16_bits(dtype), reinterpret_cast<Stream>(stream)),
+        "launching attention's forward");
+}
+
+void attention_backward(HeadRowsTuple dout, HeadRowsTuple q, HeadRowsTuple k, HeadRowsTuple v,
+                        HeadRowsTuple out, Pointer lse, Pointer row_statistics, HeadRowsTuple dq,
+                        HeadRowsTuple dk, HeadRowsTuple dv, MaskTuple mask, PackedTuple packed,
+                        DropoutTuple dropout, StatisticsTuple statistics, SizesTuple sizes,
+                        float scale, int dtype, int device, Pointer stream) {
+  AttentionBackward p;
+  p.batch = attention_batch(mask, packed, dropout, statistics, sizes, scale);
+  p.dout = head_rows<const void>(dout, "dout");
+  p.q = head_rows<const void>(q, "q");
+  p.k = head_rows<const void>(k, "k");
+  p.v = head_rows<const void>(v, "v");
+  p.out = head_rows<const void>(out, "out");
+  p.lse = as<const float>(lse);
+  p.statistics = as<float2>(row_statistics);
+  p.dq = head_rows<void>(dq, "dq");
+  p.dk = head_rows<void>(dk, "dk");
+  p.dv = head_rows<void>(dv, "dv");
+  OnDevice guard(device);
+  check(launch_attention_backward(p, dtype_of_16_bits(dtype), reinterpret_cast<Stream>(stream)),
+        "launching attention's backward");
+}
+
 #ifdef BERTFAST_HOST
 
 void bind_host(py::module_& m) {
@@ -242,5 +351,7 @@ PYBIND11_MODULE(BERTFAST_MODULE, m) {
   m.def("bias_gelu_forward", &bias_gelu_forward);
   m.def("bias_gelu_backward", &bias_gelu_backward);
   m.def("column_sum", &column_sum);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   bind_host(m);
 }

@@ -97,6 +97,63 @@ struct ColumnSum {
   int cols;
 };
 
+// Rows of a head: element d of token n of head h of sequence b is data[b * batch + n * token +
+// h * head + d]. Packed tensors count tokens from the first of the first sequence, and batch is 0.
+// data is 16-byte aligned, and the strides are multiples of 8.
+template<class Void>
+struct HeadRows {
+  Void* data;
+  int64_t batch;
+  int64_t token;
+  int64_t head;
+};
+
+// Where attention's sequences lie and which keys count: of forward and backward alike.
+struct AttentionBatch {
+  const uint8_t* key_mask;    // (batch, length), rows mask_batch apart, 0: masked; null: all count
+  const int32_t* cu_seqlens;  // first token of each sequence, and the end; null: padded
+  const int32_t* tiles;       // the plan's list of (sequence, first position, sequences); null: none
+  const int64_t* seed;        // one element; null: no dropout
+  int64_t mask_batch;
+  int64_t lse_batch;  // strides of the statistics' sequences and heads
+  int64_t lse_head;
+  int batch;  // sequences
+  int heads;
+  int head_dim;
+  int length;     // of a padded sequence; of the longest packed one
+  int plan_size;  // entries of tiles
+  int n_tiles;    // of a head's sequence, or of a head where there is a plan; the launcher fills it
+  float scale;
+  float keep_scale;
+  uint32_t threshold;  // at most 65535; where nothing is kept keep_scale is 0
+  uint32_t site;
+};
+
+struct AttentionForward {
+  AttentionBatch batch;
+  HeadRows<const void> q;
+  HeadRows<const void> k;
+  HeadRows<const void> v;
+  HeadRows<void> out;
+  float* lse;  // null: not wanted
+};
+
+struct AttentionBackward {
+  AttentionBatch batch;
+  HeadRows<const void> dout;
+  HeadRows<const void> q;
+  HeadRows<const void> k;
+  HeadRows<const void> v;
+  HeadRows<const void> out;
+  const float* lse;
+  // For each row (lse * log2 e, delta / keep_scale), strides as lse's: from the first kernel to the
+  // second.
+  float2* statistics;
+  HeadRows<void> dq;
+  HeadRows<void> dk;
+  HeadRows<void> dv;
+};
+
 cudaError_t launch_layer_norm_forward(const LayerNormForward&, DType x_dtype, DType dtype, Stream);
 cudaError_t launch_layer_norm_backward(const LayerNormBackward&, DType x_dtype, DType dtype,
                                        Stream);
@@ -105,6 +162,8 @@ cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, 
 cudaError_t launch_bias_gelu_backward(BiasGeluBackward, bool tanh, DType x_dtype, DType dtype,
                                       Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
+cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
+cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
 
 // How many rows a block of layer_norm's backward works on at a time.
 int layer_norm_rows_per_block(int cols, DType dtype);

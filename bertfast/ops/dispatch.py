@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 AUTO_ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
     "bias_gelu": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-    "attention": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
-    "attention_qkv": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "attention": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
+    "attention_qkv": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
 }
 # Ops that share another's folder, and so its backends.
 _FOLDERS = {"attention_qkv": "attention"}

@@ -1,8 +1,11 @@
-// Single instructions that CUDA C++ has no function for, or only a slower one.
+// Single instructions that CUDA C++ has no function for, or only a slower one, and pairs of 16-bit
+// values.
 //
 // For the host build csrc/host/math.h defines the same names, off by the errors given here where
 // the perturb mode is on.
 #pragma once
+
+#include <type_traits>
 
 #include "device/cuda.cuh"
 
@@ -34,3 +37,21 @@ __device__ __forceinline__ float min_or_nan(float a, float b) {
 }  // namespace bertfast
 
 #endif
+
+namespace bertfast {
+
+// Two floats rounded to T, the first in the low half.
+template<class T>
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned bits;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    bits = reinterpret_cast<const unsigned&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    bits = reinterpret_cast<const unsigned&>(pair);
+  }
+  return bits;
+}
+
+}  // namespace bertfast

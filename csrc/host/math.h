@@ -16,6 +16,27 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return unsigned((uint64_t(a) * b) >> 32);
 }
 
+// The low 32 bits of high:low, shifted right.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31u));
+}
+// Four of the eight bytes of y:x, each chosen by four bits of the selector.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= unsigned(bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  }
+  return result;
+}
+// The number of the lowest bit that is set, from 1 on; 0 if none is.
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+inline int __clz(int bits) {
+  return bits ? __builtin_clz(unsigned(bits)) : 32;
+}
+
 template<class T>
 T __ldg(const T* address) {
   return *address;

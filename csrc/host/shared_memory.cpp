@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/async_copy.h"
 #include "host/bank_conflicts.h"
 #include "host/race_check.h"
 #include "host/scheduler.h"
@@ -15,34 +16,66 @@ namespace {
 alignas(128) unsigned char memory[kMaxBytes];
 int memory_bytes = 0;
 
+// Where an element is. Throws if that is outside, or if a copy to it is under way.
+int find(int start, int index, int size, const char* access, Site site) {
+  long long byte = start + (long long)index * size;
+  if (byte < 0 || byte + size > memory_bytes) {
+    throw std::runtime_error(
+        std::string(access) + " outside shared memory at " + to_string(site) + ": element " +
+        std::to_string(index) + " of " + std::to_string(size) + " bytes, from byte " +
+        std::to_string(start) + " on, is at byte " + std::to_string(byte) + " of " +
+        std::to_string(memory_bytes) + ", in " + thread_name(current_thread()));
+  }
+  async_copy::check_landed(int(byte), size, access, site);
+  return int(byte);
+}
+
 }  // namespace
 
 void begin_block(int bytes) {
   memory_bytes = bytes;
   std::memset(memory, 0xff, size_t(bytes));
   race_check::begin_block(bytes);
+  async_copy::begin_block(bytes);
 }
 
 void end_block() {
   banks::close_block();
+  async_copy::end_block();
 }
 
 void abandon_block() {
   banks::discard();
+  async_copy::abandon_block();
 }
 
 void* access(int start, int index, int size, bool writes, Site site) {
-  long long byte = start + (long long)index * size;
-  if (byte < 0 || byte + size > memory_bytes) {
-    throw std::runtime_error(
-        std::string(writes ? "store" : "load") + " outside shared memory at " + to_string(site) +
-        ": element " + std::to_string(index) + " of " + std::to_string(size) +
-        " bytes, from byte " + std::to_string(start) + " on, is at byte " + std::to_string(byte) +
-        " of " + std::to_string(memory_bytes) + ", in " + thread_name(current_thread()));
-  }
-  race_check::access(int(byte), size, writes, site);
-  banks::access(int(byte), size, writes, site);
+  int byte = find(start, index, size, writes ? "store" : "load", site);
+  race_check::access(byte, size, writes, site);
+  banks::access(byte, size, writes, site);
   return memory + byte;
+}
+
+int begin_copy(int start, int index, int size, Site site) {
+  int byte = find(start, index, size, "cp_async", site);
+  race_check::access(byte, size, true, site);
+  banks::access(byte, size, true, site);
+  return byte;
+}
+
+void* write_landed(int byte, int size, Site site) {
+  race_check::access(byte, size, true, site);
+  return memory + byte;
+}
+
+const void* matrix_row(int start, int index, int* byte, Site site) {
+  *byte = find(start, index, 16, "ldmatrix", site);
+  banks::access(*byte, 16, false, site);
+  return memory + *byte;
+}
+
+void read_word(int byte, Site site) {
+  race_check::access(byte, 4, false, site);
 }
 
 void check_alignment(int start, int alignment, Site site) {

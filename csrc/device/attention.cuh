@@ -1,0 +1,255 @@
+// What attention's kernels share: where a tile lies, which keys count, and dropout of the scores.
+//
+// Positions count from a sequence's first token, so a padded and a packed batch differ only in where
+// that token is. A tile is 64 positions of one sequence and head, or, of a plan, several short
+// sequences, whole, one after the other ("many"): they are then one sequence whose scores between
+// different ones are masked.
+#pragma once
+
+#include "device/math.cuh"
+#include "device/philox.cuh"
+#include "params.h"
+
+namespace bertfast {
+
+constexpr int kTileRows = 64;  // packing.py's TILE
+constexpr int kAttentionWarps = kTileRows / 16;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct TilePlace {
+  int batch, head;
+  int first;   // position of the tile's first row
+  int start;   // the sequence's first token
+  int length;  // of the sequence
+  int many;    // how many sequences share the tile
+};
+
+// Tiles of one head of a sequence are neighbours, as they read the same keys. The grid has room for
+// the longest sequence, or for the longest plan; a block without a tile leaves at once, which costs
+// less than what a persistent grid would hold back in registers and in balance.
+__device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p) {
+  const int block = blockIdx.x, tiles = p.n_tiles;
+  TilePlace at;
+  if (p.tiles) {
+    at.head = block / tiles;
+    const int32_t* entry = p.tiles + 3 * (block % tiles);
+    at.batch = entry[0];
+    at.first = entry[1];
+    at.many = entry[2];  // 0 beyond the list's end, and so is the length
+    at.start = p.cu_seqlens[at.batch];
+    at.length = p.cu_seqlens[at.batch + at.many] - at.start;
+    return at;
+  }
+  at.first = block % tiles * kTileRows;
+  at.head = block / tiles % p.heads;
+  at.batch = block / tiles / p.heads;
+  at.many = 1;
+  at.start = 0;
+  at.length = p.length;
+  if (p.cu_seqlens) {
+    at.start = p.cu_seqlens[at.batch];
+    at.length = p.cu_seqlens[at.batch + 1] - at.start;
+  }
+  return at;
+}
+
+// Element 0 of the row at `position`.
+template<class T, class Void>
+__device__ __forceinline__ T* row_of(const HeadRows<Void>& x, const TilePlace& at, int position) {
+  return static_cast<T*>(x.data) + at.batch * x.batch + (at.start + int64_t(position)) * x.token +
+         at.head * x.head;
+}
+
+__device__ __forceinline__ int64_t statistics_of(const AttentionBatch& p, const TilePlace& at) {
+  return at.batch * p.lse_batch + at.head * p.lse_head + at.start;
+}
+
+// Which keys count: those from low to high, less what the mask's bits leave out.
+struct Keys {
+  int low, high;
+  bool masked;
+  Shared<unsigned> words;  // bit b of word w: key 32 w + b counts
+
+  // Bytes of shared memory beside the tiles: two ends for each warp, then the words, which reach
+  // two tiles beyond the length.
+  static __host__ __device__ constexpr int word_count(int length) {
+    return (length + 31) / 32 + 2 * kTileRows / 32;
+  }
+  static __host__ __device__ constexpr int shared_bytes(int length) {
+    return 4 * (2 * kAttentionWarps + word_count(length));
+  }
+
+  // All warps read the mask, once, if there is one; the bytes begin at `shared`.
+  __device__ __forceinline__ Keys(const AttentionBatch& p, const TilePlace& at, int shared)
+      : low(0), high(at.length), masked(p.key_mask), words(shared_memory<unsigned>(shared)) {
+    if (!masked) return;
+    const Shared<int> ends = shared_memory<int>(shared);
+    words = shared_memory<unsigned>(shared + 8 * kAttentionWarps);
+    const uint8_t* mask = p.key_mask + at.batch * p.mask_batch;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    low = at.length;
+    high = 0;
+    for (int word = warp; word < word_count(at.length); word += kAttentionWarps) {
+      const int key = 32 * word + lane;
+      const unsigned bits = __ballot_sync(0xffffffffu, key < at.length && mask[key]);
+      if (lane == 0) words.store(word, bits);
+      if (bits) {
+        low = min(low, 32 * word + __ffs(bits) - 1);
+        high = 32 * word + 32 - __clz(bits);
+      }
+    }
+    if (lane == 0) {
+      ends.store(2 * warp, low);
+      ends.store(2 * warp + 1, high);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int other = 0; other < kAttentionWarps; ++other) {
+      low = min(low, ends.load(2 * other));
+      high = max(high, ends.load(2 * other + 1));
+    }
+    low = min(low, high);
+  }
+
+  // Bit b: key position + b counts. position is at least -31.
+  __device__ __forceinline__ unsigned bits(int position) const {
+    if (!masked) {
+      const int left = high - position;
+      return left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
+    }
+    if (position < 0) return words.load(0) << -position;
+    const int word = position >> 5;
+    return __funnelshift_r(words.load(word), words.load(word + 1), position & 31);
+  }
+};
+
+// The sequence of a row in a tile of many.
+struct Segment {
+  int origin, end, which;
+
+  __device__ __forceinline__ Segment(const AttentionBatch& p, const TilePlace& at, int row)
+      : origin(0), end(at.length), which(0) {
+    for (int n = 1; n < at.many; ++n) {
+      const int bound = p.cu_seqlens[at.batch + n] - at.start;
+      if (bound <= row) {
+        origin = bound;
+        which = n;
+      } else {
+        end = min(end, bound);
+      }
+    }
+  }
+
+  // Bit i: position i of the tile is of the same sequence.
+  __device__ __forceinline__ uint64_t same() const {
+    const uint64_t below_end = end >= 64 ? ~uint64_t(0) : (uint64_t(1) << end) - 1;
+    return below_end & ~uint64_t(0) << origin;
+  }
+};
+
+// Which scores dropout keeps. A Philox call serves two queries by four keys with stride 8; the
+// layout is in bertfast/ops/dropout.py.
+struct ScoreDropout {
+  uint2 key;
+  unsigned site, least;  // least: the threshold in the upper half
+
+  __device__ __forceinline__ ScoreDropout(const AttentionBatch& p, bool drops)
+      : key(make_uint2(0, 0)), site(p.site), least(p.threshold << 16) {
+    if (!drops) return;
+    const uint64_t seed = static_cast<uint64_t>(*p.seed);
+    key = make_uint2(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32));
+  }
+
+  // The call that serves a query, and a key.
+  static __device__ __forceinline__ int query_call(int i) { return (i >> 4) << 3 | (i & 7); }
+  static __device__ __forceinline__ int key_call(int j) { return (j >> 5) << 3 | (j & 7); }
+
+  // Eight draws of 16 bits: queries 0, 8 of the call in words 0-1, 2-3; keys 0, 8, 16, 24 in the
+  // two words' halves, low half first.
+  __device__ __forceinline__ uint4 draw(int query_call, int key_call, int batch_head) const {
+    return philox(make_uint4(static_cast<unsigned>(key_call), static_cast<unsigned>(query_call),
+                             static_cast<unsigned>(batch_head), site),
+                  key);
+  }
+
+  // Compared unsplit: the upper half where it is, the lower one shifted there.
+  __device__ __forceinline__ bool keeps_low(unsigned word) const { return word << 16 >= least; }
+  __device__ __forceinline__ bool keeps_high(unsigned word) const { return word >= least; }
+
+  // One score's, where the call's others are of no use.
+  __device__ __forceinline__ bool keeps(int i, int j, int batch_head) const {
+    const uint4 words = draw(query_call(i), key_call(j), batch_head);
+    const unsigned first = j & 16 ? words.y : words.x, second = j & 16 ? words.w : words.z;
+    const unsigned word = i & 8 ? second : first;
+    return j & 8 ? keeps_high(word) : keeps_low(word);
+  }
+};
+
+// What a thread knows of its 2 x 16 scores in a tile of many, whose sequences begin anywhere: bit
+// 8 n + e of row r is column 8 n + 2 t + e, for t = lane % 4.
+struct ManyBits {
+  uint64_t same[2];  // of one sequence
+  uint64_t keep[2];  // by dropout
+
+  // rows: the positions of the thread's two rows. kKeyRows: rows are keys and columns queries.
+  template<bool kDropout, bool kKeyRows>
+  __device__ __forceinline__ void find(const AttentionBatch& p, const TilePlace& at,
+                                       const ScoreDropout& dropout, int row0, int row1) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = r ? row1 : row0;
+      const Segment segment(p, at, row);
+      same[r] = segment.same() >> (2 * t);
+      keep[r] = 0;
+      if constexpr (kDropout) {
+        const int batch_head = (at.batch + segment.which) * p.heads + at.head;
+#pragma unroll 1
+        for (int c = 0; c < 16; ++c) {
+          const int bit = 8 * (c >> 1) + (c & 1);
+          const int mine = row - segment.origin, other = bit + 2 * t - segment.origin;
+          const bool kept = kKeyRows ? dropout.keeps(other, mine, batch_head)
+                                     : dropout.keeps(mine, other, batch_head);
+          keep[r] |= static_cast<uint64_t>(kept) << bit;
+        }
+      }
+    }
+  }
+
+  // Those of 32 columns, from 32 * half.
+  static __device__ __forceinline__ unsigned part(uint64_t bits, int half) {
+    return static_cast<unsigned>(half ? bits >> 32 : bits);
+  }
+};
+
+// Calls use(T(), kDim) with the element type and the least head dimension that has a kernel.
+template<class Use>
+cudaError_t with_head_dim(DType dtype, int head_dim, Use use) {
+  const auto with_dim = [&](auto t) {
+    if (head_dim <= 32) return use(t, std::integral_constant<int, 32>());
+    if (head_dim <= 64) return use(t, std::integral_constant<int, 64>());
+    if (head_dim <= 96) return use(t, std::integral_constant<int, 96>());
+    return use(t, std::integral_constant<int, 128>());
+  };
+  return dtype == DType::kFloat16 ? with_dim(__half()) : with_dim(__nv_bfloat16());
+}
+
+// The grid, which it also enters into p. Where dropout's coordinates don't start at a sequence's
+// first position, up to `before` positions before it belong to the first tile.
+inline dim3 attention_grid(AttentionBatch& p, int before) {
+  if (p.tiles) {
+    p.n_tiles = p.plan_size;
+    return dim3(p.n_tiles * p.heads);
+  }
+  const int extra = p.key_mask && p.seed ? before : 0;
+  p.n_tiles = (p.length + extra + kTileRows - 1) / kTileRows;
+  return dim3(p.n_tiles * p.heads * p.batch);
+}
+
+inline int mask_bytes(const AttentionBatch& p) {
+  return p.key_mask ? Keys::shared_bytes(p.length) : 0;
+}
+
+}  // namespace bertfast

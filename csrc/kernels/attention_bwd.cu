@@ -1,0 +1,539 @@
+// The gradients of attention, with p = exp(scale * q k^T - lse) computed again and drops drawn again.
+//
+// With z the dropout's factor of each score (0 or keep_scale) and < > the sum over a row's keys:
+//   dv = (z p)^T dout,  dp = z * (dout v^T),  delta = <p dp> = <dout * out over the head>
+//   ds = p * (dp - delta),  dq = scale * ds k,  dk = scale * ds^T q
+// keep_scale is taken out: everything is computed without it and multiplied at the end, with
+// delta / keep_scale in delta's place.
+//
+// Two kernels, one after the other. The first has 64 queries a block and runs over the keys, as the
+// forward does; it sums delta, since it has dout and its rows at hand, and leaves delta and lse for
+// the second as pairs. The second has 64 keys a block, 16 a warp, and runs over the queries. It
+// computes the transposed scores, keys as rows: then p and ds are operands where they are, and dk and
+// dv stay in registers. No atomics and no sums between warps: every gradient is written once, by one
+// warp, in a fixed order.
+//
+// Both keep what they own as operands in registers (the second only up to 64 columns) and stream the
+// other side through two stages of shared memory, as the forward does.
+//
+// The first moves 6 values an element of q and more (dout, out, q; k, v for each tile; dq), the
+// second 6 and more (k, v; dout, q for each tile; dk, dv), mostly from the second-level cache.
+#include "device/attention.cuh"
+#include "device/reduce.cuh"
+#include "device/tile.cuh"
+#include "device/vec.cuh"
+
+namespace bertfast {
+namespace {
+
+template<int kDim>
+struct Backward {
+  using Rows = Tile<kDim>;
+  static constexpr int kBlocks = kDim <= 64 ? 3 : 2;  // on a multiprocessor, by registers
+
+  // dq: keys and values in blocks of 64, worked on 32 at a time.
+  static constexpr int kKeys = 64;
+  static constexpr int kKeyBytes = kKeys * Rows::kRowBytes;
+  static constexpr int kKeyTileBytes = 4 * kKeyBytes;
+
+  // dk and dv: queries and dout in blocks of kQueries. Wide heads leave no registers to hold the keys
+  // and values: they stay in shared memory, before the stages.
+  static constexpr bool kInRegisters = kDim <= 64;
+  static constexpr int kQueries = kInRegisters ? 64 : 32;
+  static constexpr int kQueryBytes = kQueries * Rows::kRowBytes;
+  static constexpr int kOwnBytes = kTileRows * Rows::kRowBytes;
+  static constexpr int kFirstStage = kInRegisters ? 0 : 2 * kOwnBytes;
+  static constexpr int kStatistics = kFirstStage + 4 * kQueryBytes;
+  static constexpr int kQueryTileBytes = kStatistics + 2 * kQueries * int(sizeof(float2));
+};
+
+// The sum of products of eight values.
+template<class T>
+__device__ __forceinline__ float dot8(uint4 a, uint4 b) {
+  const Vec<T, 8> x{a}, y{b};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum = fmaf(x[i], y[i], sum);
+  return sum;
+}
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
+    attention_backward_dq_kernel(AttentionBackward p) {
+  using Shape = Backward<kDim>;
+  using Rows = Tile<kDim>;
+  constexpr int kKeys = Shape::kKeys;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+
+  // 1. where the tile lies, which keys count
+  TilePlace at = find_tile(p.batch);
+  if (at.first >= at.length && !p.batch.key_mask) return;
+  const Keys keys(p.batch, at, Shape::kKeyTileBytes);
+  if (kDropout) at.first -= -keys.low & 15;  // as in the forward
+  if (at.first >= at.length) return;
+  const auto row_inside = [&](int row) {
+    return at.first + row >= 0 && at.first + row < at.length;
+  };
+  const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
+
+  // 2. copy q and dout, into the second stage, and the first block of keys and values
+  const auto stage = [](int block, int part) {
+    return shared_memory<uint4>(((block & 1) * 2 + part) * Shape::kKeyBytes);
+  };
+  const auto same_row = [](int row) { return row; };
+  Rows::template load<kTileRows, kAttentionThreads>(
+      stage(1, 0), row_of<const T>(p.q, at, at.first), static_cast<int>(p.q.token),
+      p.batch.head_dim, row_inside, same_row);
+  Rows::template load<kTileRows, kAttentionThreads>(
+      stage(1, 1), row_of<const T>(p.dout, at, at.first), static_cast<int>(p.dout.token),
+      p.batch.head_dim, row_inside, same_row);
+  cp_async_commit();
+  const auto load_block = [&](int block) {
+    const int first = keys.low + block * kKeys;
+    const uint64_t on = keys.bits(first) | static_cast<uint64_t>(keys.bits(first + 32)) << 32;
+    const auto inside = [&](int row) { return (on >> row & 1) != 0; };
+    Rows::template load<kKeys, kAttentionThreads>(
+        stage(block, 0), row_of<const T>(p.k, at, first), static_cast<int>(p.k.token),
+        p.batch.head_dim, inside, same_row);
+    Rows::template load<kKeys, kAttentionThreads>(
+        stage(block, 1), row_of<const T>(p.v, at, first), static_cast<int>(p.v.token),
+        p.batch.head_dim, inside, same_row);
+  };
+  if (blocks > 0) load_block(0);
+  cp_async_commit();
+  const ScoreDropout dropout(p.batch, kDropout);
+  ManyBits many;
+  if (at.many > 1) {
+    many.find<kDropout, false>(p.batch, at, dropout, 16 * warp + g, 16 * warp + g + 8);
+  }
+
+  // 3. delta, a row by four lanes, while they wait; lse
+  const float inverse_keep = p.batch.keep_scale > 0.f ? 1.f / p.batch.keep_scale : 0.f;
+  uint4 out[2][kDim / 32] = {};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = 16 * warp + g + 8 * r;
+    if (!row_inside(row)) continue;
+    const uint4* chunks = reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      if (8 * Rows::quad_chunk(row, i) < p.batch.head_dim) {
+        out[r][i] = __ldg(chunks + Rows::quad_chunk(row, i));
+      }
+    }
+  }
+  cp_async_wait<1>();
+  __syncthreads();
+  float delta[2], lse2[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = 16 * warp + g + 8 * r;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      sum += dot8<T>(out[r][i], stage(1, 1).load(Rows::place(row, Rows::quad_chunk(row, i))));
+    }
+    delta[r] = lane_sum<4>(sum) * inverse_keep;
+    lse2[r] = 0.f;
+    if (row_inside(row)) {
+      const int64_t index = statistics_of(p.batch, at) + at.first + row;
+      lse2[r] = p.lse[index] * kLog2E;
+      if (t == 0) p.statistics[index] = make_float2(lse2[r], delta[r]);
+    }
+  }
+  unsigned q[kDim / 16][4], dout[kDim / 16][4];
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    Rows::load_a(q[k], stage(1, 0), 16 * warp, k);
+    Rows::load_a(dout[k], stage(1, 1), 16 * warp, k);
+  }
+
+  // 4. over the keys
+  const float c = p.batch.scale * kLog2E;
+  const int batch_head = at.batch * p.batch.heads + at.head;
+  const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * warp + g);
+  float dq[kDim / 8][4] = {};
+  for (int block = 0; block < blocks; ++block) {
+    cp_async_wait<0>();
+    __syncthreads();  // the block is there, and all warps are done with the other stage
+    if (block + 1 < blocks) load_block(block + 1);
+    cp_async_commit();
+#pragma unroll 1
+    for (int half = 0; half < kKeys / 32; ++half) {
+      const int group = block * kKeys / 32 + half;
+
+      // 4a. scores and dp
+      float s[4][4] = {}, dp[4][4] = {};
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          unsigned b[4];
+          Rows::load_b(b, stage(block, 0), 32 * half + 16 * n, k);
+          mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
+          mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
+          Rows::load_b(b, stage(block, 1), 32 * half + 16 * n, k);
+          mma_m16n8k16<T>(dp[2 * n], dout[k], b[0], b[1]);
+          mma_m16n8k16<T>(dp[2 * n + 1], dout[k], b[2], b[3]);
+        }
+      }
+
+      // 4b. probabilities; zero where nothing counts, whatever lse is
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse2[i / 2]));
+      }
+      const unsigned on = keys.bits(keys.low + 32 * group);
+      if (on != 0xffffffffu || at.many > 1) {
+        const bool shared = at.many > 1;
+        const unsigned row_on[2] = {
+            shared ? ManyBits::part(many.same[0], group) : on >> (2 * t),
+            shared ? ManyBits::part(many.same[1], group) : on >> (2 * t)};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s[n][i] = row_on[i / 2] >> (8 * n + i % 2) & 1 ? s[n][i] : 0.f;
+          }
+        }
+      }
+
+      // 4c. dropout
+      if constexpr (kDropout) {
+        if (at.many > 1) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const unsigned bits = ManyBits::part(many.keep[i / 2], group);
+              dp[n][i] = bits >> (8 * n + i % 2) & 1 ? dp[n][i] : 0.f;
+            }
+          }
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const uint4 words = dropout.draw(query_call, 8 * group + 2 * t + e, batch_head);
+            const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const unsigned word = of_row[r][n / 2];
+                const bool kept = n % 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
+                dp[n][2 * r + e] = kept ? dp[n][2 * r + e] : 0.f;
+              }
+            }
+          }
+        }
+      }
+
+      // 4d. dq += ds k
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] *= dp[n][i] - delta[i / 2];
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const unsigned a[4] = {
+            pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
+            pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+        for (int n = 0; n < kDim / 16; ++n) {
+          unsigned b[4];
+          Rows::load_b_trans(b, stage(block, 0), 32 * half + 16 * k, n);
+          mma_m16n8k16<T>(dq[2 * n], a, b[0], b[1]);
+          mma_m16n8k16<T>(dq[2 * n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+
+  // 5. scale and write, by way of the stage that nobody reads any more
+  const float factor = p.batch.scale * p.batch.keep_scale;
+  const auto every_row = [](int) { return true; };
+  Rows::store(stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, at, at.first),
+                       p.dq.token, p.batch.head_dim, same_row, row_inside, every_row);
+}
+
+// The key of a row of the second kernel's tile. A Philox call serves keys 0, 8, 16, 24 of 32, and a
+// lane's fragments hold only two rows: so that lanes l and l ^ 16 can share their calls, a warp takes
+// the keys of 32 whose numbers mod 8 are below 4, or from 4 on.
+__device__ __forceinline__ int key_of_row(int row) {
+  const int in_warp = row & 15, warp = row >> 4;
+  return (warp & 2) << 4 | (in_warp & 12) << 1 | (warp & 1) << 2 | (in_warp & 3);
+}
+
+// Each lane's draws of its two keys (rows g, g + 8) and the queries 2 t, 2 t + 1 (e) and those 8
+// further on (b): keys in the halves of word [e][b]. Lanes with g < 4 draw for e = 0 and the others
+// for e = 1, and they exchange the halves that belong to the other's keys.
+__device__ __forceinline__ void share_draws(unsigned (&words)[2][2], const ScoreDropout& dropout,
+                                            int first_query, int key_call, int batch_head) {
+  const int lane = threadIdx.x % 32, e = lane / 16;
+  const int query = first_query + lane % 4 * 2 + e;
+  const uint4 drawn = dropout.draw(ScoreDropout::query_call(query), key_call, batch_head);
+  const unsigned of_query[2][2] = {{drawn.x, drawn.y}, {drawn.z, drawn.w}};
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    // A lane's keys are 0 and 16 of 32, or 8 and 24: the low halves, or the high ones.
+    const unsigned low = __byte_perm(of_query[b][0], of_query[b][1], 0x5410);
+    const unsigned high = __byte_perm(of_query[b][0], of_query[b][1], 0x7632);
+    const unsigned other = __shfl_xor_sync(0xffffffffu, e ? low : high, 16);
+    const unsigned mine = e ? high : low;
+    words[0][b] = e ? other : mine;
+    words[1][b] = e ? mine : other;
+  }
+}
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
+    attention_backward_dkv_kernel(AttentionBackward p) {
+  using Shape = Backward<kDim>;
+  using Rows = Tile<kDim>;
+  constexpr int kQueries = Shape::kQueries;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+
+  // 1. where the tile lies, which of its keys count
+  TilePlace at = find_tile(p.batch);
+  if (at.first >= at.length && !p.batch.key_mask) return;
+  const Keys keys(p.batch, at, Shape::kQueryTileBytes);
+  if (kDropout) at.first -= -keys.low & 31;  // a call serves keys of one 32 from the first on
+  if (at.first >= at.length) return;
+  const auto key_inside = [&](int key) {
+    return at.first + key >= 0 && at.first + key < at.length;
+  };
+  const uint64_t on =
+      keys.bits(at.first) | static_cast<uint64_t>(keys.bits(at.first + 32)) << 32;
+  // Queries come in blocks of 16 from the first key, as in the other kernels.
+  const int first_query = kDropout ? -(-keys.low & 15) : 0;
+  const int blocks = on ? (at.length - first_query + kQueries - 1) / kQueries : 0;
+
+  // 2. copy the keys and values, into the second stage or where they stay, and the first queries
+  const auto stage = [](int block, int part) {
+    return shared_memory<uint4>(Shape::kFirstStage +
+                                ((block & 1) * 2 + part) * Shape::kQueryBytes);
+  };
+  const auto statistics = [](int block) {
+    return shared_memory<float2>(Shape::kStatistics +
+                                 (block & 1) * kQueries * int(sizeof(float2)));
+  };
+  const Shared<uint4> k_tile = Shape::kInRegisters ? stage(1, 0) : shared_memory<uint4>(0);
+  const Shared<uint4> v_tile =
+      Shape::kInRegisters ? stage(1, 1) : shared_memory<uint4>(Shape::kOwnBytes);
+  const auto key_on = [&](int key) { return (on >> key & 1) != 0; };
+  Rows::template load<kTileRows, kAttentionThreads>(
+      k_tile, row_of<const T>(p.k, at, at.first), static_cast<int>(p.k.token), p.batch.head_dim,
+      key_on, key_of_row);
+  Rows::template load<kTileRows, kAttentionThreads>(
+      v_tile, row_of<const T>(p.v, at, at.first), static_cast<int>(p.v.token), p.batch.head_dim,
+      key_on, key_of_row);
+  cp_async_commit();
+  const auto load_block = [&](int block) {
+    const int first = first_query + block * kQueries;
+    // Beyond the sequence everything is zero, lse and delta too: p is 1, and its products are zero.
+    const auto inside = [&](int row) { return first + row >= 0 && first + row < at.length; };
+    const auto same_row = [](int row) { return row; };
+    Rows::template load<kQueries, kAttentionThreads>(
+        stage(block, 0), row_of<const T>(p.q, at, first), static_cast<int>(p.q.token),
+        p.batch.head_dim, inside, same_row);
+    Rows::template load<kQueries, kAttentionThreads>(
+        stage(block, 1), row_of<const T>(p.dout, at, first), static_cast<int>(p.dout.token),
+        p.batch.head_dim, inside, same_row);
+    const int row = threadIdx.x;
+    if (row < kQueries) {
+      cp_async(statistics(block), row,
+               static_cast<const float2*>(p.statistics) + statistics_of(p.batch, at) + first + row,
+               inside(row));
+    }
+  };
+  if (blocks > 0) load_block(0);
+  cp_async_commit();
+  const ScoreDropout dropout(p.batch, kDropout);
+  const int my_key = key_of_row(16 * warp + g);
+  ManyBits many;
+  if (at.many > 1) {
+    many.find<kDropout, true>(p.batch, at, dropout, my_key, key_of_row(16 * warp + g + 8));
+  }
+  cp_async_wait<1>();
+  __syncthreads();
+  constexpr int kHeld = Shape::kInRegisters ? kDim / 16 : 1;
+  unsigned k_held[kHeld][4], v_held[kHeld][4];
+  if constexpr (Shape::kInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      Rows::load_a(k_held[k], k_tile, 16 * warp, k);
+      Rows::load_a(v_held[k], v_tile, 16 * warp, k);
+    }
+  }
+
+  // 3. over the queries
+  const float c = p.batch.scale * kLog2E;
+  const int batch_head = at.batch * p.batch.heads + at.head;
+  const int key_call = ScoreDropout::key_call(at.first - keys.low + my_key);
+  float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
+  for (int block = 0; block < blocks; ++block) {
+    cp_async_wait<0>();
+    __syncthreads();  // the block is there, and all warps are done with the other stage
+    if (block + 1 < blocks) load_block(block + 1);
+    cp_async_commit();
+#pragma unroll 1
+    for (int half = 0; half < kQueries / 32; ++half) {
+      // 3a. transposed scores and dp
+      float s[4][4] = {}, dp[4][4] = {};
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) {
+        unsigned a[4], b[4];
+        const auto rows_of = [&](const unsigned(&held)[kHeld][4], Shared<uint4> tile) {
+          if constexpr (Shape::kInRegisters) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = held[k][i];
+          } else {
+            Rows::load_a(a, tile, 16 * warp, k);
+          }
+        };
+        rows_of(k_held, k_tile);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          Rows::load_b(b, stage(block, 0), 32 * half + 16 * n, k);
+          mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);
+          mma_m16n8k16<T>(s[2 * n + 1], a, b[2], b[3]);
+        }
+        rows_of(v_held, v_tile);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          Rows::load_b(b, stage(block, 1), 32 * half + 16 * n, k);
+          mma_m16n8k16<T>(dp[2 * n], a, b[0], b[1]);
+          mma_m16n8k16<T>(dp[2 * n + 1], a, b[2], b[3]);
+        }
+      }
+
+      // 3b. probabilities. A masked key spoils only its own rows, which are not written.
+      float delta[4][2];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 pair = statistics(block).load(32 * half + 8 * n + 2 * t + e);
+          delta[n][e] = pair.y;
+          s[n][e] = exp2_approx(fmaf(s[n][e], c, -pair.x));
+          s[n][2 + e] = exp2_approx(fmaf(s[n][2 + e], c, -pair.x));
+        }
+      }
+      if (at.many > 1) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const unsigned bits = ManyBits::part(many.same[i / 2], block * kQueries / 32 + half);
+            s[n][i] = bits >> (8 * n + i % 2) & 1 ? s[n][i] : 0.f;
+          }
+        }
+      }
+
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        // 3c. dropout of p and dp
+        float dropped[2][4];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dropped[b][i] = s[2 * k + b][i];
+        }
+        if constexpr (kDropout) {
+          bool kept[2][4];
+          if (at.many > 1) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const unsigned bits = ManyBits::part(many.keep[i / 2], block * kQueries / 32 + half);
+                kept[b][i] = bits >> (8 * (2 * k + b) + i % 2) & 1;
+              }
+            }
+          } else {
+            const int first = first_query - keys.low + block * kQueries + 32 * half + 16 * k;
+            unsigned words[2][2];
+            share_draws(words, dropout, first, key_call, batch_head);
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                kept[b][e] = dropout.keeps_low(words[e][b]);
+                kept[b][2 + e] = dropout.keeps_high(words[e][b]);
+              }
+            }
+          }
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              dropped[b][i] = kept[b][i] ? dropped[b][i] : 0.f;
+              dp[2 * k + b][i] = kept[b][i] ? dp[2 * k + b][i] : 0.f;
+            }
+          }
+        }
+
+        // 3d. dv += p^T dout, dk += ds^T q
+        float ds[2][4];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            ds[b][i] = s[2 * k + b][i] * (dp[2 * k + b][i] - delta[2 * k + b][i % 2]);
+          }
+        }
+        const unsigned p_operand[4] = {
+            pack<T>(dropped[0][0], dropped[0][1]), pack<T>(dropped[0][2], dropped[0][3]),
+            pack<T>(dropped[1][0], dropped[1][1]), pack<T>(dropped[1][2], dropped[1][3])};
+        const unsigned ds_operand[4] = {pack<T>(ds[0][0], ds[0][1]), pack<T>(ds[0][2], ds[0][3]),
+                                        pack<T>(ds[1][0], ds[1][1]), pack<T>(ds[1][2], ds[1][3])};
+#pragma unroll
+        for (int n = 0; n < kDim / 16; ++n) {
+          unsigned b[4];
+          Rows::load_b_trans(b, stage(block, 1), 32 * half + 16 * k, n);
+          mma_m16n8k16<T>(dv[2 * n], p_operand, b[0], b[1]);
+          mma_m16n8k16<T>(dv[2 * n + 1], p_operand, b[2], b[3]);
+          Rows::load_b_trans(b, stage(block, 0), 32 * half + 16 * k, n);
+          mma_m16n8k16<T>(dk[2 * n], ds_operand, b[0], b[1]);
+          mma_m16n8k16<T>(dk[2 * n + 1], ds_operand, b[2], b[3]);
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+
+  // 4. scale and write; a key that doesn't count gets exact zeros
+  const float dk_factor = p.batch.scale * p.batch.keep_scale;
+  Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, at, at.first), p.dk.token,
+              p.batch.head_dim, key_of_row, key_inside, key_on);
+  __syncwarp();
+  const float dv_factor = p.batch.keep_scale;
+  Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, at, at.first), p.dv.token,
+              p.batch.head_dim, key_of_row, key_inside, key_on);
+}
+
+}  // namespace
+
+cudaError_t launch_attention_backward(const AttentionBackward& params, DType dtype, Stream stream) {
+  AttentionBackward p = params;
+  return with_head_dim(dtype, p.batch.head_dim, [&](auto t, auto dim) {
+    using T = decltype(t);
+    constexpr int kDim = decltype(dim)::value;
+    using Shape = Backward<kDim>;
+    dim3 grid = attention_grid(p.batch, 15);
+    const auto dq = p.batch.seed ? attention_backward_dq_kernel<T, kDim, true>
+                                 : attention_backward_dq_kernel<T, kDim, false>;
+    int bytes = Shape::kKeyTileBytes + mask_bytes(p.batch);
+    const cudaError_t error = launch(dq, grid, dim3(kAttentionThreads), bytes, stream, p);
+    if (error != cudaSuccess) return error;
+    grid = attention_grid(p.batch, 31);
+    const auto dkv = p.batch.seed ? attention_backward_dkv_kernel<T, kDim, true>
+                                  : attention_backward_dkv_kernel<T, kDim, false>;
+    bytes = Shape::kQueryTileBytes + mask_bytes(p.batch);
+    return launch(dkv, grid, dim3(kAttentionThreads), bytes, stream, p);
+  });
+}
+
+}  // namespace bertfast

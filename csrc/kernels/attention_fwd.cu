@@ -1,0 +1,265 @@
+// out = dropout(softmax(scale * q k^T)) v, and lse = log(sum(exp(scale * q k^T))) for the backward.
+//
+// Saved for the backward: q, k, v, out, lse (float32, natural logarithm; 0 for a row without keys)
+// and the seed. No score is stored.
+//
+// A block has 64 queries of one head, a warp 16 of them: their q as operands, the scores and the sums
+// for out stay in registers. Keys and values stream through shared memory in blocks of kKeys, two of
+// which are there: while one is worked on the next is copied, with one barrier a block. Scores become
+// an operand where they are, as the fragments of a sum and of an operand are the same.
+//
+// The online softmax: m is the largest score of a row so far, l the sum of exp2(c (s - m)) with
+// c = scale * log2 e, and the sums hold the sum of exp2(c (s - m)) v; when m grows both are scaled
+// down. A negative scale is taken to q's sign. Dropout acts on what goes into the sums, not on l.
+//
+// Moves 4 values an element of q (q, k, v read; out written) where a tile holds all queries of a
+// sequence, and 2 + 2 * tiles where it doesn't, mostly from the second-level cache.
+#include <cmath>
+
+#include "device/attention.cuh"
+#include "device/reduce.cuh"
+#include "device/tile.cuh"
+
+namespace bertfast {
+namespace {
+
+template<int kDim>
+struct Forward {
+  // Wider heads take fewer keys at a time, so that two blocks or more fit a multiprocessor.
+  static constexpr int kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kKeyBytes = kKeys * Tile<kDim>::kRowBytes;
+  static constexpr int kStageBytes = 2 * kKeyBytes;  // keys, then values
+  static constexpr int kTileBytes = 2 * kStageBytes;
+  static_assert(kTileRows * Tile<kDim>::kRowBytes <= kStageBytes, "a stage holds the queries too");
+  static constexpr int kBlocks = kDim <= 64 ? 4 : 3;  // on a multiprocessor, by registers
+};
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
+    attention_forward_kernel(AttentionForward p) {
+  using Shape = Forward<kDim>;
+  using Rows = Tile<kDim>;
+  constexpr int kKeys = Shape::kKeys;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+
+  // 1. where the tile lies, which keys count
+  TilePlace at = find_tile(p.batch);
+  if (at.first >= at.length && !p.batch.key_mask) return;
+  const Keys keys(p.batch, at, Shape::kTileBytes);
+  // Dropout counts from the first key that counts: fragments must start at multiples of 16 from it.
+  if (kDropout) at.first -= -keys.low & 15;
+  if (at.first >= at.length) return;
+  const auto row_inside = [&](int row) {
+    return at.first + row >= 0 && at.first + row < at.length;
+  };
+  const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
+
+  // 2. copy the queries, into the second stage, and the first block of keys and values
+  const auto stage = [](int block) {
+    return shared_memory<uint4>((block & 1) * Shape::kStageBytes);
+  };
+  const auto value_stage = [](int block) {
+    return shared_memory<uint4>((block & 1) * Shape::kStageBytes + Shape::kKeyBytes);
+  };
+  const auto same_row = [](int row) { return row; };
+  Rows::template load<kTileRows, kAttentionThreads>(stage(1), row_of<const T>(p.q, at, at.first),
+                                                    static_cast<int>(p.q.token), p.batch.head_dim,
+                                                    row_inside, same_row);
+  cp_async_commit();
+  const auto load_block = [&](int block) {
+    const int first = keys.low + block * kKeys;
+    uint64_t on = keys.bits(first);
+    if (kKeys > 32) on |= static_cast<uint64_t>(keys.bits(first + 32)) << 32;
+    // What doesn't count is zero, so nothing that lies there gets into a product.
+    const auto inside = [&](int row) { return (on >> row & 1) != 0; };
+    Rows::template load<kKeys, kAttentionThreads>(stage(block), row_of<const T>(p.k, at, first),
+                                                  static_cast<int>(p.k.token), p.batch.head_dim,
+                                                  inside, same_row);
+    Rows::template load<kKeys, kAttentionThreads>(
+        value_stage(block), row_of<const T>(p.v, at, first), static_cast<int>(p.v.token),
+        p.batch.head_dim, inside, same_row);
+  };
+  if (blocks > 0) load_block(0);
+  cp_async_commit();
+  const ScoreDropout dropout(p.batch, kDropout);
+  ManyBits many;
+  if (at.many > 1) {
+    many.find<kDropout, false>(p.batch, at, dropout, 16 * warp + g, 16 * warp + g + 8);
+  }
+  cp_async_wait<1>();
+  __syncthreads();
+  unsigned q[kDim / 16][4];
+  const unsigned sign = p.batch.scale < 0.f ? 0x80008000u : 0u;
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    Rows::load_a(q[k], stage(1), 16 * warp, k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[k][i] ^= sign;
+  }
+
+  // 3. over the keys
+  const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
+  const int batch_head = at.batch * p.batch.heads + at.head;
+  const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * warp + g);
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+  float sums[kDim / 8][4] = {};
+  for (int block = 0; block < blocks; ++block) {
+    cp_async_wait<0>();
+    __syncthreads();  // the block is there, and all warps are done with the other stage
+    if (block + 1 < blocks) load_block(block + 1);
+    cp_async_commit();
+
+    // 3a. scores
+    float s[kKeys / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        unsigned b[4];
+        Rows::load_b(b, stage(block), 16 * n, k);
+        mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
+        mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kKeys / 32; ++half) {
+      const unsigned on = keys.bits(keys.low + block * kKeys + 32 * half);
+      if (on == 0xffffffffu && at.many == 1) continue;
+      unsigned row_on[2] = {on >> (2 * t), on >> (2 * t)};
+      if (at.many > 1) {
+        row_on[0] = ManyBits::part(many.same[0], block * kKeys / 32 + half);
+        row_on[1] = ManyBits::part(many.same[1], block * kKeys / 32 + half);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& score = s[4 * half + n][i];
+          score = row_on[i / 2] >> (8 * n + i % 2) & 1 ? score : -INFINITY;
+        }
+      }
+    }
+
+    // 3b. probabilities
+    bool grows = false;
+    float shift[2], alpha[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = m[r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      }
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+      // A row that has seen no key yet is all -inf: any finite m serves it.
+      const float used = highest == -INFINITY ? 0.f : highest;
+      shift[r] = -used * c;
+      alpha[r] = exp2_approx(fmaf(m[r], c, shift[r]));
+      grows |= highest != m[r];
+      m[r] = highest;
+      l[r] *= alpha[r];
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], c, shift[i / 2]));
+        l[i / 2] += s[n][i];
+      }
+    }
+    // After a few blocks m hardly grows.
+    if (block > 0 && __any_sync(0xffffffffu, grows)) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[n][i] *= alpha[i / 2];
+      }
+    }
+
+    // 3c. dropout
+    if constexpr (kDropout) {
+#pragma unroll
+      for (int half = 0; half < kKeys / 32; ++half) {
+        const int group = block * kKeys / 32 + half;
+        if (at.many > 1) {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const unsigned bits = ManyBits::part(many.keep[i / 2], group);
+              if (!(bits >> (8 * n + i % 2) & 1)) s[4 * half + n][i] = 0.f;
+            }
+          }
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint4 words = dropout.draw(query_call, 8 * group + 2 * t + e, batch_head);
+          const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const unsigned word = of_row[r][n / 2];
+              const bool kept = n % 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
+              float& probability = s[4 * half + n][2 * r + e];
+              probability = kept ? probability : 0.f;
+            }
+          }
+        }
+      }
+    }
+
+    // 3d. times the values
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const unsigned a[4] = {
+          pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
+          pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n) {
+        unsigned b[4];
+        Rows::load_b_trans(b, value_stage(block), 16 * k, n);
+        mma_m16n8k16<T>(sums[2 * n], a, b[0], b[1]);
+        mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+  cp_async_wait<0>();
+
+  // 4. normalise and write
+  float factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    l[r] = lane_sum<4>(l[r]);
+    const bool empty = l[r] == 0.f;
+    factor[r] = empty ? 0.f : p.batch.keep_scale / l[r];
+    const int row = 16 * warp + g + 8 * r;
+    if (p.lse && t == 0 && row_inside(row)) {
+      p.lse[statistics_of(p.batch, at) + at.first + row] =
+          empty ? 0.f : (fmaf(m[r], c, log2f(l[r]))) * kLn2;
+    }
+  }
+  // Nobody reads the stage that comes next any more.
+  const auto every_row = [](int) { return true; };
+  Rows::store(stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, at, at.first),
+              p.out.token, p.batch.head_dim, same_row, row_inside, every_row);
+}
+
+}  // namespace
+
+cudaError_t launch_attention_forward(const AttentionForward& params, DType dtype, Stream stream) {
+  AttentionForward p = params;
+  return with_head_dim(dtype, p.batch.head_dim, [&](auto t, auto dim) {
+    using T = decltype(t);
+    constexpr int kDim = decltype(dim)::value;
+    const dim3 grid = attention_grid(p.batch, 15);
+    const int bytes = Forward<kDim>::kTileBytes + mask_bytes(p.batch);
+    const auto kernel = p.batch.seed ? attention_forward_kernel<T, kDim, true>
+                                     : attention_forward_kernel<T, kDim, false>;
+    return launch(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
+  });
+}
+
+}  // namespace bertfast
