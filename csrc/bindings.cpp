@@ -215,7 +215,7 @@ HeadRows<Void> head_rows(const HeadRowsTuple& x, const char* name) {
   if (token < 0 || token >= 1 << 23) {
     throw std::invalid_argument(std::string(name) + "'s token stride must be below 2**23");
   }
-  return {as(data), batch, token, head};
+  return {as(data), batch, head, static_cast<int>(token)};
 }
 
 // (key_mask, its row stride), (cu_seqlens, tiles, entries of tiles), (seed, keep_scale, threshold,

@@ -104,8 +104,8 @@ template<class Void>
 struct HeadRows {
   Void* data;
   int64_t batch;
-  int64_t token;
   int64_t head;
+  int token;
 };
 
 // Where attention's sequences lie and which keys count: of forward and backward alike.

@@ -34,7 +34,7 @@ class Code:
     barriers: int = 0
     tensor_core: int = 0
     mufu: int = 0
-    loop: "Code | None" = None  # the same of the longest loop, if there is one
+    loop: "Code | None" = None  # the same of the main loop, if there is one
 
 
 @dataclass
@@ -124,7 +124,9 @@ def _measure(code: list[_Instruction]) -> Code:
         if start is not None and start < end and code[end].opcode.startswith("BRA"):
             loops.append([code[i].opcode for i in reached if start <= i <= end])
     if loops:
-        result.loop = _count(max(loops, key=len))
+        # The longest one is the main loop; where there are tensor-core instructions, that has some.
+        counted = [_count(loop) for loop in loops]
+        result.loop = max(counted, key=lambda loop: (loop.tensor_core > 0, loop.instructions))
     return result
 
 

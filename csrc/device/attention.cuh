@@ -58,8 +58,8 @@ __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p) {
 // Element 0 of the row at `position`.
 template<class T, class Void>
 __device__ __forceinline__ T* row_of(const HeadRows<Void>& x, const TilePlace& at, int position) {
-  return static_cast<T*>(x.data) + at.batch * x.batch + (at.start + int64_t(position)) * x.token +
-         at.head * x.head;
+  return static_cast<T*>(x.data) + at.batch * x.batch + at.head * x.head +
+         int64_t(at.start + position) * x.token;
 }
 
 __device__ __forceinline__ int64_t statistics_of(const AttentionBatch& p, const TilePlace& at) {
@@ -113,15 +113,42 @@ struct Keys {
     low = min(low, high);
   }
 
-  // Bit b: key position + b counts. position is at least -31.
+  // Bit b: key position + b counts.
   __device__ __forceinline__ unsigned bits(int position) const {
     if (!masked) {
       const int left = high - position;
       return left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
     }
-    if (position < 0) return words.load(0) << -position;
     const int word = position >> 5;
     return __funnelshift_r(words.load(word), words.load(word + 1), position & 31);
+  }
+};
+
+// Rows of a head as copies read them, from `position` on.
+template<class Rows, int kRows, class T>
+__device__ __forceinline__ auto copies_of(const HeadRows<const void>& x, const AttentionBatch& p,
+                                          const TilePlace& at, int position) {
+  using Copies = typename Rows::template Copies<kRows, kAttentionThreads, T>;
+  return Copies(row_of<const T>(x, at, position), x.token, p.head_dim);
+}
+
+// The keys of a block that count, 32 in a word.
+template<int kKeys>
+struct KeyBits {
+  unsigned words[kKeys / 32];
+
+  __device__ __forceinline__ KeyBits(const Keys& keys, int block) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 32; ++i) words[i] = keys.bits(keys.low + block * kKeys + 32 * i);
+  }
+
+  // Copies a block of keys or values. What doesn't count is zero, so nothing that lies there gets
+  // into a product.
+  template<class Copies>
+  __device__ __forceinline__ void start(const Copies& copies, Shared<uint4> tile, int block) const {
+    copies.start(tile, block, [&](int i, int) {
+      return (words[i / 32] >> Copies::first() >> (i % 32) & 1) != 0;
+    });
   }
 };
 
@@ -140,12 +167,6 @@ struct Segment {
         end = min(end, bound);
       }
     }
-  }
-
-  // Bit i: position i of the tile is of the same sequence.
-  __device__ __forceinline__ uint64_t same() const {
-    const uint64_t below_end = end >= 64 ? ~uint64_t(0) : (uint64_t(1) << end) - 1;
-    return below_end & ~uint64_t(0) << origin;
   }
 };
 
@@ -188,39 +209,41 @@ struct ScoreDropout {
 };
 
 // What a thread knows of its 2 x 16 scores in a tile of many, whose sequences begin anywhere: bit
-// 8 n + e of row r is column 8 n + 2 t + e, for t = lane % 4.
+// 16 r + 2 n + e is row r, column 8 n + 2 t + e, for t = lane % 4.
 struct ManyBits {
-  uint64_t same[2];  // of one sequence
-  uint64_t keep[2];  // by dropout
+  unsigned same = 0;  // of one sequence
+  unsigned keep = 0;  // by dropout
 
   // rows: the positions of the thread's two rows. kKeyRows: rows are keys and columns queries.
   template<bool kDropout, bool kKeyRows>
   __device__ __forceinline__ void find(const AttentionBatch& p, const TilePlace& at,
                                        const ScoreDropout& dropout, int row0, int row1) {
-    const int t = threadIdx.x % 4;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const int row = r ? row1 : row0;
       const Segment segment(p, at, row);
-      same[r] = segment.same() >> (2 * t);
-      keep[r] = 0;
-      if constexpr (kDropout) {
-        const int batch_head = (at.batch + segment.which) * p.heads + at.head;
+      const int batch_head = (at.batch + segment.which) * p.heads + at.head;
 #pragma unroll 1
-        for (int c = 0; c < 16; ++c) {
-          const int bit = 8 * (c >> 1) + (c & 1);
-          const int mine = row - segment.origin, other = bit + 2 * t - segment.origin;
+      for (int c = 0; c < 16; ++c) {
+        const int column = c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+        const unsigned bit = 1u << (16 * r + c);
+        if (column >= segment.origin && column < segment.end) same |= bit;
+        if constexpr (kDropout) {
+          const int mine = row - segment.origin, other = column - segment.origin;
           const bool kept = kKeyRows ? dropout.keeps(other, mine, batch_head)
                                      : dropout.keeps(mine, other, batch_head);
-          keep[r] |= static_cast<uint64_t>(kept) << bit;
+          if (kept) keep |= bit;
         }
       }
     }
   }
 
-  // Those of 32 columns, from 32 * half.
-  static __device__ __forceinline__ unsigned part(uint64_t bits, int half) {
-    return static_cast<unsigned>(half ? bits >> 32 : bits);
+  // The bits of one row and of the columns from 32 * half, bit 8 n + e, as the words of KeyBits
+  // shifted by 2 t have them.
+  static __device__ __forceinline__ unsigned of_row(unsigned bits, int r, int half) {
+    bits = bits >> (16 * r) >> (8 * half) & 0xffu;
+    bits = (bits | bits << 12) & 0x000f000fu;
+    return (bits | bits << 6) & 0x03030303u;
   }
 };
 

@@ -22,29 +22,55 @@ struct Tile {
     return row * kChunks + (chunk ^ (kWide ? row & 7 : row >> 1 & 3));
   }
 
-  // Starts copying rows to the tile: row r comes from `from + r * stride` if inside(r), and is zero
-  // otherwise, as are the columns from `columns` on. Lanes go along a row, so each copy of a warp
-  // reads whole sectors. source(r): the row that goes to place r.
-  template<int kRows, int kThreads, class T, class Inside, class Source>
-  static __device__ __forceinline__ void load(Shared<uint4> tile, const T* from, int stride,
-                                              int columns, Inside inside, Source source) {
-    constexpr int kLanes = kWide ? 8 : 4;
-    constexpr int kStep = kThreads / kLanes;
-    static_assert(kRows % kStep == 0, "each thread copies the same number of rows");
-    const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+  // How kThreads threads copy rows: kLanes along a row, so that a warp reads whole sectors, and each
+  // thread the rows kStep apart.
+  static constexpr int kLanes = kWide ? 8 : 4;
+
+  // A thread's part of the copies of kRows rows, which may go on block after block.
+  template<int kRows, int kThreads, class T>
+  struct Copies {
+    static constexpr int kStep = kThreads / kLanes;
+    static_assert(kRows % kStep == 0 && kStep <= 32, "each thread copies the same number of rows");
+    const T* from;  // the thread's first chunk of its first row
+    int stride;     // between rows
+    int columns;    // of a row; up to kDim there are zeros
+
+    __device__ __forceinline__ Copies(const T* rows, int stride, int columns)
+        : from(rows + int64_t(first()) * stride + 8 * lane()), stride(stride), columns(columns) {}
+    static __device__ __forceinline__ int first() { return threadIdx.x / kLanes; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
+
+    // Starts copying the rows of a block: row r = first() + i if inside(i, r), else zeros.
+    template<class Inside>
+    __device__ __forceinline__ void start(Shared<uint4> tile, int block, Inside inside) const {
+      const T* rows = from + int64_t(block * kRows) * stride;
 #pragma unroll
-    for (int i = 0; i < kRows; i += kStep) {
-      const int row = source(first + i);
-      const bool in = inside(row);
-      const T* chunks = from + int64_t(row) * stride;
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; chunk += kLanes) {
-        const int c = chunk + lane;
-        cp_async(tile, place(first + i, c), reinterpret_cast<const uint4*>(chunks + 8 * c),
-                 in && 8 * c < columns);
+      for (int i = 0; i < kRows; i += kStep) {
+        copy_row(tile, first() + i, rows + i * stride, inside(i, first() + i));
       }
     }
-  }
+
+    // The same of rows in another order: row source(r) of the first block goes to place r.
+    template<class Source, class Inside>
+    __device__ __forceinline__ void start_permuted(Shared<uint4> tile, Source source,
+                                                   Inside inside) const {
+#pragma unroll
+      for (int i = 0; i < kRows; i += kStep) {
+        const int row = source(first() + i);
+        copy_row(tile, first() + i, from + int64_t(row - first()) * stride, inside(row));
+      }
+    }
+
+   private:
+    __device__ __forceinline__ void copy_row(Shared<uint4> tile, int to, const T* row,
+                                             bool inside) const {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; chunk += kLanes) {
+        cp_async(tile, place(to, chunk + lane()), reinterpret_cast<const uint4*>(row + 8 * chunk),
+                 inside && 8 * (chunk + lane()) < columns);
+      }
+    }
+  };
 
   // The A fragment (16 x 16) of rows from `row` and columns from 16 k.
   static __device__ __forceinline__ void load_a(unsigned (&a)[4], Shared<uint4> tile, int row,
@@ -93,7 +119,6 @@ struct Tile {
       pairs.store(lower, pack<T>(sums[n][2] * factor1, sums[n][3] * factor1));
     }
     __syncwarp();
-    constexpr int kLanes = kWide ? 8 : 4;
 #pragma unroll
     for (int i = 0; i < 16; i += 32 / kLanes) {
       const int r = first + i + lane / kLanes, row = target(r);

@@ -80,26 +80,17 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   const auto stage = [](int block, int part) {
     return shared_memory<uint4>(((block & 1) * 2 + part) * Shape::kKeyBytes);
   };
-  const auto same_row = [](int row) { return row; };
-  Rows::template load<kTileRows, kAttentionThreads>(
-      stage(1, 0), row_of<const T>(p.q, at, at.first), static_cast<int>(p.q.token),
-      p.batch.head_dim, row_inside, same_row);
-  Rows::template load<kTileRows, kAttentionThreads>(
-      stage(1, 1), row_of<const T>(p.dout, at, at.first), static_cast<int>(p.dout.token),
-      p.batch.head_dim, row_inside, same_row);
+  const auto tile_row = [&](int, int row) { return row_inside(row); };
+  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1, 0), 0, tile_row);
+  copies_of<Rows, kTileRows, T>(p.dout, p.batch, at, at.first).start(stage(1, 1), 0, tile_row);
   cp_async_commit();
-  const auto load_block = [&](int block) {
-    const int first = keys.low + block * kKeys;
-    const uint64_t on = keys.bits(first) | static_cast<uint64_t>(keys.bits(first + 32)) << 32;
-    const auto inside = [&](int row) { return (on >> row & 1) != 0; };
-    Rows::template load<kKeys, kAttentionThreads>(
-        stage(block, 0), row_of<const T>(p.k, at, first), static_cast<int>(p.k.token),
-        p.batch.head_dim, inside, same_row);
-    Rows::template load<kKeys, kAttentionThreads>(
-        stage(block, 1), row_of<const T>(p.v, at, first), static_cast<int>(p.v.token),
-        p.batch.head_dim, inside, same_row);
-  };
-  if (blocks > 0) load_block(0);
+  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low);
+  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low);
+  KeyBits<kKeys> next(keys, 0);
+  if (blocks > 0) {
+    next.start(k_copies, stage(0, 0), 0);
+    next.start(v_copies, stage(0, 1), 0);
+  }
   cp_async_commit();
   const ScoreDropout dropout(p.batch, kDropout);
   ManyBits many;
@@ -156,7 +147,12 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   for (int block = 0; block < blocks; ++block) {
     cp_async_wait<0>();
     __syncthreads();  // the block is there, and all warps are done with the other stage
-    if (block + 1 < blocks) load_block(block + 1);
+    const KeyBits<kKeys> on_bits = next;
+    if (block + 1 < blocks) {
+      next = KeyBits<kKeys>(keys, block + 1);
+      next.start(k_copies, stage(block + 1, 0), block + 1);
+      next.start(v_copies, stage(block + 1, 1), block + 1);
+    }
     cp_async_commit();
 #pragma unroll 1
     for (int half = 0; half < kKeys / 32; ++half) {
@@ -184,12 +180,12 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse2[i / 2]));
       }
-      const unsigned on = keys.bits(keys.low + 32 * group);
+      const unsigned on = half ? on_bits.words[1] : on_bits.words[0];
       if (on != 0xffffffffu || at.many > 1) {
         const bool shared = at.many > 1;
         const unsigned row_on[2] = {
-            shared ? ManyBits::part(many.same[0], group) : on >> (2 * t),
-            shared ? ManyBits::part(many.same[1], group) : on >> (2 * t)};
+            shared ? ManyBits::of_row(many.same, 0, group) : on >> (2 * t),
+            shared ? ManyBits::of_row(many.same, 1, group) : on >> (2 * t)};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -202,12 +198,13 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
       // 4c. dropout
       if constexpr (kDropout) {
         if (at.many > 1) {
+          const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
+                                        ManyBits::of_row(many.keep, 1, group)};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const unsigned bits = ManyBits::part(many.keep[i / 2], group);
-              dp[n][i] = bits >> (8 * n + i % 2) & 1 ? dp[n][i] : 0.f;
+              dp[n][i] = row_keep[i / 2] >> (8 * n + i % 2) & 1 ? dp[n][i] : 0.f;
             }
           }
         } else {
@@ -253,6 +250,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
 
   // 5. scale and write, by way of the stage that nobody reads any more
   const float factor = p.batch.scale * p.batch.keep_scale;
+  const auto same_row = [](int row) { return row; };
   const auto every_row = [](int) { return true; };
   Rows::store(stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, at, at.first),
                        p.dq.token, p.batch.head_dim, same_row, row_inside, every_row);
@@ -304,8 +302,9 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   const auto key_inside = [&](int key) {
     return at.first + key >= 0 && at.first + key < at.length;
   };
-  const uint64_t on =
-      keys.bits(at.first) | static_cast<uint64_t>(keys.bits(at.first + 32)) << 32;
+  const unsigned first_on =
+      at.first < 0 ? keys.bits(0) << -at.first : keys.bits(at.first);  // from -31 on
+  const uint64_t on = first_on | static_cast<uint64_t>(keys.bits(at.first + 32)) << 32;
   // Queries come in blocks of 16 from the first key, as in the other kernels.
   const int first_query = kDropout ? -(-keys.low & 15) : 0;
   const int blocks = on ? (at.length - first_query + kQueries - 1) / kQueries : 0;
@@ -315,37 +314,35 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
     return shared_memory<uint4>(Shape::kFirstStage +
                                 ((block & 1) * 2 + part) * Shape::kQueryBytes);
   };
-  const auto statistics = [](int block) {
-    return shared_memory<float2>(Shape::kStatistics +
+  const auto statistics = [](int block) {  // of two rows
+    return shared_memory<float4>(Shape::kStatistics +
                                  (block & 1) * kQueries * int(sizeof(float2)));
   };
   const Shared<uint4> k_tile = Shape::kInRegisters ? stage(1, 0) : shared_memory<uint4>(0);
   const Shared<uint4> v_tile =
       Shape::kInRegisters ? stage(1, 1) : shared_memory<uint4>(Shape::kOwnBytes);
   const auto key_on = [&](int key) { return (on >> key & 1) != 0; };
-  Rows::template load<kTileRows, kAttentionThreads>(
-      k_tile, row_of<const T>(p.k, at, at.first), static_cast<int>(p.k.token), p.batch.head_dim,
-      key_on, key_of_row);
-  Rows::template load<kTileRows, kAttentionThreads>(
-      v_tile, row_of<const T>(p.v, at, at.first), static_cast<int>(p.v.token), p.batch.head_dim,
-      key_on, key_of_row);
+  copies_of<Rows, kTileRows, T>(p.k, p.batch, at, at.first)
+      .start_permuted(k_tile, key_of_row, key_on);
+  copies_of<Rows, kTileRows, T>(p.v, p.batch, at, at.first)
+      .start_permuted(v_tile, key_of_row, key_on);
   cp_async_commit();
+  const auto q_copies = copies_of<Rows, kQueries, T>(p.q, p.batch, at, first_query);
+  const auto dout_copies = copies_of<Rows, kQueries, T>(p.dout, p.batch, at, first_query);
+  const float2* const my_statistics =
+      p.statistics + statistics_of(p.batch, at) + first_query + int(threadIdx.x);
   const auto load_block = [&](int block) {
-    const int first = first_query + block * kQueries;
     // Beyond the sequence everything is zero, lse and delta too: p is 1, and its products are zero.
-    const auto inside = [&](int row) { return first + row >= 0 && first + row < at.length; };
-    const auto same_row = [](int row) { return row; };
-    Rows::template load<kQueries, kAttentionThreads>(
-        stage(block, 0), row_of<const T>(p.q, at, first), static_cast<int>(p.q.token),
-        p.batch.head_dim, inside, same_row);
-    Rows::template load<kQueries, kAttentionThreads>(
-        stage(block, 1), row_of<const T>(p.dout, at, first), static_cast<int>(p.dout.token),
-        p.batch.head_dim, inside, same_row);
+    const int first = first_query + block * kQueries;
+    const auto inside = [&](int, int row) {
+      return static_cast<unsigned>(first + row) < static_cast<unsigned>(at.length);
+    };
+    q_copies.start(stage(block, 0), block, inside);
+    dout_copies.start(stage(block, 1), block, inside);
     const int row = threadIdx.x;
     if (row < kQueries) {
-      cp_async(statistics(block), row,
-               static_cast<const float2*>(p.statistics) + statistics_of(p.batch, at) + first + row,
-               inside(row));
+      cp_async(shared_memory<float2>(Shape::kStatistics), (block & 1) * kQueries + row,
+               my_statistics + block * kQueries, inside(0, row));
     }
   };
   if (blocks > 0) load_block(0);
@@ -379,13 +376,13 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
     if (block + 1 < blocks) load_block(block + 1);
     cp_async_commit();
 #pragma unroll 1
-    for (int half = 0; half < kQueries / 32; ++half) {
-      // 3a. transposed scores and dp
-      float s[4][4] = {}, dp[4][4] = {};
+    for (int step = 0; step < kQueries / 16; ++step) {
+      // 3a. transposed scores and dp of 16 queries
+      float s[2][4] = {}, dp[2][4] = {};
 #pragma unroll
       for (int k = 0; k < kDim / 16; ++k) {
         unsigned a[4], b[4];
-        const auto rows_of = [&](const unsigned(&held)[kHeld][4], Shared<uint4> tile) {
+        const auto own_rows = [&](const unsigned(&held)[kHeld][4], Shared<uint4> tile) {
           if constexpr (Shape::kInRegisters) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = held[k][i];
@@ -393,112 +390,85 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
             Rows::load_a(a, tile, 16 * warp, k);
           }
         };
-        rows_of(k_held, k_tile);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          Rows::load_b(b, stage(block, 0), 32 * half + 16 * n, k);
-          mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);
-          mma_m16n8k16<T>(s[2 * n + 1], a, b[2], b[3]);
-        }
-        rows_of(v_held, v_tile);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          Rows::load_b(b, stage(block, 1), 32 * half + 16 * n, k);
-          mma_m16n8k16<T>(dp[2 * n], a, b[0], b[1]);
-          mma_m16n8k16<T>(dp[2 * n + 1], a, b[2], b[3]);
-        }
+        own_rows(k_held, k_tile);
+        Rows::load_b(b, stage(block, 0), 16 * step, k);
+        mma_m16n8k16<T>(s[0], a, b[0], b[1]);
+        mma_m16n8k16<T>(s[1], a, b[2], b[3]);
+        own_rows(v_held, v_tile);
+        Rows::load_b(b, stage(block, 1), 16 * step, k);
+        mma_m16n8k16<T>(dp[0], a, b[0], b[1]);
+        mma_m16n8k16<T>(dp[1], a, b[2], b[3]);
       }
 
       // 3b. probabilities. A masked key spoils only its own rows, which are not written.
-      float delta[4][2];
+      float delta[2][2];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < 2; ++n) {
+        const float4 pairs = statistics(block).load((16 * step + 8 * n) / 2 + t);
+        delta[n][0] = pairs.y;
+        delta[n][1] = pairs.w;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float2 pair = statistics(block).load(32 * half + 8 * n + 2 * t + e);
-          delta[n][e] = pair.y;
-          s[n][e] = exp2_approx(fmaf(s[n][e], c, -pair.x));
-          s[n][2 + e] = exp2_approx(fmaf(s[n][2 + e], c, -pair.x));
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = exp2_approx(fmaf(s[n][i], c, -(i % 2 ? pairs.z : pairs.x)));
         }
       }
+      const int columns = block * kQueries / 8 + 2 * step;  // so far, in eights
       if (at.many > 1) {
+        const unsigned same = many.same >> (2 * columns);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const unsigned bits = ManyBits::part(many.same[i / 2], block * kQueries / 32 + half);
-            s[n][i] = bits >> (8 * n + i % 2) & 1 ? s[n][i] : 0.f;
+            s[n][i] = same >> (16 * (i / 2) + 2 * n + i % 2) & 1 ? s[n][i] : 0.f;
           }
         }
       }
 
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        // 3c. dropout of p and dp
-        float dropped[2][4];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) dropped[b][i] = s[2 * k + b][i];
-        }
-        if constexpr (kDropout) {
-          bool kept[2][4];
-          if (at.many > 1) {
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const unsigned bits = ManyBits::part(many.keep[i / 2], block * kQueries / 32 + half);
-                kept[b][i] = bits >> (8 * (2 * k + b) + i % 2) & 1;
-              }
-            }
-          } else {
-            const int first = first_query - keys.low + block * kQueries + 32 * half + 16 * k;
-            unsigned words[2][2];
-            share_draws(words, dropout, first, key_call, batch_head);
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                kept[b][e] = dropout.keeps_low(words[e][b]);
-                kept[b][2 + e] = dropout.keeps_high(words[e][b]);
-              }
-            }
-          }
-#pragma unroll
-          for (int b = 0; b < 2; ++b) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              dropped[b][i] = kept[b][i] ? dropped[b][i] : 0.f;
-              dp[2 * k + b][i] = kept[b][i] ? dp[2 * k + b][i] : 0.f;
-            }
-          }
-        }
-
-        // 3d. dv += p^T dout, dk += ds^T q
-        float ds[2][4];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
+      // 3c. dropout of p and dp
+      float dropped[2][4];
+      unsigned words[2][2];
+      if constexpr (kDropout) {
+        if (at.many > 1) {
+          // Draws that give the bits: the largest, or zero.
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            ds[b][i] = s[2 * k + b][i] * (dp[2 * k + b][i] - delta[2 * k + b][i % 2]);
+            words[i % 2][i / 2] = (many.keep >> (2 * columns + i) & 0x10001u) * 0xffffu;
           }
+        } else {
+          share_draws(words, dropout, first_query - keys.low + block * kQueries + 16 * step,
+                      key_call, batch_head);
         }
-        const unsigned p_operand[4] = {
-            pack<T>(dropped[0][0], dropped[0][1]), pack<T>(dropped[0][2], dropped[0][3]),
-            pack<T>(dropped[1][0], dropped[1][1]), pack<T>(dropped[1][2], dropped[1][3])};
-        const unsigned ds_operand[4] = {pack<T>(ds[0][0], ds[0][1]), pack<T>(ds[0][2], ds[0][3]),
-                                        pack<T>(ds[1][0], ds[1][1]), pack<T>(ds[1][2], ds[1][3])};
+      }
 #pragma unroll
-        for (int n = 0; n < kDim / 16; ++n) {
-          unsigned b[4];
-          Rows::load_b_trans(b, stage(block, 1), 32 * half + 16 * k, n);
-          mma_m16n8k16<T>(dv[2 * n], p_operand, b[0], b[1]);
-          mma_m16n8k16<T>(dv[2 * n + 1], p_operand, b[2], b[3]);
-          Rows::load_b_trans(b, stage(block, 0), 32 * half + 16 * k, n);
-          mma_m16n8k16<T>(dk[2 * n], ds_operand, b[0], b[1]);
-          mma_m16n8k16<T>(dk[2 * n + 1], ds_operand, b[2], b[3]);
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          dropped[n][i] = s[n][i];
+          if constexpr (kDropout) {
+            const unsigned word = words[i % 2][n];
+            const bool kept = i / 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
+            dropped[n][i] = kept ? dropped[n][i] : 0.f;
+            dp[n][i] = kept ? dp[n][i] : 0.f;
+          }
+          s[n][i] *= dp[n][i] - delta[n][i % 2];
         }
+      }
+
+      // 3d. dv += p^T dout, dk += ds^T q
+      const unsigned p_operand[4] = {
+          pack<T>(dropped[0][0], dropped[0][1]), pack<T>(dropped[0][2], dropped[0][3]),
+          pack<T>(dropped[1][0], dropped[1][1]), pack<T>(dropped[1][2], dropped[1][3])};
+      const unsigned ds_operand[4] = {pack<T>(s[0][0], s[0][1]), pack<T>(s[0][2], s[0][3]),
+                                      pack<T>(s[1][0], s[1][1]), pack<T>(s[1][2], s[1][3])};
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n) {
+        unsigned b[4];
+        Rows::load_b_trans(b, stage(block, 1), 16 * step, n);
+        mma_m16n8k16<T>(dv[2 * n], p_operand, b[0], b[1]);
+        mma_m16n8k16<T>(dv[2 * n + 1], p_operand, b[2], b[3]);
+        Rows::load_b_trans(b, stage(block, 0), 16 * step, n);
+        mma_m16n8k16<T>(dk[2 * n], ds_operand, b[0], b[1]);
+        mma_m16n8k16<T>(dk[2 * n + 1], ds_operand, b[2], b[3]);
       }
     }
   }

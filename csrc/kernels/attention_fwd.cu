@@ -31,7 +31,7 @@ struct Forward {
   static constexpr int kStageBytes = 2 * kKeyBytes;  // keys, then values
   static constexpr int kTileBytes = 2 * kStageBytes;
   static_assert(kTileRows * Tile<kDim>::kRowBytes <= kStageBytes, "a stage holds the queries too");
-  static constexpr int kBlocks = kDim <= 64 ? 4 : 3;  // on a multiprocessor, by registers
+  static constexpr int kBlocks = kDim == 32 ? 4 : kDim < 128 ? 3 : 2;  // by registers
 };
 
 template<class T, int kDim, bool kDropout>
@@ -61,25 +61,16 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   const auto value_stage = [](int block) {
     return shared_memory<uint4>((block & 1) * Shape::kStageBytes + Shape::kKeyBytes);
   };
-  const auto same_row = [](int row) { return row; };
-  Rows::template load<kTileRows, kAttentionThreads>(stage(1), row_of<const T>(p.q, at, at.first),
-                                                    static_cast<int>(p.q.token), p.batch.head_dim,
-                                                    row_inside, same_row);
+  const auto tile_row = [&](int, int row) { return row_inside(row); };
+  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1), 0, tile_row);
   cp_async_commit();
-  const auto load_block = [&](int block) {
-    const int first = keys.low + block * kKeys;
-    uint64_t on = keys.bits(first);
-    if (kKeys > 32) on |= static_cast<uint64_t>(keys.bits(first + 32)) << 32;
-    // What doesn't count is zero, so nothing that lies there gets into a product.
-    const auto inside = [&](int row) { return (on >> row & 1) != 0; };
-    Rows::template load<kKeys, kAttentionThreads>(stage(block), row_of<const T>(p.k, at, first),
-                                                  static_cast<int>(p.k.token), p.batch.head_dim,
-                                                  inside, same_row);
-    Rows::template load<kKeys, kAttentionThreads>(
-        value_stage(block), row_of<const T>(p.v, at, first), static_cast<int>(p.v.token),
-        p.batch.head_dim, inside, same_row);
-  };
-  if (blocks > 0) load_block(0);
+  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low);
+  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low);
+  KeyBits<kKeys> next(keys, 0);
+  if (blocks > 0) {
+    next.start(k_copies, stage(0), 0);
+    next.start(v_copies, value_stage(0), 0);
+  }
   cp_async_commit();
   const ScoreDropout dropout(p.batch, kDropout);
   ManyBits many;
@@ -106,7 +97,12 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   for (int block = 0; block < blocks; ++block) {
     cp_async_wait<0>();
     __syncthreads();  // the block is there, and all warps are done with the other stage
-    if (block + 1 < blocks) load_block(block + 1);
+    const KeyBits<kKeys> on = next;
+    if (block + 1 < blocks) {
+      next = KeyBits<kKeys>(keys, block + 1);
+      next.start(k_copies, stage(block + 1), block + 1);
+      next.start(v_copies, value_stage(block + 1), block + 1);
+    }
     cp_async_commit();
 
     // 3a. scores
@@ -123,12 +119,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     }
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
-      const unsigned on = keys.bits(keys.low + block * kKeys + 32 * half);
-      if (on == 0xffffffffu && at.many == 1) continue;
-      unsigned row_on[2] = {on >> (2 * t), on >> (2 * t)};
+      if (on.words[half] == 0xffffffffu && at.many == 1) continue;
+      unsigned row_on[2] = {on.words[half] >> (2 * t), on.words[half] >> (2 * t)};
       if (at.many > 1) {
-        row_on[0] = ManyBits::part(many.same[0], block * kKeys / 32 + half);
-        row_on[1] = ManyBits::part(many.same[1], block * kKeys / 32 + half);
+        row_on[0] = ManyBits::of_row(many.same, 0, block * kKeys / 32 + half);
+        row_on[1] = ManyBits::of_row(many.same, 1, block * kKeys / 32 + half);
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -183,12 +178,13 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
       for (int half = 0; half < kKeys / 32; ++half) {
         const int group = block * kKeys / 32 + half;
         if (at.many > 1) {
+          const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
+                                        ManyBits::of_row(many.keep, 1, group)};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const unsigned bits = ManyBits::part(many.keep[i / 2], group);
-              if (!(bits >> (8 * n + i % 2) & 1)) s[4 * half + n][i] = 0.f;
+              if (!(row_keep[i / 2] >> (8 * n + i % 2) & 1)) s[4 * half + n][i] = 0.f;
             }
           }
           continue;
@@ -242,6 +238,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     }
   }
   // Nobody reads the stage that comes next any more.
+  const auto same_row = [](int row) { return row; };
   const auto every_row = [](int) { return true; };
   Rows::store(stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, at, at.first),
               p.out.token, p.batch.head_dim, same_row, row_inside, every_row);

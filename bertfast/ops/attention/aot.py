@@ -113,3 +113,40 @@ def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) 
         scalar_stores=1,
     )
     return TritonCase(kernel, arguments, chosen.num_warps, described)
+
+
+CUDA_NAMES = {"__half": "float16", "__nv_bfloat16": "bfloat16"}
+_STAGES = 2
+_CUDA_WARPS = 4  # of a block, of 16 rows each
+
+
+def _cuda_keys_at_a_time(kernel: str, head_dim: int) -> tuple[int, int]:
+    """Rows of the streamed side that lie in a stage, and that one turn of the loop works on."""
+    if kernel == "attention_forward_kernel":
+        keys = 64 if head_dim <= 64 else 32
+        return keys, keys
+    if kernel == "attention_backward_dq_kernel":
+        return 64, 32
+    return (64 if head_dim <= 64 else 32), 16
+
+
+def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
+    """What a template instance of csrc/kernels/attention_*.cu is, if it is one."""
+    names = ("forward", "backward_dq", "backward_dkv")
+    if kernel not in [f"attention_{name}_kernel" for name in names]:
+        return None
+    dtype, head_dim, dropout = arguments[0], int(arguments[1]), arguments[2] == "true"
+    in_stage, at_a_time = _cuda_keys_at_a_time(kernel, head_dim)
+    row_bytes = 2 * head_dim
+    shared = _STAGES * 2 * in_stage * row_bytes
+    if kernel == "attention_backward_dkv_kernel":
+        shared += _STAGES * in_stage * 8  # lse and delta
+        shared += 2 * 16 * _CUDA_WARPS * row_bytes if head_dim > 64 else 0
+    return Case(
+        f"D {head_dim}, {16 * _CUDA_WARPS} x {at_a_time}" + ", dropout" * dropout,
+        CUDA_NAMES[dtype],
+        threads=32 * _CUDA_WARPS,
+        elements=16 * at_a_time / 32,
+        loop=True,
+        dynamic_shared=shared,
+    )
