@@ -15,6 +15,19 @@ namespace bertfast {
 constexpr int kTileRows = 64;  // packing.py's TILE
 constexpr int kAttentionWarps = kTileRows / 16;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
+// What the blocks of a multiprocessor share, on the architecture that is compiled for.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedMemory = 100 * 1024;
+#else
+constexpr int kSharedMemory = 164 * 1024;
+#endif
+// How many blocks shared memory has room for, if not more than `most`: so many must fit by registers.
+// Each block costs a kilobyte more than it asks for.
+constexpr int blocks_that_fit(int shared_bytes, int most) {
+  const int room = kSharedMemory / (shared_bytes + 1024 + 256);
+  return room < 1 ? 1 : room < most ? room : most;
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -24,6 +37,29 @@ struct TilePlace {
   int start;   // the sequence's first token
   int length;  // of the sequence
   int many;    // how many sequences share the tile
+  unsigned low_keys = 0, high_keys = 0;  // which of the rows, if they are keys, count
+
+  // Between a kernel's beginning and its end this waits in shared memory, as the registers are needed.
+  // Others see it after a barrier.
+  static constexpr int kSharedBytes = 32;
+  __device__ __forceinline__ void put(int shared) const {
+    if (threadIdx.x != 0) return;
+    const Shared<int4> slots = shared_memory<int4>(shared);
+    slots.store(0, make_int4(batch, head, first, start));
+    slots.store(1, make_int4(length, many, low_keys, high_keys));
+  }
+  static __device__ __forceinline__ TilePlace get(int shared) {
+    const Shared<int4> slots = shared_memory<int4>(shared);
+    const int4 a = slots.load(0), b = slots.load(1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, unsigned(b.z), unsigned(b.w)};
+  }
+
+  __device__ __forceinline__ bool counts(int key) const {
+    return ((key < 32 ? low_keys : high_keys) >> (key & 31) & 1) != 0;
+  }
+  __device__ __forceinline__ bool inside(int row) const {
+    return first + row >= 0 && first + row < length;
+  }
 };
 
 // Tiles of one head of a sequence are neighbours, as they read the same keys. The grid has room for
@@ -62,8 +98,10 @@ __device__ __forceinline__ T* row_of(const HeadRows<Void>& x, const TilePlace& a
          int64_t(at.start + position) * x.token;
 }
 
-__device__ __forceinline__ int64_t statistics_of(const AttentionBatch& p, const TilePlace& at) {
-  return at.batch * p.lse_batch + at.head * p.lse_head + at.start;
+// Where the statistics of the row at `position` are.
+__device__ __forceinline__ int64_t statistics_of(const AttentionBatch& p, const TilePlace& at,
+                                                 int position) {
+  return at.batch * p.lse_batch + at.head * p.lse_head + at.start + position;
 }
 
 // Which keys count: those from low to high, less what the mask's bits leave out.
@@ -271,8 +309,9 @@ inline dim3 attention_grid(AttentionBatch& p, int before) {
   return dim3(p.n_tiles * p.heads * p.batch);
 }
 
-inline int mask_bytes(const AttentionBatch& p) {
-  return p.key_mask ? Keys::shared_bytes(p.length) : 0;
+// Of shared memory, beside the tiles: the place, and the mask.
+inline int attention_bytes(const AttentionBatch& p) {
+  return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
 }
 
 }  // namespace bertfast

@@ -20,6 +20,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
+// The binary logarithm; for x from 1 on off by at most 2^-22 times itself or one.
+__device__ __forceinline__ float log2_approx(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 1 / x to 1 ulp, for x of ordinary size.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float result;

@@ -103,10 +103,10 @@ struct Tile {
 
   // Rounds 16 rows of sums, times their factor (rows g, and g + 8), and writes them to rows from
   // 16 * warp of the tile, which only this warp touches, and from there to memory, 16 bytes a lane:
-  // the row at place r goes to row target(r) if inside(target(r)), as zeros unless counts(target(r)).
+  // what is at place r becomes row target(r) if inside(target(r)), zeros unless counts(target(r)).
   template<class T, class Target, class Inside, class Counts>
   static __device__ __forceinline__ void store(Shared<uint4> tile, const float (&sums)[kDim / 8][4],
-                                               float factor0, float factor1, T* to, int64_t stride,
+                                               float factor0, float factor1, T* to, int stride,
                                                int columns, Target target, Inside inside,
                                                Counts counts) {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
@@ -120,16 +120,17 @@ struct Tile {
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16; i += 32 / kLanes) {
-      const int r = first + i + lane / kLanes, row = target(r);
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const int r = first + i * (32 / kLanes) + lane / kLanes;
+      const int row = target(r);
+      const bool writes = inside(row), zeroes = !counts(row);
+      T* values = to + int64_t(row) * stride;
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; chunk += kLanes) {
         const int c = chunk + lane % kLanes;
         uint4 bits = tile.load(place(r, c));
-        if (!counts(row)) bits = make_uint4(0, 0, 0, 0);
-        if (inside(row) && 8 * c < columns) {
-          *reinterpret_cast<uint4*>(to + row * stride + 8 * c) = bits;
-        }
+        if (zeroes) bits = make_uint4(0, 0, 0, 0);
+        if (writes && 8 * c < columns) *reinterpret_cast<uint4*>(values + 8 * c) = bits;
       }
     }
   }

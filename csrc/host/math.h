@@ -121,6 +121,9 @@ inline float exp2_approx(float x) {
   if (result < 0x1p-126f) return 0.0f;
   return host::perturb::ulps(result, 4, x);  // 2^-22 of the result is less than 4 ulp
 }
+inline float log2_approx(float x) {
+  return host::perturb::ulps(::log2f(x), 4, x);
+}
 inline float reciprocal_approx(float x) {
   return host::perturb::ulps(1.0f / x, 1, x);
 }

@@ -29,12 +29,11 @@ namespace {
 template<int kDim>
 struct Backward {
   using Rows = Tile<kDim>;
-  static constexpr int kBlocks = kDim <= 64 ? 3 : 2;  // on a multiprocessor, by registers
-
   // dq: keys and values in blocks of 64, worked on 32 at a time.
   static constexpr int kKeys = 64;
   static constexpr int kKeyBytes = kKeys * Rows::kRowBytes;
   static constexpr int kKeyTileBytes = 4 * kKeyBytes;
+  static constexpr int kQueryBlocks = blocks_that_fit(kKeyTileBytes, kDim <= 64 ? 3 : 2);
 
   // dk and dv: queries and dout in blocks of kQueries. Wide heads leave no registers to hold the keys
   // and values: they stay in shared memory, before the stages.
@@ -45,6 +44,7 @@ struct Backward {
   static constexpr int kFirstStage = kInRegisters ? 0 : 2 * kOwnBytes;
   static constexpr int kStatistics = kFirstStage + 4 * kQueryBytes;
   static constexpr int kQueryTileBytes = kStatistics + 2 * kQueries * int(sizeof(float2));
+  static constexpr int kKeyBlocks = blocks_that_fit(kQueryTileBytes, kDim <= 64 ? 3 : 2);
 };
 
 // The sum of products of eight values.
@@ -58,7 +58,7 @@ __device__ __forceinline__ float dot8(uint4 a, uint4 b) {
 }
 
 template<class T, int kDim, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlocks)
     attention_backward_dq_kernel(AttentionBackward p) {
   using Shape = Backward<kDim>;
   using Rows = Tile<kDim>;
@@ -68,19 +68,17 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   // 1. where the tile lies, which keys count
   TilePlace at = find_tile(p.batch);
   if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kKeyTileBytes);
+  const Keys keys(p.batch, at, Shape::kKeyTileBytes + TilePlace::kSharedBytes);
   if (kDropout) at.first -= -keys.low & 15;  // as in the forward
   if (at.first >= at.length) return;
-  const auto row_inside = [&](int row) {
-    return at.first + row >= 0 && at.first + row < at.length;
-  };
+  at.put(Shape::kKeyTileBytes);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
   // 2. copy q and dout, into the second stage, and the first block of keys and values
   const auto stage = [](int block, int part) {
     return shared_memory<uint4>(((block & 1) * 2 + part) * Shape::kKeyBytes);
   };
-  const auto tile_row = [&](int, int row) { return row_inside(row); };
+  const auto tile_row = [&](int, int row) { return at.inside(row); };
   copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1, 0), 0, tile_row);
   copies_of<Rows, kTileRows, T>(p.dout, p.batch, at, at.first).start(stage(1, 1), 0, tile_row);
   cp_async_commit();
@@ -104,7 +102,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = 16 * warp + g + 8 * r;
-    if (!row_inside(row)) continue;
+    if (!at.inside(row)) continue;
     const uint4* chunks = reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
@@ -126,8 +124,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
     }
     delta[r] = lane_sum<4>(sum) * inverse_keep;
     lse2[r] = 0.f;
-    if (row_inside(row)) {
-      const int64_t index = statistics_of(p.batch, at) + at.first + row;
+    if (at.inside(row)) {
+      const int64_t index = statistics_of(p.batch, at, at.first + row);
       lse2[r] = p.lse[index] * kLog2E;
       if (t == 0) p.statistics[index] = make_float2(lse2[r], delta[r]);
     }
@@ -138,6 +136,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
     Rows::load_a(q[k], stage(1, 0), 16 * warp, k);
     Rows::load_a(dout[k], stage(1, 1), 16 * warp, k);
   }
+
 
   // 4. over the keys
   const float c = p.batch.scale * kLog2E;
@@ -250,10 +249,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
 
   // 5. scale and write, by way of the stage that nobody reads any more
   const float factor = p.batch.scale * p.batch.keep_scale;
-  const auto same_row = [](int row) { return row; };
-  const auto every_row = [](int) { return true; };
-  Rows::store(stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, at, at.first),
-                       p.dq.token, p.batch.head_dim, same_row, row_inside, every_row);
+  const TilePlace to = TilePlace::get(Shape::kKeyTileBytes);
+  Rows::store(
+      stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
+      p.batch.head_dim, [](int row) { return row; }, [&](int row) { return to.inside(row); },
+      [](int) { return true; });
 }
 
 // The key of a row of the second kernel's tile. A Philox call serves keys 0, 8, 16, 24 of 32, and a
@@ -286,7 +286,7 @@ __device__ __forceinline__ void share_draws(unsigned (&words)[2][2], const Score
 }
 
 template<class T, int kDim, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
     attention_backward_dkv_kernel(AttentionBackward p) {
   using Shape = Backward<kDim>;
   using Rows = Tile<kDim>;
@@ -296,18 +296,16 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   // 1. where the tile lies, which of its keys count
   TilePlace at = find_tile(p.batch);
   if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kQueryTileBytes);
+  const Keys keys(p.batch, at, Shape::kQueryTileBytes + TilePlace::kSharedBytes);
   if (kDropout) at.first -= -keys.low & 31;  // a call serves keys of one 32 from the first on
   if (at.first >= at.length) return;
-  const auto key_inside = [&](int key) {
-    return at.first + key >= 0 && at.first + key < at.length;
-  };
-  const unsigned first_on =
-      at.first < 0 ? keys.bits(0) << -at.first : keys.bits(at.first);  // from -31 on
-  const uint64_t on = first_on | static_cast<uint64_t>(keys.bits(at.first + 32)) << 32;
+  at.low_keys = at.first < 0 ? keys.bits(0) << -at.first : keys.bits(at.first);  // from -31 on
+  at.high_keys = keys.bits(at.first + 32);
+  at.put(Shape::kQueryTileBytes);
   // Queries come in blocks of 16 from the first key, as in the other kernels.
   const int first_query = kDropout ? -(-keys.low & 15) : 0;
-  const int blocks = on ? (at.length - first_query + kQueries - 1) / kQueries : 0;
+  const bool any = (at.low_keys | at.high_keys) != 0;
+  const int blocks = any ? (at.length - first_query + kQueries - 1) / kQueries : 0;
 
   // 2. copy the keys and values, into the second stage or where they stay, and the first queries
   const auto stage = [](int block, int part) {
@@ -321,7 +319,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   const Shared<uint4> k_tile = Shape::kInRegisters ? stage(1, 0) : shared_memory<uint4>(0);
   const Shared<uint4> v_tile =
       Shape::kInRegisters ? stage(1, 1) : shared_memory<uint4>(Shape::kOwnBytes);
-  const auto key_on = [&](int key) { return (on >> key & 1) != 0; };
+  const auto key_on = [&](int key) { return at.counts(key); };
   copies_of<Rows, kTileRows, T>(p.k, p.batch, at, at.first)
       .start_permuted(k_tile, key_of_row, key_on);
   copies_of<Rows, kTileRows, T>(p.v, p.batch, at, at.first)
@@ -329,8 +327,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   cp_async_commit();
   const auto q_copies = copies_of<Rows, kQueries, T>(p.q, p.batch, at, first_query);
   const auto dout_copies = copies_of<Rows, kQueries, T>(p.dout, p.batch, at, first_query);
-  const float2* const my_statistics =
-      p.statistics + statistics_of(p.batch, at) + first_query + int(threadIdx.x);
+  const float2* const statistics_from = p.statistics + statistics_of(p.batch, at, first_query);
   const auto load_block = [&](int block) {
     // Beyond the sequence everything is zero, lse and delta too: p is 1, and its products are zero.
     const int first = first_query + block * kQueries;
@@ -342,7 +339,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
     const int row = threadIdx.x;
     if (row < kQueries) {
       cp_async(shared_memory<float2>(Shape::kStatistics), (block & 1) * kQueries + row,
-               my_statistics + block * kQueries, inside(0, row));
+               statistics_from + block * kQueries + row, inside(0, row));
     }
   };
   if (blocks > 0) load_block(0);
@@ -475,13 +472,15 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kBlocks)
   cp_async_wait<0>();
 
   // 4. scale and write; a key that doesn't count gets exact zeros
-  const float dk_factor = p.batch.scale * p.batch.keep_scale;
-  Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, at, at.first), p.dk.token,
-              p.batch.head_dim, key_of_row, key_inside, key_on);
+  const TilePlace to = TilePlace::get(Shape::kQueryTileBytes);
+  const auto inside = [&](int key) { return to.inside(key); };
+  const auto counts = [&](int key) { return to.counts(key); };
+  const float dk_factor = p.batch.scale * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
+  Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
+              p.batch.head_dim, key_of_row, inside, counts);
   __syncwarp();
-  const float dv_factor = p.batch.keep_scale;
-  Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, at, at.first), p.dv.token,
-              p.batch.head_dim, key_of_row, key_inside, key_on);
+  Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, to, to.first), p.dv.token,
+              p.batch.head_dim, key_of_row, inside, counts);
 }
 
 }  // namespace
@@ -495,13 +494,13 @@ cudaError_t launch_attention_backward(const AttentionBackward& params, DType dty
     dim3 grid = attention_grid(p.batch, 15);
     const auto dq = p.batch.seed ? attention_backward_dq_kernel<T, kDim, true>
                                  : attention_backward_dq_kernel<T, kDim, false>;
-    int bytes = Shape::kKeyTileBytes + mask_bytes(p.batch);
+    int bytes = Shape::kKeyTileBytes + attention_bytes(p.batch);
     const cudaError_t error = launch(dq, grid, dim3(kAttentionThreads), bytes, stream, p);
     if (error != cudaSuccess) return error;
     grid = attention_grid(p.batch, 31);
     const auto dkv = p.batch.seed ? attention_backward_dkv_kernel<T, kDim, true>
                                   : attention_backward_dkv_kernel<T, kDim, false>;
-    bytes = Shape::kQueryTileBytes + mask_bytes(p.batch);
+    bytes = Shape::kQueryTileBytes + attention_bytes(p.batch);
     return launch(dkv, grid, dim3(kAttentionThreads), bytes, stream, p);
   });
 }

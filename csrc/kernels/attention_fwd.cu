@@ -31,7 +31,7 @@ struct Forward {
   static constexpr int kStageBytes = 2 * kKeyBytes;  // keys, then values
   static constexpr int kTileBytes = 2 * kStageBytes;
   static_assert(kTileRows * Tile<kDim>::kRowBytes <= kStageBytes, "a stage holds the queries too");
-  static constexpr int kBlocks = kDim == 32 ? 4 : kDim < 128 ? 3 : 2;  // by registers
+  static constexpr int kBlocks = blocks_that_fit(kTileBytes, kDim == 32 ? 4 : kDim < 128 ? 3 : 2);
 };
 
 template<class T, int kDim, bool kDropout>
@@ -45,13 +45,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   // 1. where the tile lies, which keys count
   TilePlace at = find_tile(p.batch);
   if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kTileBytes);
+  const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes);
   // Dropout counts from the first key that counts: fragments must start at multiples of 16 from it.
   if (kDropout) at.first -= -keys.low & 15;
   if (at.first >= at.length) return;
-  const auto row_inside = [&](int row) {
-    return at.first + row >= 0 && at.first + row < at.length;
-  };
+  at.put(Shape::kTileBytes);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
   // 2. copy the queries, into the second stage, and the first block of keys and values
@@ -61,7 +59,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   const auto value_stage = [](int block) {
     return shared_memory<uint4>((block & 1) * Shape::kStageBytes + Shape::kKeyBytes);
   };
-  const auto tile_row = [&](int, int row) { return row_inside(row); };
+  const auto tile_row = [&](int, int row) { return at.inside(row); };
   copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1), 0, tile_row);
   cp_async_commit();
   const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low);
@@ -87,6 +85,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
     for (int i = 0; i < 4; ++i) q[k][i] ^= sign;
   }
+
 
   // 3. over the keys
   const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
@@ -225,6 +224,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   cp_async_wait<0>();
 
   // 4. normalise and write
+  const TilePlace to = TilePlace::get(Shape::kTileBytes);
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -232,16 +232,16 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     const bool empty = l[r] == 0.f;
     factor[r] = empty ? 0.f : p.batch.keep_scale / l[r];
     const int row = 16 * warp + g + 8 * r;
-    if (p.lse && t == 0 && row_inside(row)) {
-      p.lse[statistics_of(p.batch, at) + at.first + row] =
-          empty ? 0.f : (fmaf(m[r], c, log2f(l[r]))) * kLn2;
+    if (p.lse && t == 0 && to.inside(row)) {
+      p.lse[statistics_of(p.batch, to, to.first + row)] =
+          empty ? 0.f : fmaf(m[r], c, log2_approx(l[r])) * kLn2;
     }
   }
   // Nobody reads the stage that comes next any more.
-  const auto same_row = [](int row) { return row; };
-  const auto every_row = [](int) { return true; };
-  Rows::store(stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, at, at.first),
-              p.out.token, p.batch.head_dim, same_row, row_inside, every_row);
+  Rows::store(
+      stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, to, to.first), p.out.token,
+      p.batch.head_dim, [](int row) { return row; }, [&](int row) { return to.inside(row); },
+      [](int) { return true; });
 }
 
 }  // namespace
@@ -252,7 +252,7 @@ cudaError_t launch_attention_forward(const AttentionForward& params, DType dtype
     using T = decltype(t);
     constexpr int kDim = decltype(dim)::value;
     const dim3 grid = attention_grid(p.batch, 15);
-    const int bytes = Forward<kDim>::kTileBytes + mask_bytes(p.batch);
+    const int bytes = Forward<kDim>::kTileBytes + attention_bytes(p.batch);
     const auto kernel = p.batch.seed ? attention_forward_kernel<T, kDim, true>
                                      : attention_forward_kernel<T, kDim, false>;
     return launch(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
