@@ -1,0 +1,279 @@
+"""attention's CUDA C++ kernels: what only they have, and what only their build for the host shows.
+
+The case table, the properties and the registration are in test_attention.py, for every backend.
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+from bertfast import packing
+from bertfast.ops import attention, dropout_keep_mask
+from bertfast.ops.attention import cuda
+from bertfast.testing import attention as table
+from bertfast.testing import compare, worst
+from bertfast.testing.attention import Case
+
+pytestmark = pytest.mark.host
+
+HALF, BF16 = torch.float16, torch.bfloat16
+dtypes = pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
+
+# Every head dimension with a kernel, more than one block of queries and of keys, and each layout.
+FORMS = [Case((70,), head_dim=d, p=p) for d in (32, 64, 96, 128) for p in (0.0, 0.1)]
+FORMS += [
+    Case((80, 130), heads=2, mask="left", p=0.2),
+    Case((70, 40), mask="holes", values="spoilt", head_dim=64),
+    Case((17, 0, 40, 70, 3), packed=True, p=0.1, head_dim=64),
+    Case((17, 0, 40, 70, 3), packed=True, plan=True, p=0.1, head_dim=96),
+    Case((5, 20, 30), packed=True, plan=True, head_dim=64),
+]
+forms = pytest.mark.parametrize("case", FORMS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_host_build(host_runtime):
+    pass
+
+
+def hold_to_budget(inputs, actual):
+    finding = worst(
+        compare(actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs))
+    )
+    assert finding.ok, str(finding)
+
+
+def same_bits(one, other):
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+# The host build's checks. Races, accesses outside shared memory, copies that nobody waits for and
+# deadlocks raise by themselves in every test.
+
+
+@forms
+def test_same_bits_in_every_scheduling_order(host_runtime, case):
+    results = []
+    for order, seed in (("depth-first", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+        host_runtime.set_schedule(order, seed)
+        results.append(table.run(table.make_inputs(case, HALF), "cuda"))
+    for other in results[1:]:
+        same_bits(results[0], other)
+
+
+@dtypes
+@pytest.mark.parametrize("seed", range(2))
+@forms
+def test_budget_holds_when_sums_are_cut_off_and_approximations_off(
+    host_runtime, case, seed, dtype
+):
+    host_runtime.set_perturb(True, seed)
+    inputs = table.make_inputs(case, dtype)
+    hold_to_budget(inputs, table.run(inputs, "cuda"))
+
+
+@forms
+def test_no_bank_conflicts(host_runtime, case):
+    host_runtime.reset_records()
+    table.run(table.make_inputs(case, HALF), "cuda")
+    records = host_runtime.bank_conflicts()
+    # Copies, three kinds of operands, and the way out; each is a line of its own.
+    assert sum("tile.cuh" in record[0] or "mma.cuh" in record[0] for record in records) >= 5
+    assert [record for record in records if record[1] > 1] == []
+
+
+# Dropout: the mask, read off the results bit for bit.
+
+
+def drawn(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the forward and the backward kept: (batch, heads, queries, keys) booleans of a case whose
+    sequences are no longer than the head dimension.
+
+    With v the identity, out is the dropped probabilities; with dout the identity, so is dv.
+    """
+    inputs = table.make_inputs(case, HALF)
+    eye = torch.eye(case.head_dim, dtype=HALF)
+    own = inputs["key_mask"]
+    if own is None:
+        rows = torch.cat([torch.arange(n) for n in case.lengths])
+    else:
+        rows = (own.cumsum(1) - 1).clamp(min=0)
+    identity = eye[rows][..., None, :].expand(*rows.shape, case.heads, case.head_dim)
+    inputs["q"], inputs["v"], inputs["dout"] = inputs["q"] * 0.1, identity, identity
+    result = table.run(inputs, "cuda")
+    parts = [result["out"], result["dv"]]
+    if own is not None:
+        parts = [torch.cat([row[mask] for row, mask in zip(part, own, strict=True)]) for part in parts]
+    kept = []
+    for part in parts:
+        padded = torch.zeros(len(case.lengths), case.head_dim, case.heads, case.head_dim)
+        for index, sequence in enumerate(part.split(case.lengths)):
+            padded[index, : len(sequence)] = sequence
+        kept.append(padded.permute(0, 2, 1, 3) != 0)
+    return kept[0], kept[1].transpose(-1, -2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((128,), heads=2, head_dim=128),
+        Case((40, 96), head_dim=96, mask="right"),
+        Case((23, 64, 50), heads=3, head_dim=64, mask="left"),
+        Case((32, 0, 5, 17), heads=2, head_dim=32, packed=True),
+        Case((17, 0, 9, 30, 64, 1, 2), heads=2, head_dim=64, packed=True, plan=True),
+        Case((3, 20, 60, 80, 7, 100), head_dim=128, packed=True, plan=True),
+    ],
+    ids=str,
+)
+def test_both_passes_draw_the_exported_mask(case, p):
+    case = Case(**{**vars(case), "p": p})
+    inputs = table.make_inputs(case, HALF)
+    shape = (len(case.lengths), case.heads, case.head_dim, case.head_dim)
+    mask = dropout_keep_mask(inputs["seed"], inputs["site"], shape, p, "attention")
+    for index, length in enumerate(case.lengths):
+        mask[index, :, length:] = False
+        mask[index, :, :, length:] = False
+    forward, backward = drawn(case)
+    assert torch.equal(forward, mask)
+    assert torch.equal(backward, mask)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_packed_and_padded_are_the_same_bits(p):
+    """Both count from a sequence's first token and meet its keys in the same blocks."""
+    case = Case((20, 70, 33, 130), heads=2, mask="right", p=p)
+    inputs = table.make_inputs(case, BF16)
+    own = inputs["key_mask"]
+    inputs["dout"] = inputs["dout"] * own[:, :, None, None]
+    padded = table.run(inputs, "cuda")
+    packed = {name: inputs[name][own] for name in (*table.NAMES, "dout")}
+    cu = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+    packed |= {"key_mask": None, "cu_seqlens": cu, "max_seqlen": 130}
+    same_bits(
+        table.run(inputs | packed, "cuda"), {name: value[own] for name, value in padded.items()}
+    )
+
+
+def test_one_buffer_is_read_and_written_in_place():
+    buffer = torch.randn(2, 40, 3, 2, 64).half()
+    for part in buffer.unbind(-3):
+        assert cuda._readable(part) is part
+        assert cuda._writable(part) is part
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 12, 33, 127])
+def test_head_dimensions_that_are_no_whole_vectors(head_dim):
+    inputs = table.make_inputs(Case((40, 30), head_dim=head_dim, mask="right", p=0.1), HALF)
+    hold_to_budget(inputs, table.run(inputs, "cuda"))
+
+
+@pytest.mark.parametrize("where", ["address", "stride"])
+def test_what_is_not_aligned_is_copied(where):
+    wide = torch.randn(3, 20, 2, 36 if where == "stride" else 48).half()
+    q, k, v = wide[..., 1:33] if where == "address" else wide[..., :32]
+    assert cuda._readable(q) is not q
+    aligned = attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="cuda")
+    assert torch.equal(attention(q, k, v, backend="cuda"), aligned) if q.ndim == 4 else True
+    packed = dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int32), max_seqlen=20)
+    contiguous = (t.contiguous() for t in (q, k, v))
+    assert torch.equal(
+        attention(q, k, v, **packed, backend="cuda"), attention(*contiguous, **packed, backend="cuda")
+    )
+
+
+def test_scale_of_zero_is_the_mean():
+    q, k, v = torch.randn(3, 1, 70, 1, 32).half()
+    mask = torch.arange(70)[None] < 50
+    out = attention(q, k, v, key_mask=mask, scale=0.0, backend="cuda")
+    mean = v[:, :50].double().mean(1, keepdim=True)
+    assert (out - mean).abs().max() < 2 * 2**-11 * mean.abs().max()
+
+
+def test_lse_is_the_logarithm_of_the_sum():
+    case = Case((70, 40), mask="right", head_dim=64)
+    inputs = table.make_inputs(case, HALF)
+    q, k, v = (inputs[name] for name in table.NAMES)
+    _, lse = torch.ops.bertfast.attention_forward(
+        *(q, k, v, inputs["key_mask"], None, None, None),
+        *_tile_argument(),
+        *(0, 0.125, 0, 0, "cuda"),
+    )
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
+    scores = scores.masked_fill(~inputs["key_mask"][:, None, None], -math.inf)
+    assert (lse - scores.logsumexp(-1)).abs().max() < 2e-6
+
+
+def _tile_argument():
+    schema = torch.ops.bertfast.attention_forward.default._schema
+    return ()
+
+
+# Refusals.
+
+
+def test_reasons():
+    assert cuda.unsupported_reason("cpu") is None
+    assert cuda.unsupported_reason("cpu", BF16, 64) is None
+    assert cuda.unsupported_reason("cpu", HALF, 129) == (
+        "the head dimension must be between 1 and 128, got 129"
+    )
+    with pytest.raises(ValueError, match=re.escape("got torch.float32")):
+        attention(*torch.randn(3, 1, 4, 1, 32), backend="cuda")
+
+
+def call(host_runtime, **change):
+    """A forward of 4 tokens by the bound function itself."""
+    x = torch.zeros(1, 4, 1, 32).half()
+    rows = (x.data_ptr(), 128, 32, 32)
+    arguments = dict(q=rows, k=rows, v=rows, out=rows, lse=0, mask=(0, 0), packed=(0, 0, 0))
+    arguments |= dict(dropout=(0, 1.0, 0, 0), statistics=(4, 4), sizes=(1, 4, 1, 32), scale=1.0)
+    arguments |= dict(dtype=1, device=0, stream=0) | change
+    host_runtime.set_dry_launch(True)
+    host_runtime.attention_forward(*arguments.values())
+    return rows
+
+
+def test_the_binding_checks_what_memory_safety_needs(host_runtime):
+    data, *strides = call(host_runtime)
+    for change, text in (
+        (dict(q=(data + 2, *strides)), "q must be aligned to 16 bytes"),
+        (dict(k=(data, 128, 36, 32)), "k must be aligned to 16 bytes, its strides multiples of 8"),
+        (dict(v=(data, 128, 1 << 23, 32)), "v's token stride must be below 2**23"),
+        (dict(sizes=(1, 4, 1, 136)), "head_dim must be a multiple of 8 from 8 to 128, got 136"),
+        (dict(sizes=(1, 4, 1, 12)), "head_dim must be a multiple of 8 from 8 to 128, got 12"),
+        (dict(sizes=(1, 0, 1, 32)), "length must be 1 or more"),
+        (dict(sizes=(2**20, 2**12, 12, 32)), "batch * heads * length / 64 must stay below 2**31"),
+        (dict(dropout=(0, 1.0, 65536, 0)), "threshold must be at most 65535"),
+        (dict(packed=(0, data, 1)), "a plan needs cu_seqlens"),
+        (dict(mask=(data, 4), packed=(data, 0, 0)), "a packed batch has no key_mask"),
+        (dict(mask=(data, 4), sizes=(1, 2**17 + 1, 1, 32)), "at most 2**17 tokens, got 131073"),
+        (dict(dtype=0), "dtype must be 1 or 2"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            call(host_runtime, **change)
+
+
+def test_long_masked_sequences_fit(host_runtime):
+    length = 5000
+    q, k, v = torch.randn(3, 1, length, 1, 32).half()
+    mask = torch.zeros(1, length, dtype=torch.bool)
+    mask[0, 4000:4010] = True
+    out = attention(q[:, :], k, v, key_mask=mask, backend="cuda")
+    expected = attention(q.double(), k.double(), v.double(), key_mask=mask)
+    assert (out - expected).abs().max() < 4 * 2**-11 * expected.abs().max()
+
+
+def test_an_empty_plan_entry_does_nothing():
+    q, k, v = torch.randn(3, 9, 1, 32).half()
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    roomy = packing.plan(cu, 640)  # ten entries, one in use
+    assert roomy.tiles.shape[0] > 1
+    out = attention(q, k, v, cu_seqlens=cu, max_seqlen=640, plan=roomy, backend="cuda")
+    assert torch.equal(out, attention(q, k, v, cu_seqlens=cu, max_seqlen=9, backend="cuda"))
