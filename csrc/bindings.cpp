@@ -218,10 +218,11 @@ HeadRows<Void> head_rows(const HeadRowsTuple& x, const char* name) {
   return {as(data), batch, head, static_cast<int>(token)};
 }
 
-// (key_mask, its row stride), (cu_seqlens, tiles, entries of tiles), (seed, keep_scale, threshold,
-// site), (strides of batch and head of lse), (batch, length, heads, head_dim).
+// (key_mask, its row stride), (cu_seqlens, tiles, entries of tiles, rows of one), (seed,
+// keep_scale, threshold, site), (strides of batch and head of lse), (batch, length, heads,
+// head_dim).
 using MaskTuple = std::tuple<Pointer, int64_t>;
-using PackedTuple = std::tuple<Pointer, Pointer, int64_t>;
+using PackedTuple = std::tuple<Pointer, Pointer, int64_t, int>;
 using DropoutTuple = std::tuple<Pointer, float, uint32_t, uint32_t>;
 using StatisticsTuple = std::tuple<int64_t, int64_t>;
 using SizesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
@@ -237,6 +238,7 @@ AttentionBatch attention_batch(MaskTuple mask, PackedTuple packed, DropoutTuple 
   p.cu_seqlens = as<const int32_t>(std::get<0>(packed));
   p.tiles = as<const int32_t>(std::get<1>(packed));
   p.plan_size = to_int(std::get<2>(packed), "the plan's size");
+  p.tile = p.tiles ? std::get<3>(packed) : 64;
   p.seed = as<const int64_t>(std::get<0>(dropout));
   p.keep_scale = std::get<1>(dropout);
   p.threshold = std::get<2>(dropout);
@@ -253,6 +255,7 @@ AttentionBatch attention_batch(MaskTuple mask, PackedTuple packed, DropoutTuple 
                                 std::to_string(p.head_dim));
   }
   if (p.threshold > 65535) throw std::invalid_argument("threshold must be at most 65535");
+  if (p.tile != 32 && p.tile != 64) throw std::invalid_argument("a plan's tile must be 32 or 64");
   if (p.tiles && !p.cu_seqlens) throw std::invalid_argument("a plan needs cu_seqlens");
   if (p.key_mask && p.cu_seqlens) throw std::invalid_argument("a packed batch has no key_mask");
   if (p.key_mask && p.length > kMostMaskedKeys) {

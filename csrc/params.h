@@ -112,8 +112,8 @@ struct HeadRows {
 struct AttentionBatch {
   const uint8_t* key_mask;    // (batch, length), rows mask_batch apart, 0: masked; null: all count
   const int32_t* cu_seqlens;  // first token of each sequence, and the end; null: padded
-  const int32_t* tiles;       // the plan's list of (sequence, first position, sequences); null: none
-  const int64_t* seed;        // one element; null: no dropout
+  const int32_t* tiles;  // the plan's list of (sequence, first position, sequences); null: none
+  const int64_t* seed;   // one element; null: no dropout
   int64_t mask_batch;
   int64_t lse_batch;  // strides of the statistics' sequences and heads
   int64_t lse_head;
@@ -122,6 +122,7 @@ struct AttentionBatch {
   int head_dim;
   int length;     // of a padded sequence; of the longest packed one
   int plan_size;  // entries of tiles
+  int tile;       // rows of a tile: 32 or 64, and 64 without a plan
   int n_tiles;    // of a head's sequence, or of a head where there is a plan; the launcher fills it
   float scale;
   float keep_scale;

@@ -67,9 +67,7 @@ def test_same_bits_in_every_scheduling_order(host_runtime, case):
 @dtypes
 @pytest.mark.parametrize("seed", range(2))
 @forms
-def test_budget_holds_when_sums_are_cut_off_and_approximations_off(
-    host_runtime, case, seed, dtype
-):
+def test_budget_holds_when_sums_are_cut_off_and_approximations_off(host_runtime, case, seed, dtype):
     host_runtime.set_perturb(True, seed)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(inputs, table.run(inputs, "cuda"))
@@ -106,7 +104,9 @@ def drawn(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     result = table.run(inputs, "cuda")
     parts = [result["out"], result["dv"]]
     if own is not None:
-        parts = [torch.cat([row[mask] for row, mask in zip(part, own, strict=True)]) for part in parts]
+        parts = [
+            torch.cat([row[mask] for row, mask in zip(part, own, strict=True)]) for part in parts
+        ]
     kept = []
     for part in parts:
         padded = torch.zeros(len(case.lengths), case.head_dim, case.heads, case.head_dim)
@@ -184,7 +184,8 @@ def test_what_is_not_aligned_is_copied(where):
     packed = dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int32), max_seqlen=20)
     contiguous = (t.contiguous() for t in (q, k, v))
     assert torch.equal(
-        attention(q, k, v, **packed, backend="cuda"), attention(*contiguous, **packed, backend="cuda")
+        attention(q, k, v, **packed, backend="cuda"),
+        attention(*contiguous, **packed, backend="cuda"),
     )
 
 

@@ -1,9 +1,10 @@
 // What attention's kernels share: where a tile lies, which keys count, and dropout of the scores.
 //
-// Positions count from a sequence's first token, so a padded and a packed batch differ only in where
-// that token is. A tile is 64 positions of one sequence and head, or, of a plan, several short
-// sequences, whole, one after the other ("many"): they are then one sequence whose scores between
-// different ones are masked.
+// Positions count from a sequence's first token, so a padded and a packed batch differ only in
+// where that token is. A tile is 64 positions of one sequence and head, or, of a plan, 32 or 64,
+// which several short sequences may share, whole, one after the other ("many"): they are then one
+// sequence whose scores between different ones are masked. Of a tile of 32 half the warps only help
+// to copy.
 #pragma once
 
 #include "device/math.cuh"
@@ -12,7 +13,7 @@
 
 namespace bertfast {
 
-constexpr int kTileRows = 64;  // packing.py's TILE
+constexpr int kTileRows = 64;  // the larger one of packing.py's TILES
 constexpr int kAttentionWarps = kTileRows / 16;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 // What the blocks of a multiprocessor share, on the architecture that is compiled for.
@@ -21,8 +22,8 @@ constexpr int kSharedMemory = 100 * 1024;
 #else
 constexpr int kSharedMemory = 164 * 1024;
 #endif
-// How many blocks shared memory has room for, if not more than `most`: so many must fit by registers.
-// Each block costs a kilobyte more than it asks for.
+// How many blocks shared memory has room for, if not more than `most`: so many must fit by
+// registers. Each block costs a kilobyte more than it asks for.
 constexpr int blocks_that_fit(int shared_bytes, int most) {
   const int room = kSharedMemory / (shared_bytes + 1024 + 256);
   return room < 1 ? 1 : room < most ? room : most;
@@ -33,14 +34,15 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 struct TilePlace {
   int batch, head;
-  int first;   // position of the tile's first row
-  int start;   // the sequence's first token
-  int length;  // of the sequence
-  int many;    // how many sequences share the tile
+  int first;                             // position of the tile's first row
+  int start;                             // the sequence's first token
+  int length;                            // of the sequence
+  int many;                              // how many sequences share the tile
+  int tile;                              // its size
   unsigned low_keys = 0, high_keys = 0;  // which of the rows, if they are keys, count
 
-  // Between a kernel's beginning and its end this waits in shared memory, as the registers are needed.
-  // Others see it after a barrier.
+  // Between a kernel's beginning and its end this waits in shared memory, as the registers are
+  // needed. Others see it after a barrier.
   static constexpr int kSharedBytes = 32;
   __device__ __forceinline__ void put(int shared) const {
     if (threadIdx.x != 0) return;
@@ -48,17 +50,17 @@ struct TilePlace {
     slots.store(0, make_int4(batch, head, first, start));
     slots.store(1, make_int4(length, many, low_keys, high_keys));
   }
-  static __device__ __forceinline__ TilePlace get(int shared) {
+  static __device__ __forceinline__ TilePlace get(const AttentionBatch& p, int shared) {
     const Shared<int4> slots = shared_memory<int4>(shared);
     const int4 a = slots.load(0), b = slots.load(1);
-    return {a.x, a.y, a.z, a.w, b.x, b.y, unsigned(b.z), unsigned(b.w)};
+    return {a.x, a.y, a.z, a.w, b.x, b.y, p.tile, unsigned(b.z), unsigned(b.w)};
   }
 
   __device__ __forceinline__ bool counts(int key) const {
     return ((key < 32 ? low_keys : high_keys) >> (key & 31) & 1) != 0;
   }
   __device__ __forceinline__ bool inside(int row) const {
-    return first + row >= 0 && first + row < length;
+    return row < tile && first + row >= 0 && first + row < length;
   }
 };
 
@@ -68,6 +70,7 @@ struct TilePlace {
 __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p) {
   const int block = blockIdx.x, tiles = p.n_tiles;
   TilePlace at;
+  at.tile = p.tile;
   if (p.tiles) {
     at.head = block / tiles;
     const int32_t* entry = p.tiles + 3 * (block % tiles);
@@ -284,6 +287,69 @@ struct ManyBits {
     return (bits | bits << 6) & 0x03030303u;
   }
 };
+
+// What both kernels with queries as rows do to 32 scores of a row, s[n][i] for n in 0-3: of the
+// keys that don't count they become `masked`.
+__device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned on,
+                                          const TilePlace& at, const ManyBits& many, int group) {
+  if (on == 0xffffffffu && at.many == 1) return;
+  const int t = threadIdx.x % 4;
+  unsigned row_on[2] = {on >> (2 * t), on >> (2 * t)};
+  if (at.many > 1) {
+    row_on[0] = ManyBits::of_row(many.same, 0, group);
+    row_on[1] = ManyBits::of_row(many.same, 1, group);
+  }
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = row_on[i / 2] >> (8 * n + i % 2) & 1 ? s[n][i] : masked;
+    }
+  }
+}
+
+// And dropout makes zeros of some. group: how many 32 keys come before.
+__device__ __forceinline__ void drop_keys(float (*s)[4], const ScoreDropout& dropout,
+                                          int query_call, int batch_head, const TilePlace& at,
+                                          const ManyBits& many, int group) {
+  if (at.many > 1) {
+    const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
+                                  ManyBits::of_row(many.keep, 1, group)};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = row_keep[i / 2] >> (8 * n + i % 2) & 1 ? s[n][i] : 0.f;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int key_call = 8 * group + threadIdx.x % 4 * 2 + e;
+    const uint4 words = dropout.draw(query_call, key_call, batch_head);
+    const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const unsigned word = of_row[r][n / 2];
+        const bool kept = n % 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
+        s[n][2 * r + e] = kept ? s[n][2 * r + e] : 0.f;
+      }
+    }
+  }
+}
+
+// Two fragments of sums, side by side, as an A operand.
+template<class T>
+__device__ __forceinline__ void as_operand(unsigned (&a)[4], const float (&left)[4],
+                                           const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
 
 // Calls use(T(), kDim) with the element type and the least head dimension that has a kernel.
 template<class Use>

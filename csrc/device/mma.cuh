@@ -1,7 +1,7 @@
 // Tensor cores and asynchronous copies: one wrapper an instruction, for compute capability 8.0 on.
 //
-// Under nvcc each is the instruction itself; on the host csrc/host/matrix.h, which says how fragments
-// lie, and csrc/host/async_copy.h stand in for it.
+// Under nvcc each is the instruction itself; on the host csrc/host/matrix.h, which says how
+// fragments lie, and csrc/host/async_copy.h stand in for it.
 #pragma once
 
 #include <type_traits>
@@ -92,8 +92,8 @@ __device__ __forceinline__ void ldmatrix_trans(unsigned (&fragment)[4], Shared<u
                : "memory");
 }
 
-// Starts copying one V (4, 8 or 16 bytes) to element i; zeros unless `inside`, and then `from` isn't
-// read. 16 bytes pass by the first-level cache, as nobody else reads a tile in time.
+// Starts copying one V (4, 8 or 16 bytes) to element i; zeros unless `inside`, and then `from`
+// isn't read. 16 bytes pass by the first-level cache, as nobody else reads a tile in time.
 template<class V>
 __device__ __forceinline__ void cp_async(Shared<V> to, int i, const V* from, bool inside) {
   const int size = inside ? sizeof(V) : 0;

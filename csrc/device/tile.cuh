@@ -1,9 +1,9 @@
 // Tiles of rows in shared memory, and their way to the tensor cores and back.
 //
-// A row is kDim values of 16 bits, in chunks of 16 bytes. Chunk c of row r lies at place c ^ (bits of
-// r) of its row, so that eight rows' chunks c fall into all 32 banks: what ldmatrix reads at once.
-// Rows of 64 and 128 values start at bank 0 and take r's low three bits; rows of 32 and 96 start
-// alternately at bank 0 and 16 and take the two bits above.
+// A row is kDim values of 16 bits, in chunks of 16 bytes. Chunk c of row r lies at place c ^ (bits
+// of r) of its row, so that eight rows' chunks c fall into all 32 banks: what ldmatrix reads at
+// once. Rows of 64 and 128 values start at bank 0 and take r's low three bits; rows of 32 and 96
+// start alternately at bank 0 and 16 and take the two bits above.
 #pragma once
 
 #include "device/math.cuh"
@@ -22,8 +22,8 @@ struct Tile {
     return row * kChunks + (chunk ^ (kWide ? row & 7 : row >> 1 & 3));
   }
 
-  // How kThreads threads copy rows: kLanes along a row, so that a warp reads whole sectors, and each
-  // thread the rows kStep apart.
+  // How kThreads threads copy rows: kLanes along a row, so that a warp reads whole sectors, and
+  // each thread the rows kStep apart.
   static constexpr int kLanes = kWide ? 8 : 4;
 
   // A thread's part of the copies of kRows rows, which may go on block after block.
@@ -80,23 +80,24 @@ struct Tile {
   }
 
   // Two B fragments for products with the tile's transpose: columns (of B) are the 16 rows from
-  // `row`, rows are the columns from 16 k. b[0], b[1] are the first eight's, b[2], b[3] the others'.
+  // `row`, rows are the columns from 16 k. b[0], b[1] are the first eight's, b[2], b[3] the
+  // others'.
   static __device__ __forceinline__ void load_b(unsigned (&b)[4], Shared<uint4> tile, int row,
                                                 int k) {
     const int lane = threadIdx.x % 32;
     ldmatrix(b, tile, place(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
   }
 
-  // Two B fragments for products with the tile itself: rows are the 16 rows from `row`, columns those
-  // from 16 n.
+  // Two B fragments for products with the tile itself: rows are the 16 rows from `row`, columns
+  // those from 16 n.
   static __device__ __forceinline__ void load_b_trans(unsigned (&b)[4], Shared<uint4> tile, int row,
                                                       int n) {
     const int lane = threadIdx.x % 32;
     ldmatrix_trans(b, tile, place(row + lane % 16, 2 * n + lane / 16));
   }
 
-  // Where lane l % 4 of four finds the i-th of its chunks of a row. Of wide rows odd ones take pairs of
-  // fours in the other order, lest two rows read the same banks.
+  // Where lane l % 4 of four finds the i-th of its chunks of a row. Of wide rows odd ones take
+  // pairs of fours in the other order, lest two rows read the same banks.
   static __device__ __forceinline__ int quad_chunk(int row, int i) {
     return threadIdx.x % 4 + 4 * (i ^ (kWide ? row & 1 : 0));
   }

@@ -48,7 +48,8 @@ const Copy* find(const Queue& queue, int word) {
 }
 
 void land(const Copy& copy) {
-  for (int word = copy.byte / 4; word < (copy.byte + copy.size) / 4; ++word) owner[size_t(word)] = 0;
+  for (int word = copy.byte / 4; word < (copy.byte + copy.size) / 4; ++word)
+    owner[size_t(word)] = 0;
   --under_way;
   std::memcpy(shared_memory::write_landed(copy.byte, copy.size, copy.site), copy.data,
               size_t(copy.size));
@@ -76,8 +77,8 @@ void end_block() {
     const int thread = owner[word] - 1;
     const std::string site = to_string(find(queues[size_t(thread)], int(word))->site);
     clear();
-    throw std::runtime_error(thread_name(thread) + " returned without waiting for its cp_async at " +
-                             site);
+    throw std::runtime_error(thread_name(thread) +
+                             " returned without waiting for its cp_async at " + site);
   }
 }
 

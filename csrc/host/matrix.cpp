@@ -100,7 +100,9 @@ void compute_load(void* const* lane_data, int lanes) {
     LoadLane& to = *static_cast<LoadLane*>(lane_data[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int matrix = 0; matrix < 4; ++matrix) {
-      const auto row = [&](int i) { return static_cast<const LoadLane*>(lane_data[8 * matrix + i]); };
+      const auto row = [&](int i) {
+        return static_cast<const LoadLane*>(lane_data[8 * matrix + i]);
+      };
       unsigned short pair[2];
       for (int half = 0; half < 2; ++half) {
         const LoadLane& from = *row(kTransposed ? 2 * t + half : g);
@@ -125,8 +127,8 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool i
 
 void load(unsigned (&fragment)[4], int start, int index, bool transposed, Site site) {
   LoadLane lane{};
-  lane.row = static_cast<const unsigned char*>(
-      shared_memory::matrix_row(start, index, &lane.byte, site));
+  lane.row =
+      static_cast<const unsigned char*>(shared_memory::matrix_row(start, index, &lane.byte, site));
   warp_collective("ldmatrix", site, &lane, transposed ? &compute_load<true> : &compute_load<false>);
   for (int i = 0; i < 8; i += transposed ? 1 : 2) shared_memory::read_word(lane.words[i], site);
   std::memcpy(fragment, lane.fragment, sizeof(lane.fragment));

@@ -20,11 +20,11 @@ int memory_bytes = 0;
 int find(int start, int index, int size, const char* access, Site site) {
   long long byte = start + (long long)index * size;
   if (byte < 0 || byte + size > memory_bytes) {
-    throw std::runtime_error(
-        std::string(access) + " outside shared memory at " + to_string(site) + ": element " +
-        std::to_string(index) + " of " + std::to_string(size) + " bytes, from byte " +
-        std::to_string(start) + " on, is at byte " + std::to_string(byte) + " of " +
-        std::to_string(memory_bytes) + ", in " + thread_name(current_thread()));
+    throw std::runtime_error(std::string(access) + " outside shared memory at " + to_string(site) +
+                             ": element " + std::to_string(index) + " of " + std::to_string(size) +
+                             " bytes, from byte " + std::to_string(start) + " on, is at byte " +
+                             std::to_string(byte) + " of " + std::to_string(memory_bytes) +
+                             ", in " + thread_name(current_thread()));
   }
   async_copy::check_landed(int(byte), size, access, site);
   return int(byte);

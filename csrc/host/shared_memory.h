@@ -23,8 +23,8 @@ void abandon_block();
 // start at byte `start`; returns where it is. Throws on an access out of bounds and on a race.
 void* access(int start, int index, int size, bool writes, Site site);
 
-// The same for the parts of an access that count apart. A cp.async is checked when it is issued, and
-// lands later, as its thread's write. A matrix row is one access to the banks, by the lane that
+// The same for the parts of an access that count apart. A cp.async is checked when it is issued,
+// and lands later, as its thread's write. A matrix row is one access to the banks, by the lane that
 // gives its address, and is read by other lanes, a word each.
 int begin_copy(int start, int index, int size, Site site);  // the byte where it goes
 void* write_landed(int byte, int size, Site site);

@@ -1,4 +1,5 @@
-// The gradients of attention, with p = exp(scale * q k^T - lse) computed again and drops drawn again.
+// The gradients of attention, with p = exp(scale * q k^T - lse) computed again and drops drawn
+// again.
 //
 // With z the dropout's factor of each score (0 or keep_scale) and < > the sum over a row's keys:
 //   dv = (z p)^T dout,  dp = z * (dout v^T),  delta = <p dp> = <dout * out over the head>
@@ -9,12 +10,12 @@
 // Two kernels, one after the other. The first has 64 queries a block and runs over the keys, as the
 // forward does; it sums delta, since it has dout and its rows at hand, and leaves delta and lse for
 // the second as pairs. The second has 64 keys a block, 16 a warp, and runs over the queries. It
-// computes the transposed scores, keys as rows: then p and ds are operands where they are, and dk and
-// dv stay in registers. No atomics and no sums between warps: every gradient is written once, by one
-// warp, in a fixed order.
+// computes the transposed scores, keys as rows: then p and ds are operands where they are, and dk
+// and dv stay in registers. No atomics and no sums between warps: every gradient is written once,
+// by one warp, in a fixed order.
 //
-// Both keep what they own as operands in registers (the second only up to 64 columns) and stream the
-// other side through two stages of shared memory, as the forward does.
+// Both keep what they own as operands in registers (the second only up to 64 columns) and stream
+// the other side through two stages of shared memory, as the forward does.
 //
 // The first moves 6 values an element of q and more (dout, out, q; k, v for each tile; dq), the
 // second 6 and more (k, v; dout, q for each tile; dk, dv), mostly from the second-level cache.
@@ -35,8 +36,8 @@ struct Backward {
   static constexpr int kKeyTileBytes = 4 * kKeyBytes;
   static constexpr int kQueryBlocks = blocks_that_fit(kKeyTileBytes, kDim <= 64 ? 3 : 2);
 
-  // dk and dv: queries and dout in blocks of kQueries. Wide heads leave no registers to hold the keys
-  // and values: they stay in shared memory, before the stages.
+  // dk and dv: queries and dout in blocks of kQueries. Wide heads leave no registers to hold the
+  // keys and values: they stay in shared memory, before the stages.
   static constexpr bool kInRegisters = kDim <= 64;
   static constexpr int kQueries = kInRegisters ? 64 : 32;
   static constexpr int kQueryBytes = kQueries * Rows::kRowBytes;
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   for (int r = 0; r < 2; ++r) {
     const int row = 16 * warp + g + 8 * r;
     if (!at.inside(row)) continue;
-    const uint4* chunks = reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
+    const uint4* chunks =
+        reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       if (8 * Rows::quad_chunk(row, i) < p.batch.head_dim) {
@@ -137,7 +139,6 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
     Rows::load_a(dout[k], stage(1, 1), 16 * warp, k);
   }
 
-
   // 4. over the keys
   const float c = p.batch.scale * kLog2E;
   const int batch_head = at.batch * p.batch.heads + at.head;
@@ -146,13 +147,14 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   for (int block = 0; block < blocks; ++block) {
     cp_async_wait<0>();
     __syncthreads();  // the block is there, and all warps are done with the other stage
-    const KeyBits<kKeys> on_bits = next;
+    const KeyBits<kKeys> on = next;
     if (block + 1 < blocks) {
       next = KeyBits<kKeys>(keys, block + 1);
       next.start(k_copies, stage(block + 1, 0), block + 1);
       next.start(v_copies, stage(block + 1, 1), block + 1);
     }
     cp_async_commit();
+    if (16 * warp >= at.tile) continue;
 #pragma unroll 1
     for (int half = 0; half < kKeys / 32; ++half) {
       const int group = block * kKeys / 32 + half;
@@ -179,49 +181,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse2[i / 2]));
       }
-      const unsigned on = half ? on_bits.words[1] : on_bits.words[0];
-      if (on != 0xffffffffu || at.many > 1) {
-        const bool shared = at.many > 1;
-        const unsigned row_on[2] = {
-            shared ? ManyBits::of_row(many.same, 0, group) : on >> (2 * t),
-            shared ? ManyBits::of_row(many.same, 1, group) : on >> (2 * t)};
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            s[n][i] = row_on[i / 2] >> (8 * n + i % 2) & 1 ? s[n][i] : 0.f;
-          }
-        }
-      }
+      mask_keys(s, 0.f, half ? on.words[1] : on.words[0], at, many, group);
 
       // 4c. dropout
       if constexpr (kDropout) {
-        if (at.many > 1) {
-          const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
-                                        ManyBits::of_row(many.keep, 1, group)};
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              dp[n][i] = row_keep[i / 2] >> (8 * n + i % 2) & 1 ? dp[n][i] : 0.f;
-            }
-          }
-        } else {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const uint4 words = dropout.draw(query_call, 8 * group + 2 * t + e, batch_head);
-            const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                const unsigned word = of_row[r][n / 2];
-                const bool kept = n % 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
-                dp[n][2 * r + e] = kept ? dp[n][2 * r + e] : 0.f;
-              }
-            }
-          }
-        }
+        drop_keys(dp, dropout, query_call, batch_head, at, many, group);
       }
 
       // 4d. dq += ds k
@@ -232,9 +196,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const unsigned a[4] = {
-            pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
-            pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+        unsigned a[4];
+        as_operand<T>(a, s[2 * k], s[2 * k + 1]);
 #pragma unroll
         for (int n = 0; n < kDim / 16; ++n) {
           unsigned b[4];
@@ -249,7 +212,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 
   // 5. scale and write, by way of the stage that nobody reads any more
   const float factor = p.batch.scale * p.batch.keep_scale;
-  const TilePlace to = TilePlace::get(Shape::kKeyTileBytes);
+  const TilePlace to = TilePlace::get(p.batch, Shape::kKeyTileBytes);
   Rows::store(
       stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
       p.batch.head_dim, [](int row) { return row; }, [&](int row) { return to.inside(row); },
@@ -257,8 +220,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 }
 
 // The key of a row of the second kernel's tile. A Philox call serves keys 0, 8, 16, 24 of 32, and a
-// lane's fragments hold only two rows: so that lanes l and l ^ 16 can share their calls, a warp takes
-// the keys of 32 whose numbers mod 8 are below 4, or from 4 on.
+// lane's fragments hold only two rows: so that lanes l and l ^ 16 can share their calls, a warp
+// takes the keys of 32 whose numbers mod 8 are below 4, or from 4 on.
 __device__ __forceinline__ int key_of_row(int row) {
   const int in_warp = row & 15, warp = row >> 4;
   return (warp & 2) << 4 | (in_warp & 12) << 1 | (warp & 1) << 2 | (in_warp & 3);
@@ -309,12 +272,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
 
   // 2. copy the keys and values, into the second stage or where they stay, and the first queries
   const auto stage = [](int block, int part) {
-    return shared_memory<uint4>(Shape::kFirstStage +
-                                ((block & 1) * 2 + part) * Shape::kQueryBytes);
+    return shared_memory<uint4>(Shape::kFirstStage + ((block & 1) * 2 + part) * Shape::kQueryBytes);
   };
   const auto statistics = [](int block) {  // of two rows
-    return shared_memory<float4>(Shape::kStatistics +
-                                 (block & 1) * kQueries * int(sizeof(float2)));
+    return shared_memory<float4>(Shape::kStatistics + (block & 1) * kQueries * int(sizeof(float2)));
   };
   const Shared<uint4> k_tile = Shape::kInRegisters ? stage(1, 0) : shared_memory<uint4>(0);
   const Shared<uint4> v_tile =
@@ -372,6 +333,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
     __syncthreads();  // the block is there, and all warps are done with the other stage
     if (block + 1 < blocks) load_block(block + 1);
     cp_async_commit();
+    if (32 * (warp / 2) >= at.tile) continue;
 #pragma unroll 1
     for (int step = 0; step < kQueries / 16; ++step) {
       // 3a. transposed scores and dp of 16 queries
@@ -379,7 +341,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
 #pragma unroll
       for (int k = 0; k < kDim / 16; ++k) {
         unsigned a[4], b[4];
-        const auto own_rows = [&](const unsigned(&held)[kHeld][4], Shared<uint4> tile) {
+        const auto own_rows = [&](const unsigned (&held)[kHeld][4], Shared<uint4> tile) {
           if constexpr (Shape::kInRegisters) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = held[k][i];
@@ -452,11 +414,9 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
       }
 
       // 3d. dv += p^T dout, dk += ds^T q
-      const unsigned p_operand[4] = {
-          pack<T>(dropped[0][0], dropped[0][1]), pack<T>(dropped[0][2], dropped[0][3]),
-          pack<T>(dropped[1][0], dropped[1][1]), pack<T>(dropped[1][2], dropped[1][3])};
-      const unsigned ds_operand[4] = {pack<T>(s[0][0], s[0][1]), pack<T>(s[0][2], s[0][3]),
-                                      pack<T>(s[1][0], s[1][1]), pack<T>(s[1][2], s[1][3])};
+      unsigned p_operand[4], ds_operand[4];
+      as_operand<T>(p_operand, dropped[0], dropped[1]);
+      as_operand<T>(ds_operand, s[0], s[1]);
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         unsigned b[4];
@@ -472,7 +432,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   cp_async_wait<0>();
 
   // 4. scale and write; a key that doesn't count gets exact zeros
-  const TilePlace to = TilePlace::get(Shape::kQueryTileBytes);
+  const TilePlace to = TilePlace::get(p.batch, Shape::kQueryTileBytes);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
   const float dk_factor = p.batch.scale * p.batch.keep_scale, dv_factor = p.batch.keep_scale;

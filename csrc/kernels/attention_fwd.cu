@@ -3,10 +3,11 @@
 // Saved for the backward: q, k, v, out, lse (float32, natural logarithm; 0 for a row without keys)
 // and the seed. No score is stored.
 //
-// A block has 64 queries of one head, a warp 16 of them: their q as operands, the scores and the sums
-// for out stay in registers. Keys and values stream through shared memory in blocks of kKeys, two of
-// which are there: while one is worked on the next is copied, with one barrier a block. Scores become
-// an operand where they are, as the fragments of a sum and of an operand are the same.
+// A block has 64 queries of one head, a warp 16 of them: their q as operands, the scores and the
+// sums for out stay in registers. Keys and values stream through shared memory in blocks of kKeys,
+// two of which are there: while one is worked on the next is copied, with one barrier a block.
+// Scores become an operand where they are, as the fragments of a sum and of an operand are the
+// same.
 //
 // The online softmax: m is the largest score of a row so far, l the sum of exp2(c (s - m)) with
 // c = scale * log2 e, and the sums hold the sum of exp2(c (s - m)) v; when m grows both are scaled
@@ -86,7 +87,6 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     for (int i = 0; i < 4; ++i) q[k][i] ^= sign;
   }
 
-
   // 3. over the keys
   const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
   const int batch_head = at.batch * p.batch.heads + at.head;
@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
       next.start(v_copies, value_stage(block + 1), block + 1);
     }
     cp_async_commit();
+    if (16 * warp >= at.tile) continue;
 
     // 3a. scores
     float s[kKeys / 8][4] = {};
@@ -118,20 +119,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     }
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
-      if (on.words[half] == 0xffffffffu && at.many == 1) continue;
-      unsigned row_on[2] = {on.words[half] >> (2 * t), on.words[half] >> (2 * t)};
-      if (at.many > 1) {
-        row_on[0] = ManyBits::of_row(many.same, 0, block * kKeys / 32 + half);
-        row_on[1] = ManyBits::of_row(many.same, 1, block * kKeys / 32 + half);
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& score = s[4 * half + n][i];
-          score = row_on[i / 2] >> (8 * n + i % 2) & 1 ? score : -INFINITY;
-        }
-      }
+      const int group = block * kKeys / 32 + half;
+      mask_keys(s + 4 * half, -INFINITY, on.words[half], at, many, group);
     }
 
     // 3b. probabilities
@@ -176,42 +165,15 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
       for (int half = 0; half < kKeys / 32; ++half) {
         const int group = block * kKeys / 32 + half;
-        if (at.many > 1) {
-          const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
-                                        ManyBits::of_row(many.keep, 1, group)};
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (!(row_keep[i / 2] >> (8 * n + i % 2) & 1)) s[4 * half + n][i] = 0.f;
-            }
-          }
-          continue;
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint4 words = dropout.draw(query_call, 8 * group + 2 * t + e, batch_head);
-          const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const unsigned word = of_row[r][n / 2];
-              const bool kept = n % 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
-              float& probability = s[4 * half + n][2 * r + e];
-              probability = kept ? probability : 0.f;
-            }
-          }
-        }
+        drop_keys(s + 4 * half, dropout, query_call, batch_head, at, many, group);
       }
     }
 
     // 3d. times the values
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const unsigned a[4] = {
-          pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
-          pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+      unsigned a[4];
+      as_operand<T>(a, s[2 * k], s[2 * k + 1]);
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         unsigned b[4];
@@ -224,7 +186,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   cp_async_wait<0>();
 
   // 4. normalise and write
-  const TilePlace to = TilePlace::get(Shape::kTileBytes);
+  const TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -232,8 +232,8 @@ Case sizes_case("copy_sizes", [](const Arguments&) {
   for (int i = 0; i < kThreads; ++i) {
     in.data()[i] = make_float4(float(4 * i), float(4 * i + 1), float(4 * i + 2), float(4 * i + 3));
   }
-  require(launch(copy_sizes, 1, kThreads, kThreads * 28, nullptr,
-                 SizesParams{in.data(), out.data()}));
+  require(
+      launch(copy_sizes, 1, kThreads, kThreads * 28, nullptr, SizesParams{in.data(), out.data()}));
   for (int i = 0; i < kThreads; ++i) {
     const float4 value = out.data()[i];
     std::printf("%g %g %g %g ", double(value.x), double(value.y), double(value.z), double(value.w));

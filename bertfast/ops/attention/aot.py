@@ -55,11 +55,6 @@ def triton_cases(capability: int = 80) -> Iterator[TritonCase]:
                 yield case(pass_, "masked", "bfloat16", head_dim, length, True, arch)
 
 
-def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """No kernel of this op is written in CUDA C++ yet."""
-    return None
-
-
 def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) -> TritonCase:
     from . import triton_bwd, triton_fwd
 

@@ -57,7 +57,7 @@ def _rows(x: torch.Tensor) -> tuple[int, int, int, int]:
     return (x.data_ptr(), *_strides(x))
 
 
-def _batch(q, key_mask, cu_seqlens, tiles, seed, max_seqlen, threshold, site):
+def _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site):
     """What both passes are told about a batch, and what has to stay alive meanwhile."""
     heads, head_dim = q.shape[-2:]
     if cu_seqlens is None:
@@ -69,18 +69,19 @@ def _batch(q, key_mask, cu_seqlens, tiles, seed, max_seqlen, threshold, site):
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
     mask = (0, 0) if key_mask is None else (key_mask.data_ptr(), key_mask.stride(0))
-    packed = (pointer(cu_seqlens), pointer(tiles), 0 if tiles is None else tiles.shape[0])
+    entries = 0 if tiles is None else tiles.shape[0]
+    packed = (pointer(cu_seqlens), pointer(tiles), entries, tile)
     seed_pointer = pointer(seed) if threshold else 0
     drops = (seed_pointer, dropout.keep_scale(threshold), min(threshold, 65535), site)
     return (mask, packed, drops, statistics, (batch, length, heads, head_dim)), key_mask
 
 
 def forward(
-    q, k, v, key_mask, cu_seqlens, tiles, seed, max_seqlen, scale, threshold, site, out, lse
+    q, k, v, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, scale, threshold, site, out, lse
 ):
     """Fills out and, where it is given, lse. The last dimension of every tensor is dense."""
     q, k, v, written = _readable(q), _readable(k), _readable(v), _writable(out)
-    batch, _alive = _batch(q, key_mask, cu_seqlens, tiles, seed, max_seqlen, threshold, site)
+    batch, _alive = _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site)
     native.module_for(q).attention_forward(
         *(_rows(q), _rows(k), _rows(v), _rows(written), pointer(lse)),
         *(*batch, scale, DTYPE_TAG[q.dtype]),
@@ -99,6 +100,7 @@ def backward(
     key_mask,
     cu_seqlens,
     tiles,
+    tile,
     seed,
     max_seqlen,
     scale,
@@ -112,7 +114,7 @@ def backward(
     inputs = [_readable(x) for x in (dout, q, k, v, out)]
     grads = [_writable(x) for x in (dq, dk, dv)]
     batch, _alive = _batch(
-        inputs[1], key_mask, cu_seqlens, tiles, seed, max_seqlen, threshold, site
+        inputs[1], key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site
     )
     # lse and delta of each row, from the first kernel to the second.
     statistics = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
