@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 
-from bertfast.ops import available  # noqa: E402
+from bertfast.ops import dispatch  # noqa: E402
 
 TRITON = pytest.param(("triton", "cpu"), id="triton", marks=pytest.mark.triton)
 HOST = pytest.param(("cuda", "cpu"), id="host", marks=pytest.mark.host)
@@ -38,15 +38,25 @@ def target(request):
 
 @pytest.fixture
 def need():
-    """Skips, with the dispatch's own text, what can't run here."""
+    """Skips, with the dispatch's own text, what can't run here: an op, or one case (dtype, ...)."""
 
-    def need(op, target):
-        backend, device = target
-        reason = available(device)[op][backend]
+    def need(op, target, *case):
+        reason = dispatch.unsupported_reason(op, *target, *case)
         if reason is not None:
             pytest.skip(reason)
 
     return need
+
+
+@pytest.fixture
+def finest():
+    """float32, or float16 where a backend's kernels of an op take 16-bit types only."""
+
+    def finest(op, target):
+        reason = dispatch.unsupported_reason(op, *target, torch.float32)
+        return torch.float32 if reason is None else torch.float16
+
+    return finest
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def run_guarded(inputs, target, run=table.run):
 @dtypes
 @pytest.mark.parametrize("case", table.cases(), ids=str)
 def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
-    need("attention", target)
+    need("attention", target, dtype)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(inputs, run_guarded(inputs, target))
 
@@ -57,7 +57,7 @@ def test_torch_backend_stays_within_the_error_budget(case, dtype):
     ids=str,
 )
 def test_one_buffer_gives_the_same_bits(case, dtype, target, need):
-    need("attention_qkv", target)
+    need("attention_qkv", target, dtype)
     inputs = table.make_inputs(case, dtype)
     apart, together = table.run(inputs, *target), run_guarded(inputs, target, table.run_qkv)
     for name, value in apart.items():
@@ -105,7 +105,7 @@ def test_configurations_of_gpus_without_wgmma(case, dtype, need, monkeypatch):
 @dtypes
 @pytest.mark.parametrize("length", [1, 65, 130])
 def test_probabilities_sum_to_one(dtype, length, target, need):
-    need("attention", target)
+    need("attention", target, dtype)
     backend, device = target
     q, k = torch.randn(2, 1, length, 2, 32, device=device).to(dtype)
     out = attention(q, k, torch.ones_like(q), backend=backend)
@@ -121,7 +121,7 @@ def test_probabilities_sum_to_one(dtype, length, target, need):
 @pytest.mark.parametrize("mask", ["right", "left"])
 @pytest.mark.parametrize("plan", [False, True])
 def test_packed_is_padded(p, mask, plan, target, need):
-    need("attention", target)
+    need("attention", target, torch.float32)  # in 16 bits: test_attention_cuda.py
     backend, device = target
     case = Case((20, 70, 33, 5), heads=2, mask=mask, p=p)
     inputs = table.make_inputs(case, torch.float32)
@@ -142,7 +142,7 @@ def test_packed_is_padded(p, mask, plan, target, need):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_draws_the_exported_mask(p, length, target, need):
     """With v the identity out is the probabilities themselves, dropped where the mask says so."""
-    need("attention", target)
+    need("attention", target, torch.float32)  # in 16 bits: test_attention_cuda.py
     backend, device = target
     q, k = torch.randn(2, 2, length, 1, 16, device=device)
     seed = torch.tensor([-77], device=device)
@@ -199,7 +199,7 @@ def test_what_is_masked_does_not_get_out(mask, length, target, need):
     ids=str,
 )
 def test_same_bits_every_run_and_with_and_without_gradients(case, dtype, target, need):
-    need("attention", target)
+    need("attention", target, dtype)
     inputs = table.make_inputs(case, dtype)
     first, second = table.run(inputs, *target), table.run(inputs, *target)
     for name in first:
@@ -211,10 +211,10 @@ def test_same_bits_every_run_and_with_and_without_gradients(case, dtype, target,
 
 
 @pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("q", "v")], ids="+".join)
-def test_any_subset_of_gradients(wanted, target, need):
+def test_any_subset_of_gradients(wanted, target, need, finest):
     need("attention", target)
     backend, device = target
-    inputs = table.make_inputs(Case((40,)), torch.float32)
+    inputs = table.make_inputs(Case((40,)), finest("attention", target))
     everything = table.run(inputs, *target)
     leaves = {name: inputs[name].to(device).clone() for name in table.NAMES}
     for name in wanted:
@@ -226,11 +226,12 @@ def test_any_subset_of_gradients(wanted, target, need):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_nothing_to_do(packed, target, need):
+def test_nothing_to_do(packed, target, need, finest):
     need("attention", target)
     backend, device = target
     shape = (0, 2, 16) if packed else (2, 0, 2, 16)
-    leaves = [torch.zeros(shape, device=device, requires_grad=True) for _ in "qkv"]
+    like = dict(device=device, dtype=finest("attention", target), requires_grad=True)
+    leaves = [torch.zeros(shape, **like) for _ in "qkv"]
     more = {}
     if packed:
         cu = torch.zeros(3, dtype=torch.int32, device=device)
