@@ -57,6 +57,8 @@ def check(op: str, backend: str, device: str) -> list[Row]:
     module = importlib.import_module(f"bertfast.testing.{op}")
     rows = []
     for dtype in DTYPES:
+        if dispatch.unsupported_reason(op, backend, device, dtype) is not None:
+            continue
         found: dict[str, list[tuple[Finding, str, float]]] = {}
         for case in module.quick_cases():
             inputs = module.make_inputs(case, dtype)
@@ -187,6 +189,8 @@ def _print(console: Console, rows: list[Row], left_out: list[str], failed: list[
 def _main(op: str, backend: str, device: str) -> None:
     reason = available(device)[op][backend]
     rows = [] if reason else [asdict(row) for row in check(op, backend, device)]
+    for dtype in () if reason else DTYPES:
+        reason = reason or dispatch.unsupported_reason(op, backend, device, dtype)
     print(json.dumps({"rows": rows, "left_out": reason}))
 
 

@@ -147,7 +147,7 @@ struct AttentionBackward {
   HeadRows<const void> v;
   HeadRows<const void> out;
   const float* lse;
-  // For each row (lse * log2 e, delta / keep_scale), strides as lse's: from the first kernel to the
+  // For each row (lse, delta / keep_scale), strides as lse's: from the first kernel to the
   // second.
   float2* statistics;
   HeadRows<void> dq;

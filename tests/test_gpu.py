@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bertfast import packing
-from bertfast.ops import attention_qkv, available, bias_gelu, layer_norm
+from bertfast.ops import attention_qkv, available, bias_gelu, dispatch, layer_norm
 from bertfast.testing import attention as table
 from bertfast.testing import compare, worst
 
@@ -156,6 +156,8 @@ def attention_backend(request):
 def test_attention_at_real_sizes(layout, lengths, head_dim, dtype, attention_backend):
     packed = {"packed": dict(packed=True), "plan": dict(packed=True, plan=True)}
     kind = packed.get(layout, dict(mask=layout))
+    if reason := dispatch.unsupported_reason("attention", attention_backend, "cuda", dtype):
+        pytest.skip(reason)
     case = table.Case(lengths, heads=3, head_dim=head_dim, p=0.1, **kind)
     inputs = table.make_inputs(case, dtype)
     actual = table.run(inputs, attention_backend, "cuda")

@@ -30,7 +30,6 @@ constexpr int blocks_that_fit(int shared_bytes, int most) {
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 struct TilePlace {
   int batch, head;

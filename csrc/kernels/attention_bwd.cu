@@ -1,5 +1,5 @@
-// The gradients of attention, with p = exp(scale * q k^T - lse) computed again and drops drawn
-// again.
+// The gradients of attention, with p = exp2(scale * log2 e * q k^T - lse) computed again and drops
+// drawn again.
 //
 // With z the dropout's factor of each score (0 or keep_scale) and < > the sum over a row's keys:
 //   dv = (z p)^T dout,  dp = z * (dout v^T),  delta = <p dp> = <dout * out over the head>
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   }
   cp_async_wait<1>();
   __syncthreads();
-  float delta[2], lse2[2];
+  float delta[2], lse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = 16 * warp + g + 8 * r;
@@ -125,11 +125,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
       sum += dot8<T>(out[r][i], stage(1, 1).load(Rows::place(row, Rows::quad_chunk(row, i))));
     }
     delta[r] = lane_sum<4>(sum) * inverse_keep;
-    lse2[r] = 0.f;
+    lse[r] = 0.f;
     if (at.inside(row)) {
       const int64_t index = statistics_of(p.batch, at, at.first + row);
-      lse2[r] = p.lse[index] * kLog2E;
-      if (t == 0) p.statistics[index] = make_float2(lse2[r], delta[r]);
+      lse[r] = p.lse[index];
+      if (t == 0) p.statistics[index] = make_float2(lse[r], delta[r]);
     }
   }
   unsigned q[kDim / 16][4], dout[kDim / 16][4];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse2[i / 2]));
+        for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse[i / 2]));
       }
       mask_keys(s, 0.f, half ? on.words[1] : on.words[0], at, many, group);
 

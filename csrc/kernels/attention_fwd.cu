@@ -1,6 +1,7 @@
-// out = dropout(softmax(scale * q k^T)) v, and lse = log(sum(exp(scale * q k^T))) for the backward.
+// out = dropout(softmax(scale * q k^T)) v, and lse = log2(sum(exp(scale * q k^T))) for the
+// backward.
 //
-// Saved for the backward: q, k, v, out, lse (float32, natural logarithm; 0 for a row without keys)
+// Saved for the backward: q, k, v, out, lse (float32, to base 2; 0 for a row without keys)
 // and the seed. No score is stored.
 //
 // A block has 64 queries of one head, a warp 16 of them: their q as operands, the scores and the
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     const int row = 16 * warp + g + 8 * r;
     if (p.lse && t == 0 && to.inside(row)) {
       p.lse[statistics_of(p.batch, to, to.first + row)] =
-          empty ? 0.f : fmaf(m[r], c, log2_approx(l[r])) * kLn2;
+          empty ? 0.f : fmaf(m[r], c, log2_approx(l[r]));
     }
   }
   // Nobody reads the stage that comes next any more.

@@ -2,7 +2,9 @@
 
 An element is a score: those of a block of queries by keys, which is one turn of the longest loop.
 In the forward and in dq over a plan's tiles that is the loop for sequences' ends and for tiles of
-several sequences, with its shorter steps. A kernel without a loop is counted whole.
+several sequences, with its shorter steps. A kernel without a loop is counted whole. In the CUDA
+backward a loop's turn has several steps in an inner loop: what is counted is one of them and all
+that runs once a turn, which is more than runs for each.
 """
 
 from collections.abc import Iterator
@@ -143,5 +145,6 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         threads=32 * _CUDA_WARPS,
         elements=16 * at_a_time / 32,
         loop=True,
-        dynamic_shared=shared,
+        scalar_loads=1 if kernel == "attention_backward_dkv_kernel" else 0,  # lse with delta
+        dynamic_shared=shared + 32,  # where the tile lies; a key mask adds a bit a key
     )
