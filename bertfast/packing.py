@@ -7,7 +7,7 @@ its own. So no program finds nothing to do, and most of a tile's scores are usef
 for the most that there can be, and what is left over is empty.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,9 +33,17 @@ class Plan:
     tile: int
     sequences: int
     max_seqlen: int
+    # On a CPU: (first token, sequences, length) of each run of sequences of one length, and the
+    # cu_seqlens that they come from.
+    runs: tuple[tuple[int, int, int], ...] | None = None
+    bounds: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Plan":
+        tiles, count = (t.to(device, non_blocking=non_blocking) for t in (self.tiles, self.count))
+        return replace(self, tiles=tiles, count=count, runs=None, bounds=None)
 
     def check(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
-        """That this can be the plan of a batch; the lengths themselves can't be looked at."""
+        """That this can be the plan of a batch; on a GPU the lengths can't be looked at."""
         if self.sequences != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"plan must be made from cu_seqlens: it has {self.sequences} sequences, "
@@ -50,6 +58,9 @@ class Plan:
                 f"plan must be on {cu_seqlens.device} (where cu_seqlens is), "
                 f"got {self.tiles.device}"
             )
+        if readable(cu_seqlens) and self.bounds is not None and self.bounds is not cu_seqlens:
+            if not torch.equal(self.bounds, cu_seqlens):
+                raise ValueError("plan must be made from cu_seqlens: it has other lengths")
 
 
 def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) -> Plan:
@@ -92,7 +103,12 @@ def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) ->
     inside = slot < ends[-1]
     columns = (owner, (slot - before) * tile, after[owner] - owner)
     tiles = torch.stack([torch.where(inside, column, 0) for column in columns], 1)
-    return Plan(tiles.to(torch.int32), ends[-1:].to(torch.int32), tile, batch, max_seqlen)
+    runs, bounds = (None, None)
+    if readable(cu_seqlens):
+        bounds = cu_seqlens
+        runs = equal_runs(check_bounds(cu_seqlens.tolist(), max_seqlen))
+    tiles, count = tiles.to(torch.int32), ends[-1:].to(torch.int32)
+    return Plan(tiles, count, tile, batch, max_seqlen, runs, bounds)
 
 
 def useful_share(cu_seqlens: torch.Tensor, plan: Plan, step: int = STEP) -> float:
@@ -108,3 +124,43 @@ def useful_share(cu_seqlens: torch.Tensor, plan: Plan, step: int = STEP) -> floa
         length = bounds[sequence + many] - bounds[sequence]
         computed += plan.tile * -(-length // step) * step
     return useful / computed if computed else 1.0
+
+
+def readable(cu_seqlens: torch.Tensor) -> bool:
+    """Whether the lengths can be looked at without waiting: on a CPU, and not while tracing."""
+    return (
+        type(cu_seqlens) is torch.Tensor
+        and cu_seqlens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def check_bounds(bounds: list[int], max_seqlen: int) -> list[int]:
+    """cu_seqlens' values, if they can be such."""
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must begin with 0, got {bounds[0]}")
+    if min(lengths, default=0) < 0:
+        raise ValueError("cu_seqlens must not decrease")
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        raise ValueError(
+            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
+        )
+    return bounds
+
+
+def equal_runs(bounds: list[int]) -> tuple[tuple[int, int, int], ...]:
+    """(first token, sequences, length) of each run of neighbours of one length, but empty ones."""
+    runs: list[tuple[int, int, int]] = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        length = end - start
+        if length == 0:
+            continue
+        if runs and runs[-1][2] == length:
+            first, count, _ = runs[-1]
+            runs[-1] = first, count + 1, length
+        else:
+            runs.append((start, 1, length))
+    return tuple(runs)

@@ -59,8 +59,9 @@ def attention(
     seed, threshold, scale = _scalars("q", q, dropout_p, seed, site, scale)
     backend = _choose("attention", backend, q)
     if backend == "torch" or dispatch.in_functorch_transform():
+        runs = None if plan is None else plan.runs
         return reference.forward(
-            q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale
+            q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs
         )
     tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
     layout = (key_mask, cu_seqlens, tiles, tile, seed)
@@ -103,7 +104,15 @@ def attention_qkv(
     if backend == "torch" or dispatch.in_functorch_transform():
         parts = qkv.unbind(-3)
         return reference.forward(
-            *parts, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale
+            *parts,
+            key_mask,
+            cu_seqlens,
+            max_seqlen,
+            seed,
+            threshold,
+            site,
+            scale,
+            None if plan is None else plan.runs,
         )
     tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
     layout = (key_mask, cu_seqlens, tiles, tile, seed)

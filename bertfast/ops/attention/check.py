@@ -2,6 +2,7 @@
 
 import torch
 
+from ... import packing
 from .. import checks
 
 
@@ -61,10 +62,14 @@ def check_layout(name, x, batch_shape, key_mask, cu_seqlens, max_seqlen, plan) -
         raise ValueError(f"max_seqlen must be 0 or more, got {max_seqlen}")
     if plan is not None:
         plan.check(cu_seqlens, max_seqlen)
-    # On a CPU the values can be looked at without waiting for anything.
-    if device.type == "cpu" and type(cu_seqlens) is torch.Tensor:
-        if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
-            _check_values(cu_seqlens.tolist(), batch_shape[0], max_seqlen, name)
+    if packing.readable(cu_seqlens):
+        if plan is None or plan.bounds is None:  # else its making has looked
+            packing.check_bounds(cu_seqlens.tolist(), max_seqlen)
+        last = cu_seqlens[-1].item()
+        if last != batch_shape[0]:
+            raise ValueError(
+                f"cu_seqlens must end at {batch_shape[0]}, {name}'s tokens, got {last}"
+            )
 
 
 def _check_key_mask(key_mask, batch_shape, device, name) -> None:
@@ -96,20 +101,4 @@ def _check_cu_seqlens(cu_seqlens, device, name) -> None:
     if cu_seqlens.device != device:
         raise ValueError(
             f"cu_seqlens must be on {device} (where {name} is), got {cu_seqlens.device}"
-        )
-
-
-def _check_values(bounds: list[int], tokens: int, max_seqlen: int, name: str) -> None:
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens must go from 0 to {tokens} ({name}'s tokens), "
-            f"got {bounds[0]} to {bounds[-1]}"
-        )
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    if min(lengths, default=0) < 0:
-        raise ValueError("cu_seqlens must not decrease")
-    longest = max(lengths, default=0)
-    if longest > max_seqlen:
-        raise ValueError(
-            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
         )

@@ -12,10 +12,11 @@ without any key attends to zeros only and so is zero itself, as are its gradient
 import torch
 import torch.nn.functional as F
 
+from ... import packing
 from .. import dispatch, dropout
 
 
-def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale):
+def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs=None):
     """Padded (B, S, H, D) with key_mask (B, S) or None, or packed (T, H, D) with cu_seqlens."""
     dtype = q.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
@@ -25,7 +26,9 @@ def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, sc
     elif threshold or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         out = _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale)
     else:
-        out = _by_sequence(q, k, v, cu_seqlens.tolist(), scale)
+        if runs is None:
+            runs = packing.equal_runs(cu_seqlens.tolist())
+        out = _by_runs(q, k, v, runs, scale)
     return out.to(dtype)
 
 
@@ -54,17 +57,16 @@ def _padded(q, k, v, key_mask, seed, threshold, site, scale):
     return (probabilities @ v).transpose(1, 2)
 
 
-def _by_sequence(q, k, v, bounds, scale):
-    lengths = {end - start for start, end in zip(bounds, bounds[1:], strict=False)}
-    if len(lengths) == 1 and bounds[0] == 0 and bounds[-1] == q.shape[0] != 0:
-        q, k, v = (t.unflatten(0, (len(bounds) - 1, bounds[1])) for t in (q, k, v))
-        return _padded(q, k, v, None, None, 0, 0, scale).flatten(0, 1)
-    outs = [
-        _padded(*(t[None, start:end] for t in (q, k, v)), None, None, 0, 0, scale)[0]
-        for start, end in zip(bounds, bounds[1:], strict=False)
-        if end > start
-    ]
-    return torch.cat(outs) if outs else q * 1.0 + 0.0 * (k + v)
+def _by_runs(q, k, v, runs, scale):
+    """Sequences of one length that are neighbours are one padded batch without padding."""
+    outs = []
+    for first, count, length in runs:
+        rows = slice(first, first + count * length)
+        parts = (tensor[rows].unflatten(0, (count, length)) for tensor in (q, k, v))
+        outs.append(_padded(*parts, None, None, 0, 0, scale).flatten(0, 1))
+    if not outs:
+        return q * 1.0 + 0.0 * (k + v)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale):
