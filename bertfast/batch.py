@@ -1,0 +1,130 @@
+"""How a batch lies in memory, as every layer sees it: padded, or packed without its padding.
+
+A padded batch is (rows, length, ...) with a mask of the tokens that are attended. Packing keeps
+those tokens alone, row after row, as (1, tokens, ...): nothing is computed for padding. It happens
+once before the first layer and is undone once after the last.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from . import packing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded: key_mask, bool (rows, length), or None where every token is attended.
+    Packed: cu_seqlens and what goes with it."""
+
+    key_mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None  # int32 (rows + 1)
+    max_seqlen: int | None = None
+    plan: "packing.Plan | None" = None
+    index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
+    padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def layout(self) -> dict:
+        """attention's arguments, for tensors of shape (rows, length, ...) or (1, tokens, ...)."""
+        if self.packed:
+            return dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, plan=self.plan)
+        return dict(key_mask=self.key_mask)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """On another device, for models that are spread over several."""
+        fields = {}
+        for name in ("key_mask", "cu_seqlens", "plan", "index"):
+            value = getattr(self, name)
+            fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, **fields)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, length, ...) -> (1, tokens, ...); a first size of 1 stands for every row."""
+        rows, length = self.padded_shape
+        if x.shape[0] not in (1, rows) or x.shape[1] != length:
+            raise ValueError(f"x must have shape [{rows} or 1, {length}, ...], got {list(x.shape)}")
+        if x.shape[0] == 1 != rows:
+            x = x.expand(rows, *x.shape[1:])
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, ...) -> (rows, length, ...), with zeros where nothing was attended."""
+        rows, length = self.padded_shape
+        flat = x.new_zeros(rows * length, *x.shape[2:])
+        return flat.index_copy(0, self.index, x[0]).unflatten(0, (rows, length))
+
+
+def pack(
+    mask: torch.Tensor,
+    device: torch.device | None = None,
+    backend: str = "auto",
+    sort: bool = False,
+) -> "Batch | None":
+    """The packed form, for tensors on `device`, of a batch by its mask, bool (rows, length), True =
+    attended. If nothing is padding: padded, without a mask.
+
+    sort: rows may change places, which nobody sees but dropout; on a CPU those of one length then
+    share attention calls. None if the batch should stay padded, since some row's position 0 is
+    padding, which poolers read. The host waits for the device once, if the mask is not on the CPU.
+    """
+    rows, length = mask.shape
+    if mask.numel() == 0:
+        return Batch()
+    lengths = mask.sum(1, dtype=torch.int32)
+    facts = torch.stack([lengths.sum(), lengths.max(), mask[:, 0].sum()])
+    tokens, longest, first = facts.tolist()
+    if tokens == rows * length:
+        return Batch()
+    if first != rows:
+        return None
+    if sort and mask.device.type == "cpu" and (device is None or device.type == "cpu"):
+        lengths, order = lengths.sort(stable=True)
+        row, column = mask[order].nonzero(as_tuple=True)
+        index = order[row] * length + column
+    else:
+        index = _positions(mask.flatten(), tokens)
+    cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    batch = Batch(
+        cu_seqlens=cu_seqlens,
+        max_seqlen=longest,
+        index=index,
+        padded_shape=(rows, length),
+    )
+    if device is not None and device != mask.device:
+        batch = batch.to(device, non_blocking=True)
+    return _planned(batch, tokens, backend)
+
+
+def packed_by_caller(
+    cu_seqlens: torch.Tensor, max_seqlen: int | None, tokens: int, backend: str = "auto"
+) -> Batch:
+    """A batch that came packed, as (1, tokens). Without max_seqlen the host waits for it."""
+    if max_seqlen is None:
+        max_seqlen = tokens if torch.compiler.is_compiling() else cu_seqlens.diff().max().item()
+    elif isinstance(max_seqlen, torch.Tensor):
+        max_seqlen = max_seqlen.item()
+    batch = Batch(cu_seqlens=cu_seqlens.to(torch.int32), max_seqlen=max_seqlen)
+    return batch if torch.compiler.is_compiling() else _planned(batch, tokens, backend)
+
+
+def _planned(batch: Batch, tokens: int, backend: str) -> Batch:
+    """With the tile list, unless torch does the work on a GPU, which needs none."""
+    if backend == "torch" and batch.cu_seqlens.device.type != "cpu":
+        return batch
+    plan = packing.plan(batch.cu_seqlens, batch.max_seqlen, tokens)
+    return dataclasses.replace(batch, plan=plan)
+
+
+def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the mask is True: nonzero, without waiting to learn how many there are."""
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    everything = torch.arange(mask.shape[0], device=mask.device)
+    place = torch.where(mask, mask.cumsum(0) - 1, count)  # what is masked goes to a slot too many
+    return torch.empty_like(everything[: count + 1]).scatter_(0, place, everything)[:count]

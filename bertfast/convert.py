@@ -1,0 +1,206 @@
+"""optimize, revert and report: swapping a model's classes, and telling what became of a layer."""
+
+import html
+import types
+from dataclasses import dataclass
+
+from torch import nn
+
+from .hooks import is_own_forward
+from .ops.dispatch import BACKENDS
+from .settings import ATTRIBUTE, Settings
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    packed: bool | str = True,
+    strict: bool = False,
+) -> nn.Module:
+    """Makes the BERT-like encoders in a model run on bertfast's kernels, in place; returns it.
+
+    backend: as in `bertfast.ops`. packed: compute nothing for padding, where nobody can see the
+    difference; a model for question answering keeps its padding, which its softmax reads, unless
+    packed is "always". Where padding was taken
+    out, the encoder's output is zero.
+    strict: raise ValueError if nothing in the model could be converted. Call it again to change
+    these.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    if packed not in (True, False, "always"):
+        raise ValueError(f'packed must be True, False or "always", got {packed!r}')
+    _refuse_sharded(model)
+    found = False
+    readers = {} if packed == "always" else _readers_of_padding(model)
+    for module in model.modules():
+        keep_padding = readers.get(id(module)) if packed else "packed=False"
+        settings = Settings(backend, keep_padding)
+        if is_converted(module):
+            module.__dict__[ATTRIBUTE] = settings
+            found = True
+            continue
+        swapped = _swapped_class(module)
+        if swapped is not None:
+            _swap(module, swapped)
+            module.__dict__[ATTRIBUTE] = settings
+            module.prepare()
+            found = True
+    if strict and not found:
+        raise ValueError(f"bertfast knows no module of {type(model).__name__}: {report(model)}")
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `optimize`: the same classes as before, the same numbers to the bit."""
+    converted = [module for module in model.modules() if is_converted(module)]
+    for module in converted:
+        if "_original" not in type(module).__dict__:
+            raise ValueError(
+                f"model must be reverted before it is sharded: {type(module)._original.__name__} "
+                f"is a {type(module).__name__}"
+            )
+    for module in converted:
+        _swap(module, type(module)._original)
+        for name in [name for name in module.__dict__ if name.startswith(ATTRIBUTE)]:
+            del module.__dict__[name]
+    return model
+
+
+def is_converted(module: nn.Module) -> bool:
+    return ATTRIBUTE in module.__dict__ and hasattr(type(module), "_original")
+
+
+def _swap(module: nn.Module, kind: type) -> None:
+    """Changes the class, and with it the class's forward where others have kept it on the instance:
+    accelerate's hooks call it under another name, and transformers 5.0 leaves it there."""
+    before = type(module)
+    kept = [
+        name
+        for name in ("forward", "_old_forward")
+        if is_own_forward(module, module.__dict__.get(name), before)
+    ]
+    module.__class__ = kind
+    for name in kept:
+        module.__dict__[name] = types.MethodType(kind.forward, module)
+
+
+def _readers_of_padding(model: nn.Module) -> dict[int, str]:
+    """Modules under a head that looks at padded positions, by id, and why they keep them."""
+    found = {}
+    for head in model.modules():
+        kind = type(head).__name__
+        if kind.endswith("ForQuestionAnswering"):
+            reason = "question answering's softmax reads it"
+        elif any(getattr(child, "summary_type", "first") != "first" for child in head.children()):
+            reason = "the summary of a sequence reads it"
+        else:
+            continue
+        found.update((id(module), reason) for module in head.modules())
+    return found
+
+
+def _swapped_class(module: nn.Module) -> type | None:
+    if type(module).__module__ == "torch.nn.modules.transformer":
+        from . import torch_nn
+
+        return torch_nn.swapped_class(module)
+    if type(module).__module__.startswith("transformers."):
+        from . import hf
+
+        return hf.swapped_class(module)
+    return None
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """FSDP2 has made a class of its own of each layer's; a swap would change nothing."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2:
+            base = kind.__mro__[2]
+            if base.__module__.startswith(("transformers.", "torch.nn.modules.transformer")):
+                raise ValueError(
+                    f"model must be converted before it is sharded: {base.__name__} is a "
+                    f"{kind.__name__} already. Call bertfast.optimize before fully_shard."
+                )
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    kind: str
+    reason: str | None  # why it isn't fused
+
+    @property
+    def status(self) -> str:
+        return "fused" if self.reason is None else self.reason
+
+
+class Report(list):
+    """Rows that print as a table, in a notebook too, and under them where padding is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def __str__(self) -> str:
+        if not self:
+            return "no encoder layer that bertfast knows"
+        table = [("layer", "class", "status")] + [(r.name, r.kind, r.status) for r in self]
+        widths = [max(len(line[column]) for line in table) for column in range(2)]
+        lines = [
+            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {status}" for name, kind, status in table
+        ]
+        return "\n".join(lines + self.notes)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return f"<p>{html.escape(str(self))}</p>"
+        head = "<tr><th>layer</th><th>class</th><th>status</th></tr>"
+        rows = "".join(
+            f"<tr><td>{html.escape(r.name)}</td><td>{html.escape(r.kind)}</td>"
+            f"<td>{html.escape(r.status)}</td></tr>"
+            for r in self
+        )
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<table>{head}{rows}</table>{notes}"
+
+
+def report(model: nn.Module) -> Report:
+    """One row for each encoder layer: fused, or the reason why not."""
+    rows = Report()
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if is_converted(module):
+            if hasattr(module, "why_not"):
+                rows.append(Row(name, kind, module.why_not()))
+            if hasattr(module, "why_padded") and (reason := module.why_padded()) is not None:
+                rows.notes.append(f"{name or kind} keeps padding: {reason}")
+            continue
+        swapped = _swapped_class(module)
+        if swapped is not None and hasattr(swapped, "why_not"):
+            rows.append(Row(name, kind, "not converted"))
+        elif swapped is None and _looks_like_a_layer(module):
+            rows.append(Row(name, kind, _why_unknown(module)))
+    return rows
+
+
+def _why_unknown(module: nn.Module) -> str:
+    if type(module).__module__.startswith("transformers."):
+        from . import hf
+
+        return hf.why_unknown(type(module)) or "bertfast doesn't know this class"
+    return "bertfast doesn't know this class"
+
+
+def _looks_like_a_layer(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return kind.endswith(("EncoderLayer", "Layer", "Block")) and any(
+        "attention" in name.lower() or "attn" in name.lower() for name, _ in module.named_children()
+    )

@@ -1,0 +1,60 @@
+"""Who hangs on a module's call: what has to be called, and who would see that tokens moved."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .linear import is_hooked
+
+# transformers' own hooks, which record hidden states and attentions: once asked for they stay on a
+# model for good, and do nothing unless asked again.
+_RECORDERS = ("transformers.utils.output_capturing", "transformers.utils.generic")
+# Hooks that move parameters and look at no value.
+_MOVERS = ("torch.distributed.", "accelerate.hooks")
+
+
+def has_user_hooks(module: nn.Module) -> bool:
+    """Whether something would be missing if the module weren't called."""
+    return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS)
+
+
+def sees_layout(module: nn.Module) -> bool:
+    """Whether somebody's hook looks at the module's inputs or outputs, and so at their shape."""
+    return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS + _MOVERS)
+
+
+def _is_hooked_by_others(module: nn.Module, harmless: tuple[str, ...]) -> bool:
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    forward = module.__dict__.get("forward")
+    # transformers 5.0 records by a forward on the instance, and leaves the class's own there.
+    if forward is not None and not is_own_forward(module, forward, type(module)):
+        hooks.append(forward)
+    return any(not _origin(hook).startswith(harmless) for hook in hooks)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that may never come to the class's."""
+    forward = module.__dict__.get("forward")
+    return not (
+        forward is None
+        or is_own_forward(module, forward, type(module))
+        or is_own_forward(module, module.__dict__.get("_old_forward"), type(module))  # accelerate
+        or _origin(forward).startswith(_RECORDERS)
+    )
+
+
+def is_own_forward(module: nn.Module, forward: object, kind: type) -> bool:
+    """Whether an attribute of the module is no more than the class's own forward."""
+    return (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is kind.forward
+    )
+
+
+def _origin(hook: Callable) -> str:
+    """The module in which a hook was written, whatever it says it wraps."""
+    function = getattr(hook, "func", hook)  # of a partial
+    function = getattr(function, "__func__", function)  # of a method
+    return getattr(function, "__globals__", {}).get("__name__", "")

@@ -1,0 +1,70 @@
+"""The matrix products of an encoder layer: calling Linears, and reading them where that is faster.
+
+A Linear's weight is read only if calling the module would do just x @ weight^T + bias. One that is
+anything else (LoRA, quantised, hooked, offloaded, parametrized) is called, so its owner's work is
+done.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_PARAMETERS = (nn.Parameter, torch.Tensor)
+
+
+class Weights(NamedTuple):
+    """A Linear's parameters, where no module's call makes the product."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def untouched(module: nn.Module, kind: type) -> bool:
+    """Whether the module is exactly of this class and nothing hangs on its call."""
+    return type(module) is kind and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def readable_linear(module: "nn.Module | Weights") -> bool:
+    if type(module) is Weights:
+        return True
+    return untouched(module, nn.Linear) and plain(module.weight)
+
+
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is an ordinary tensor: not sharded, not packed, not a subclass."""
+    return type(tensor) in _PARAMETERS
+
+
+def readable_norm(module: nn.Module) -> bool:
+    return (
+        untouched(module, nn.LayerNorm)
+        and plain(module.weight)
+        and len(module.normalized_shape) == 1
+    )
+
+
+def product(
+    linear: "nn.Module | Weights", x: torch.Tensor, split: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The Linear's output, or with `split` its output without the bias and the bias, which the
+    next kernel adds while it has the values in registers."""
+    if split and readable_linear(linear):
+        y, bias = F.linear(x, linear.weight), linear.bias
+        # Under autocast the product has a 16-bit dtype, to which a Linear casts its bias.
+        return y, bias if bias is None else bias.to(y.dtype)
+    return linear(x), None
