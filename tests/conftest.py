@@ -30,6 +30,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """The models of these tests are too small for threads to help."""
+    threads = torch.get_num_threads()
+    if request.path.name.startswith("test_hf_"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=KERNELS)
 def target(request):
     """(backend, device) of each way in which the kernels run on this machine."""

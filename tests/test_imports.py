@@ -77,3 +77,31 @@ def test_importing_bertfast_imports_neither_triton_nor_the_modules():
             assert name not in sys.modules or name == "triton", name
         """,
     )
+
+
+def test_a_model_is_converted_without_triton_and_the_modules():
+    pytest.importorskip("transformers")
+    run(
+        ("triton", "bertfast._host", "bertfast._cuda"),
+        """
+        from bertfast.testing.hf import batch, packs, tiny
+        model = bertfast.optimize(tiny(), strict=True)
+        assert packs(model, batch())
+        assert [row.reason for row in bertfast.report(model)] == [None, None]
+        """,
+    )
+
+
+def test_without_transformers_a_model_is_left_alone_and_our_own_encoder_runs():
+    run(
+        ("transformers",),
+        """
+        from bertfast.nn import Encoder
+        encoder = Encoder(2, 16, 2, 32).eval()
+        x, mask = torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+        packed = encoder(x, mask)
+        encoder.packed = False
+        torch.testing.assert_close(packed[mask], encoder(x, mask)[mask])
+        assert not bertfast.report(bertfast.optimize(torch.nn.Linear(3, 3)))
+        """,
+    )

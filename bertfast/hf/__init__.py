@@ -1,0 +1,79 @@
+"""Hugging Face's BERT-like models: which classes are swapped for which.
+
+A converted module keeps its parameters, children, hooks and class name; only its class becomes a
+subclass of the original one, found here by name, so that pickles find it too:
+`bertfast.hf.BertLayer` is made from transformers' BertLayer when it is first asked for.
+
+Importing this also makes attn_implementation="bertfast" known to transformers (see attention.py).
+"""
+
+import importlib
+import inspect
+
+from . import attention, bert, distilbert, model
+
+__all__ = ["attention", "swapped_class", "why_unknown"]
+
+_BERT_LIKE = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+}
+
+
+def _table() -> dict[str, tuple[str, type]]:
+    """Class name -> the module of the original, and what is put in front of it."""
+    table: dict[str, tuple[str, type]] = {}
+    for family, prefix in _BERT_LIKE.items():
+        module = f"transformers.models.{family}.modeling_{family}"
+        table[prefix + "Layer"] = module, bert.Layer
+        table[prefix + "Encoder"] = module, model.Encoder
+        table[prefix + "Model"] = module, bert.Model
+    module = "transformers.models.distilbert.modeling_distilbert"
+    table["TransformerBlock"] = module, distilbert.Layer
+    table["Transformer"] = module, model.Encoder
+    table["DistilBertModel"] = module, distilbert.Model
+    return table
+
+
+_TABLE = _table()
+_classes: dict[str, type] = {}
+
+
+def __getattr__(name: str) -> type:
+    if name not in _TABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _classes:
+        module, mixin = _TABLE[name]
+        original = getattr(importlib.import_module(module), name)
+        # Two threads may get here: there must be one class.
+        _classes.setdefault(name, mixin.subclass(original, __name__))
+    return _classes[name]
+
+
+def swapped_class(module: object) -> type | None:
+    """The class that a module's is swapped for, if it is exactly one that bertfast knows."""
+    kind = type(module)
+    known = _TABLE.get(kind.__name__)
+    if known is None or kind.__module__ != known[0] or why_unknown(kind) is not None:
+        return None
+    return __getattr__(kind.__name__)
+
+
+def why_unknown(kind: type) -> str | None:
+    """Why a class of a known name isn't the class that bertfast knows: its forward takes other
+    arguments, as that of another version of transformers may."""
+    if kind.__name__ not in _TABLE or kind.__module__ != _TABLE[kind.__name__][0]:
+        return None
+    parameters = list(inspect.signature(kind.forward).parameters.values())
+    expected = ["input_ids", "attention_mask"]
+    if not issubclass(_TABLE[kind.__name__][1], model.Model):
+        expected = ["hidden_states", "attention_mask"]
+    names = [parameter.name for parameter in parameters[1:]]
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    # Up to transformers 4 a layer's third argument was head_mask, and it returned a tuple.
+    if set(expected) <= set(names) and passes_on and "head_mask" not in names:
+        return None
+    return f"its forward takes ({', '.join(names)}): bertfast knows transformers 5.0 to 5.23"

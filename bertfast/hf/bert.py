@@ -1,0 +1,51 @@
+"""BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA: one layer under five names."""
+
+import sys
+
+import torch
+from torch import nn
+
+from ..nn import Parts, bert_parts
+from . import layer, model
+
+
+class Layer(layer.Layer):
+    @classmethod
+    def container_kinds(cls, original: type) -> tuple[type, ...]:
+        family = sys.modules[original.__module__]
+        prefix = original.__name__.removesuffix("Layer")
+        names = ("Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
+        return tuple(getattr(family, prefix + name) for name in names)
+
+    def parts(self) -> Parts:
+        return bert_parts(self)
+
+    def containers(self) -> tuple[nn.Module, ...]:
+        modules = self._modules
+        inside = modules["attention"]._modules
+        return (
+            *(modules["attention"], inside["self"], inside["output"]),
+            *(modules["intermediate"], modules["output"]),
+        )
+
+    def self_attention(self) -> nn.Module:
+        return self.attention.self
+
+    def why_not(self) -> str | None:
+        if self.is_decoder:
+            return "it is a decoder's"
+        if self.chunk_size_feed_forward:
+            return "chunk_size_feed_forward is set"
+        return super().why_not()
+
+
+class Model(model.Model):
+    def encoder_module(self) -> nn.Module:
+        return self.encoder
+
+    def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """As the embeddings would number a padded batch."""
+        embeddings = self.embeddings
+        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's skip padding
+            return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
+        return embeddings.position_ids[:, : input_ids.shape[1]]

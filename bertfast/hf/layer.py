@@ -1,0 +1,138 @@
+"""A Hugging Face encoder layer, its class swapped: `run_layer` over its own modules."""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..batch import Batch
+from ..hooks import has_user_hooks, is_replaced, sees_layout
+from ..nn import Parts, run_layer
+from ..qkv import JoinedWeights
+from ..settings import ATTRIBUTE, is_disabled
+
+# The argument by which a converted model tells its layers how the batch lies: a Batch, or None for
+# the original code. It is an argument, and not kept somewhere, so that a checkpointed layer that is
+# run again in the backward is told the same.
+ARGUMENT = "bertfast_batch"
+
+# Arguments that change nothing in a layer that attends to itself only, without a cache.
+HARMLESS = frozenset(
+    (
+        "position_ids",  # the embeddings have used them
+        "cache_position",
+        "use_cache",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+        "encoder_attention_mask",
+    )
+)
+
+
+class Layer:
+    """Stands in front of the original layer class. A subclass says what the layer's parts are."""
+
+    _original: type  # the class that was swapped
+    _container_kinds: tuple[type, ...]  # what containers() must be, class by class
+
+    @classmethod
+    def subclass(cls, original: type, module: str) -> type:
+        body = {
+            "__module__": module,
+            "__qualname__": original.__name__,
+            "__doc__": original.__doc__,
+            "_original": original,
+            "_container_kinds": cls.container_kinds(original),
+            # In the class's own body: transformers wraps it there for gradient checkpointing.
+            "forward": _forward(original),
+        }
+        return type(original.__name__, (cls, original), body)
+
+    @classmethod
+    def container_kinds(cls, original: type) -> tuple[type, ...]:
+        raise NotImplementedError
+
+    def parts(self) -> Parts:
+        raise NotImplementedError
+
+    def containers(self) -> tuple[nn.Module, ...]:
+        """Modules whose forward isn't called: they must be what they were, and without hooks."""
+        raise NotImplementedError
+
+    def self_attention(self) -> nn.Module:
+        raise NotImplementedError
+
+    def why_not(self) -> str | None:
+        """Why this layer runs its original code, whatever the call; None if it needn't."""
+        for module, kind in zip(self.containers(), self._container_kinds, strict=True):
+            if type(module) is not kind:
+                return f"its {kind.__name__} is a {type(module).__name__}"
+            if has_user_hooks(module):
+                return f"a hook on its {kind.__name__} has to be called"
+        if is_replaced(self):
+            return "its forward was replaced on the instance"
+        return None
+
+    def is_watched(self) -> bool:
+        """Whether a hook sees the rows that go through it."""
+        if sees_layout(self):
+            return True
+        for part in self.parts():
+            if isinstance(part, nn.Module) and sees_layout(part):
+                return True
+        return False
+
+    def prepare(self) -> None:
+        """What a layer needs besides its new class."""
+        parts = self.parts()
+        self.__dict__["_bertfast_joined"] = JoinedWeights((parts.query, parts.key, parts.value))
+
+
+def _forward(original: type):
+    @functools.wraps(original.forward)
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        told = ARGUMENT in kwargs
+        batch = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
+        # A packed batch comes only from a model that has asked every layer.
+        if batch is None or (not batch.packed and self.why_not() is not None):
+            if told and batch is not None and batch.key_mask is not None:
+                attention_mask = _original_mask(self, hidden_states, batch.key_mask)
+            return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
+        backend = self.__dict__[ATTRIBUTE].backend
+        return run_layer(self.parts(), hidden_states, batch, self._bertfast_joined, backend)
+
+    return forward
+
+
+def _batch_of(layer: Layer, attention_mask, args, kwargs) -> Batch | None:
+    """The batch of a layer that is called by itself, outside a converted model."""
+    if is_disabled() or any(value is not None for value in args) or changes_layers(kwargs):
+        return None
+    attention = layer.self_attention()
+    if attention._forward_hooks or getattr(attention.config, "output_attentions", False):
+        return None  # somebody records attention weights
+    if attention_mask is None:
+        return Batch()
+    if (
+        isinstance(attention_mask, torch.Tensor)
+        and attention_mask.dtype == torch.bool
+        and attention_mask.ndim == 2
+    ):
+        return Batch(key_mask=attention_mask)
+    return None
+
+
+def changes_layers(kwargs: dict) -> str | None:
+    """The name of an argument that asks a layer for something that bertfast doesn't do."""
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and value is not False:
+            return name
+    return None
+
+
+def _original_mask(layer: Layer, hidden_states, key_mask):
+    """The mask as the original code wants it."""
+    from transformers.masking_utils import create_bidirectional_mask
+
+    return create_bidirectional_mask(layer.self_attention().config, hidden_states, key_mask)

@@ -1,0 +1,286 @@
+"""A Hugging Face model and its encoder, their classes swapped: how the batch lies is decided once,
+at the model, and every layer is told.
+
+    packed     the padding is taken out before the embeddings, or where those can't take packed ids
+               after them, and comes back after the last layer
+    padded     fused, with a mask of the keys
+    original   the code that was there before, for what bertfast doesn't do
+"""
+
+import functools
+import inspect
+import sys
+import threading
+import warnings
+
+import torch
+from torch import nn
+
+from ..batch import Batch, packed_by_caller
+from ..hooks import has_user_hooks, is_replaced
+from ..nn import can_look_at, layout
+from ..settings import ATTRIBUTE, is_disabled
+from .layer import ARGUMENT, Layer, changes_layers
+
+# What the model itself deals with; anything else that is asked for, the layers have to know.
+_HANDLED = frozenset(
+    ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "output_attentions")
+) | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# Wrappers around a layer that hand on any argument, and where they keep it.
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+
+_told: set[str] = set()
+_telling = threading.Lock()
+
+
+def _once(reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    with _telling:
+        if reason in _told:
+            return
+        _told.add(reason)
+    warnings.warn(f"bertfast runs the original code: {reason}", stacklevel=5)
+
+
+class Model:
+    """Stands in front of the original model class (BertModel, ...)."""
+
+    _original: type
+    _embeddings_kind: type
+
+    @classmethod
+    def subclass(cls, original: type, module: str) -> type:
+        family = sys.modules[original.__module__]
+        prefix = (
+            "" if original.__name__ == "DistilBertModel" else original.__name__[: -len("Model")]
+        )
+        body = {
+            "__module__": module,
+            "__qualname__": original.__name__,
+            "__doc__": original.__doc__,
+            "_original": original,
+            "_embeddings_kind": getattr(family, prefix + "Embeddings"),
+            # With the original's signature, by which trainers choose a dataset's columns.
+            "forward": _model_forward(original),
+            # transformers finds these out by reading the source around the class.
+            "_can_set_attn_implementation": original._can_set_attn_implementation,
+            "_can_set_experts_implementation": original._can_set_experts_implementation,
+        }
+        made = type(original.__name__, (cls, original), body)
+        _keep_recording(original, made)
+        return made
+
+    def encoder_module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        return [_unwrapped(layer) for layer in self.encoder_module().layer.children()]
+
+    def prepare(self) -> None:
+        pass
+
+    def why_padded(self) -> str | None:
+        """Why padding is kept, whatever the call; None if it needn't."""
+        reason = self.__dict__[ATTRIBUTE].keep_padding
+        if reason is not None:
+            return reason
+        reason = self._why_untold()
+        if reason is not None:
+            return reason
+        for number, layer in enumerate(self.layers()):
+            reason = layer.why_not()
+            if reason is not None:
+                return f"layer {number} runs its original code: {reason}"
+            if layer.is_watched():
+                return f"a hook in layer {number} sees its rows"
+        return None
+
+    def _decide(self, arguments: dict) -> Batch | None:
+        """How the batch lies; None for the original code."""
+        reason = self._why_original(arguments)
+        if reason is not None:
+            if reason:
+                _once(reason)
+            return None
+        x = _tokens_of(arguments)
+        cu_seqlens = arguments.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            return packed_by_caller(cu_seqlens, arguments.get("max_length_q"), x.shape[1])
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            return Batch()
+        mask = mask.bool()
+        if mask.device.type == "cpu" and can_look_at(mask) and mask.all():
+            return Batch()
+        backend = self.__dict__[ATTRIBUTE].backend
+        return layout(mask, self._may_pack(arguments), x.device, backend, not self.training)
+
+    def _why_original(self, arguments: dict) -> str | None:
+        """The reason for the original code, "" if it needs no telling; None if there is none."""
+        if is_disabled():
+            return ""
+        config = self.config
+        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+            return "the model is a decoder"
+        reason = self._why_untold()
+        if reason is not None:
+            return reason
+        if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
+            return "attention weights were asked for"
+        name = changes_layers({k: v for k, v in arguments.items() if k not in _HANDLED})
+        if name is not None:
+            return f"{name} was given"
+        x = _tokens_of(arguments)
+        if x is None:
+            return ""  # the original has an error for it
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+                form = f"{mask.ndim}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
+                return f"attention_mask is {form}, not a mask of the tokens"
+            if mask.shape != x.shape[:2]:
+                return "attention_mask has not the shape of the tokens"
+        if arguments.get("cu_seq_lens_q") is not None:
+            if mask is not None:
+                return "both attention_mask and cu_seq_lens_q were given"
+            if x.shape[0] != 1:
+                return "cu_seq_lens_q was given for more than one row"
+            for layer in self.layers():
+                if layer.why_not() is not None:
+                    return f"cu_seq_lens_q was given, and of a layer {layer.why_not()}"
+        return None
+
+    def _why_untold(self) -> str | None:
+        """Why some layer can't be told how the batch lies, or the encoder can't unpack it."""
+        encoder = self.encoder_module()
+        if not isinstance(encoder, Encoder):
+            return f"its encoder is a {type(encoder).__name__}"
+        for kind, module in (("encoder", encoder), *(("layer", m) for m in self.layers())):
+            if not isinstance(module, (Encoder, Layer)):
+                return f"one of its layers is a {type(module).__name__} that wasn't converted"
+            if is_replaced(module):
+                return f"the forward of its {kind} was replaced on the instance"
+        return None
+
+    def _may_pack(self, arguments: dict) -> bool:
+        """Whether nobody could see that tokens moved."""
+        hidden = arguments.get(
+            "output_hidden_states", getattr(self.config, "output_hidden_states", False)
+        )
+        return (hidden is False or hidden is None) and self.why_padded() is None
+
+    def _pack(self, arguments: dict, batch: Batch) -> None:
+        """Replaces the padded arguments by packed ones, if the embeddings see one token at a time.
+        Otherwise the encoder packs what comes out of them."""
+        names = [n for n in ("input_ids", "token_type_ids", "position_ids") if n in arguments]
+        given = {name: arguments[name] for name in names if arguments[name] is not None}
+        if "input_ids" not in given or not self._embeddings_are_plain():
+            return
+        if "position_ids" not in given:
+            given["position_ids"] = self.position_ids(given["input_ids"])
+        rows, length = batch.padded_shape
+        if any(
+            t.ndim != 2 or t.shape[0] not in (1, rows) or t.shape[1] != length
+            for t in given.values()
+        ):
+            return  # the original broadcasts it, or has an error for it
+        for name, tensor in given.items():
+            arguments[name] = batch.pack(tensor)
+
+    def _embeddings_are_plain(self) -> bool:
+        encoder = self.encoder_module()
+        before = [
+            module
+            for child in self.children()
+            if child is not encoder
+            for module in child.modules()
+        ]
+        return type(self.embeddings) is self._embeddings_kind and not any(
+            map(has_user_hooks, [encoder, *before])
+        )
+
+
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, Layer):
+        return layer
+    for name in _WRAPPED:
+        layer = getattr(layer, name, layer)
+    return layer
+
+
+def _tokens_of(arguments: dict) -> torch.Tensor | None:
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
+def _model_forward(original: type):
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+            return original.forward(self, *args, **kwargs)  # which has an error for it
+        arguments = dict(zip(names, args, strict=False), **kwargs)
+        batch = self._decide(arguments)
+        arguments[ARGUMENT] = batch
+        if batch is not None:
+            arguments["attention_mask"] = None  # the layers have it in the batch
+            if batch.padded_shape is not None:
+                self._pack(arguments, batch)
+        elif self._why_untold() is not None:
+            del arguments[ARGUMENT]  # what is somebody else's needn't know it
+        return original.forward(self, **arguments)
+
+    return forward
+
+
+class Encoder:
+    """Stands in front of the original encoder class: takes the padding out before the first layer,
+    if the model hasn't, and puts it back after the last."""
+
+    _original: type
+
+    @classmethod
+    def subclass(cls, original: type, module: str) -> type:
+        body = {
+            "__module__": module,
+            "__qualname__": original.__name__,
+            "__doc__": original.__doc__,
+            "_original": original,
+            "forward": _encoder_forward(original),
+        }
+        return type(original.__name__, (cls, original), body)
+
+    def prepare(self) -> None:
+        pass
+
+
+def _encoder_forward(original: type):
+    @functools.wraps(original.forward)
+    def forward(self, hidden_states, *args, **kwargs):
+        batch = kwargs.get(ARGUMENT)
+        if batch is None or batch.padded_shape is None:
+            return original.forward(self, hidden_states, *args, **kwargs)
+        if hidden_states.shape[:2] == batch.padded_shape:
+            hidden_states = batch.pack(hidden_states)
+        outputs = original.forward(self, hidden_states, *args, **kwargs)
+        outputs.last_hidden_state = batch.unpack(outputs.last_hidden_state)
+        return outputs
+
+    return forward
+
+
+def _keep_recording(original: type, made: type) -> None:
+    """transformers looks up what a model class can record (hidden states, attentions) by the
+    class's text."""
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
+    except ImportError:  # before 5.2
+        from transformers.utils.generic import _CAN_RECORD_REGISTRY as registry
+    # By dict's own method: in newer versions the registry's takes a model.
+    dict.__setitem__(registry, str(made), original._can_record_outputs)

@@ -1,0 +1,280 @@
+"""optimize, revert, report: what is converted, and that nothing is left behind."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import bertfast
+from bertfast.testing.hf import FAMILIES, batch, packs, tiny
+
+transformers = pytest.importorskip("transformers")
+
+
+def types(model):
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(family):
+    stock, inputs = tiny(family + "Model"), batch()
+    model = copy.deepcopy(stock)
+    before, keys = [dict(m.__dict__) for m in model.modules()], list(model.state_dict())
+    expected = stock(**inputs)[0]
+    assert bertfast.optimize(model, strict=True) is model
+    changed = {
+        type(m).__name__
+        for m, kind in zip(model.modules(), types(stock), strict=True)
+        if type(m) is not kind
+    }
+    assert len(changed) == 3  # the model, the encoder, the layers
+    assert all(
+        isinstance(m, kind) and type(m).__name__ == kind.__name__
+        for m, kind in zip(model.modules(), types(stock), strict=True)
+    )
+    assert list(model.state_dict()) == keys
+    model(**inputs)
+    assert bertfast.revert(model) is model
+    assert types(model) == types(stock)
+    assert [set(m.__dict__) for m in model.modules()] == [set(d) for d in before]
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+def test_converting_twice_and_reverting_twice():
+    model, inputs = bertfast.optimize(tiny()), batch()
+    once = types(model)
+    bertfast.optimize(model, packed=False)
+    assert types(model) == once and not packs(model, inputs)
+    bertfast.optimize(model)
+    assert packs(model, inputs)
+    bertfast.revert(bertfast.revert(model))
+    assert not packs(model, inputs)
+
+
+def test_a_part_of_a_model():
+    model, inputs = tiny("BertForMaskedLM"), batch()
+    expected = model(**inputs).logits
+    bertfast.optimize(model.bert.encoder.layer[1])
+    bertfast.optimize(model.bert.encoder)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
+    rows = bertfast.report(model)
+    assert [row.reason for row in rows] == [None, None]
+    bertfast.revert(model)
+    assert torch.equal(model(**inputs).logits, expected)
+    bertfast.optimize(model.bert.encoder.layer[0])
+    assert [row.reason for row in bertfast.report(model)] == [None, "not converted"]
+
+
+def test_a_layer_by_itself():
+    stock = tiny().encoder.layer[0]
+    layer = bertfast.optimize(copy.deepcopy(stock))
+    x, mask = torch.randn(2, 6, 64), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    torch.testing.assert_close(layer(x), stock(x), rtol=0, atol=2e-5)
+    four = mask[:, None, None, :].expand(2, 1, 6, 6)
+    assert torch.equal(layer(x, four), stock(x, four))
+    # a 2-D mask is what attn_implementation="bertfast" hands to a layer
+    torch.testing.assert_close(layer(x, mask)[mask], stock(x, four)[mask], rtol=0, atol=2e-5)
+
+
+def test_two_models_that_share_a_configuration():
+    config = tiny().config
+    first, second = transformers.BertModel(config), transformers.BertModel(config)
+    before = config.to_dict(), config._attn_implementation
+    bertfast.optimize(first)
+    first(**batch())
+    assert (config.to_dict(), config._attn_implementation) == before
+    assert type(second) is transformers.BertModel and not packs(second, batch())
+
+
+def test_the_attention_implementation_can_still_be_set():
+    model, inputs = bertfast.optimize(tiny()), batch()
+    expected = model(**inputs)[0]
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(**inputs)[0], expected)
+    assert len(model(**inputs, output_attentions=True).attentions) == 2
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+
+def test_what_it_does_not_know():
+    model = Unknown()
+    before = types(model)
+    assert types(bertfast.optimize(model)) == before
+    assert str(bertfast.report(model)) == "no encoder layer that bertfast knows"
+    with pytest.raises(ValueError, match="bertfast knows no module of Unknown"):
+        bertfast.optimize(model, strict=True)
+    config = transformers.AlbertConfig(
+        vocab_size=50,
+        embedding_size=16,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_hidden_layers=1,
+    )
+    albert = transformers.AlbertModel(config)
+    before = types(albert)
+    assert types(bertfast.optimize(albert)) == before
+    rows = bertfast.report(albert)
+    assert rows and all(row.reason == "bertfast doesn't know this class" for row in rows)
+    with pytest.raises(ValueError, match="AlbertLayer"):
+        bertfast.optimize(albert, strict=True)
+
+
+def test_a_subclass_of_the_users_is_left_alone():
+    class Mine(transformers.BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)[0] * 2
+
+    stock, inputs = tiny(), batch()
+    stock.__class__ = Mine
+    model = bertfast.optimize(copy.deepcopy(stock))
+    assert type(model) is Mine
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs)[real], stock(**inputs)[real], rtol=0, atol=5e-5)
+
+
+def test_layers_of_another_version_are_left_alone(monkeypatch):
+    kind = transformers.models.bert.modeling_bert.BertLayer
+
+    def forward(self, hidden_states, attention_mask=None, head_mask=None, **kwargs):
+        raise AssertionError
+
+    model = tiny()
+    monkeypatch.setattr(kind, "forward", forward)
+    bertfast.optimize(model)
+    assert type(model.encoder.layer[0]) is kind
+    assert "head_mask" in bertfast.report(model)[0].reason
+
+
+def test_forwards_replaced_on_the_instance_are_reported():
+    stock, inputs = tiny(), batch()
+    original = stock.encoder.layer[0].forward
+    stock.encoder.layer[0].forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
+    expected = stock(**inputs)[0]
+    bertfast.optimize(stock)
+    assert "replaced" in bertfast.report(stock)[0].reason
+    torch.testing.assert_close(stock(**inputs)[0], expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (dict(backend="fast"), "backend must be one of"),
+        (dict(packed="sometimes"), 'packed must be True, False or "always"'),
+    ],
+)
+def test_bad_arguments(arguments, error):
+    with pytest.raises(ValueError, match=error):
+        bertfast.optimize(tiny(), **arguments)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        bertfast.optimize("bert-base-uncased")
+
+
+def test_a_backend_that_cannot_run_here_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from bertfast.ops import available
+
+    if available("cpu")["attention"]["cuda"] is None:
+        pytest.skip("there are CUDA kernels for attention on a CPU")
+    with pytest.raises(ValueError, match="backend 'cuda' can't run attention"):
+        bertfast.optimize(tiny(), backend="cuda")(**batch())
+
+
+def test_the_report_prints():
+    model = bertfast.optimize(tiny("BertForQuestionAnswering"))
+    model.bert.encoder.layer[1].output.register_forward_hook(lambda *a: None)
+    rows = bertfast.report(model)
+    text, page = str(rows), rows._repr_html_()
+    assert "bert.encoder.layer.0  BertLayer  fused" in text
+    assert "a hook on its BertOutput has to be called" in text
+    assert "bert keeps padding: question answering" in text
+    assert "<table>" in page and "question answering&#x27;s" in page
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_verify_a_saved_model(tmp_path, capsys, as_json, monkeypatch):
+    from bertfast.verify_model import verify_model
+
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny("BertForTokenClassification").save_pretrained(tmp_path)
+    assert verify_model(str(tmp_path), as_json=as_json) == 0
+    said = capsys.readouterr().out
+    if as_json:
+        record = json.loads(said)
+        assert record["ok"] and len(record["layers"]) == 2
+        assert {row["inputs"] for row in record["rows"]} == {
+            "random, no padding",
+            "random, padding right",
+            "random, padding left",
+        }
+    else:
+        assert "2 of 2 layers fused" in said and "WRONG" not in said
+
+
+@pytest.mark.parametrize("fault", ["mask", "eps", "scale"])
+def test_verify_finds_a_fault(tmp_path, capsys, monkeypatch, fault):
+    """Each is wrong by little, or only where there is padding."""
+    from bertfast.hf import layer
+    from bertfast.verify_model import verify_model
+
+    run = layer.run_layer
+
+    def wrong(parts, x, batch, *rest):
+        if fault == "mask" and batch.key_mask is not None:
+            batch = layer.Batch()
+        if fault == "eps":
+            x = x * (1 + 1e-4)
+        if fault == "scale":
+            parts = parts._replace(scale=parts.scale * 1.001)
+        return run(parts, x, batch, *rest)
+
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(layer, "run_layer", wrong)
+    assert verify_model(str(tmp_path)) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_verify_texts_and_what_it_cannot_read(tmp_path, capsys):
+    from bertfast.verify_model import verify_model
+
+    assert verify_model(str(tmp_path)) == 2
+    assert "--model must be a directory with a config.json" in capsys.readouterr().err
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on a mat".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tiny().save_pretrained(tmp_path)
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat sat\non a mat the cat sat\n")
+    assert verify_model(str(tmp_path), str(texts), as_json=True) == 0
+    assert "2 texts" in capsys.readouterr().out
+    texts.write_text("\n")
+    assert verify_model(str(tmp_path), str(texts)) == 2
+
+
+def test_nothing_to_compare_is_a_fault(tmp_path, capsys):
+    from bertfast.verify_model import verify_model
+
+    tiny("BertModel", is_decoder=True).save_pretrained(tmp_path)
+    assert verify_model(str(tmp_path)) == 1
+    assert "it is a decoder's" in capsys.readouterr().out
+
+
+def test_the_classes_are_found_by_name():
+    from bertfast import hf
+
+    assert hf.BertLayer is hf.BertLayer and hf.BertLayer.__module__ == "bertfast.hf"
+    assert issubclass(
+        hf.TransformerBlock, sys.modules[hf.TransformerBlock._original.__module__].TransformerBlock
+    )
+    with pytest.raises(AttributeError, match="AlbertLayer"):
+        hf.AlbertLayer  # noqa: B018
