@@ -1,0 +1,293 @@
+"""torch.nn.TransformerEncoder and TransformerEncoderLayer, their classes swapped.
+
+A layer is `run_layer` over its own modules. What that doesn't do (a src_mask, a padding mask of
+other numbers than 0 and -Inf, a hook inside the layer, ...) runs as torch does in training. torch's
+fast path of eval is never taken: it reads a finite padding mask as a bool one, a tanh GELU as the
+exact one, and ignores is_causal without a mask.
+
+The encoder decides once how the batch lies and tells its layers. Packed: the padding is taken out
+before the first layer and comes back as zeros after the last, as in torch's own eval. Hooks on a
+layer see what they always saw: then each layer takes the padded batch and gives it back.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from . import packing
+from .batch import Batch
+from .hooks import has_user_hooks, sees_layout
+from .linear import Weights, plain
+from .nn import Parts, can_look_at, gelu_form, layout, run_layer
+from .settings import ATTRIBUTE, is_disabled
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    _original = nn.TransformerEncoderLayer
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        src_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        bertfast_batch: Batch | None = None,
+    ) -> torch.Tensor:
+        """bertfast_batch: how src lies, from a converted encoder. It is an argument, and not kept
+        somewhere, so that a checkpointed layer that is run again is told the same."""
+        if bertfast_batch is not None:
+            return self._fused(src, bertfast_batch)
+        if is_disabled():
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        entered = None
+        if src_mask is None and not is_causal and self.why_not() is None:
+            entered = enter(src, src_key_padding_mask, self.self_attn.batch_first, may_pack=False)
+        if entered is not None:
+            return entered.leave(self._fused(entered.x, entered.batch))
+        if src.is_nested:  # nothing but torch's fast path does this, or it says why it can't
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        return self._as_in_training(src, src_mask, src_key_padding_mask, is_causal)
+
+    def _fused(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return run_layer(self._parts(), x, batch, None, self.__dict__[ATTRIBUTE].backend)
+
+    def _as_in_training(self, src, src_mask, key_padding_mask, is_causal) -> torch.Tensor:
+        if is_causal and src_mask is None:
+            raise RuntimeError("src_mask must be given with is_causal=True, a hint about it")
+        masks = _added(src_mask, src.dtype), _added(key_padding_mask, src.dtype)
+        if self.norm_first:
+            x = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+    def _parts(self) -> Parts:
+        attention = self.self_attn
+        return Parts(
+            query=None,
+            key=None,
+            value=None,
+            qkv=Weights(attention.in_proj_weight, attention.in_proj_bias),
+            attention_dropout=attention.dropout if attention.training else 0.0,
+            # As in torch: its values are read, the module is never called.
+            attention_output=Weights(attention.out_proj.weight, attention.out_proj.bias),
+            attention_output_dropout=self.dropout1,
+            attention_norm=self.norm1,
+            up=self.linear1,
+            activation=self.activation,
+            approximate=gelu_form(self.activation),
+            activation_dropout=self.dropout,
+            down=self.linear2,
+            down_dropout=self.dropout2,
+            down_norm=self.norm2,
+            heads=attention.num_heads,
+            scale=attention.head_dim**-0.5,
+            norm_first=self.norm_first,
+        )
+
+    def why_not(self) -> str | None:
+        """Why this layer runs as torch does in training, whatever the call; None if it needn't."""
+        attention = self.self_attn
+        if type(attention) is not nn.MultiheadAttention:
+            return f"its self_attn is a {type(attention).__name__}, not a plain MultiheadAttention"
+        if not attention._qkv_same_embed_dim:
+            return "its keys or values have a width of their own (kdim, vdim)"
+        if attention.bias_k is not None or attention.bias_v is not None:
+            return "its self_attn has add_bias_kv"
+        if attention.add_zero_attn:
+            return "its self_attn has add_zero_attn"
+        out = attention.out_proj
+        if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear):
+            return f"its self_attn.out_proj is a {type(out).__name__}"
+        sharded = type(self).__name__.startswith("FSDP")  # then gathered before each call
+        if not (sharded or plain(attention.in_proj_weight) and plain(out.weight)):
+            return f"its self_attn's weight is a {type(attention.in_proj_weight).__name__}"
+        for name in ("_sa_block", "_ff_block"):
+            if name in self.__dict__:
+                return f"its {name} was replaced"
+        for child in self.children():
+            for module in child.modules():
+                if has_user_hooks(module):
+                    return f"a hook on its {type(module).__name__} has to be called"
+        return None
+
+    def prepare(self) -> None:
+        pass
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    _original = nn.TransformerEncoder
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> torch.Tensor:
+        layers = [_unwrapped(layer) for layer in self.layers]
+        if (
+            is_disabled()
+            or mask is not None  # torch makes no nested tensors then
+            or not layers
+            or not all(isinstance(layer, TransformerEncoderLayer) for layer in layers)
+        ):
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        entered = None
+        if not is_causal and _apart(self.layers, layers) is None:
+            batch_first = layers[0].self_attn.batch_first
+            settings = self.__dict__[ATTRIBUTE]
+            entered = enter(
+                *(src, src_key_padding_mask, batch_first),
+                *(settings.packed, settings.backend, not self.training),
+            )
+        if entered is not None:
+            output = entered.x
+            for layer in self.layers:
+                output = layer(output, bertfast_batch=entered.batch)
+            output = entered.leave(output)
+        else:
+            output = src
+            for layer in self.layers:
+                output = layer(
+                    output,
+                    src_mask=None,
+                    is_causal=bool(is_causal),
+                    src_key_padding_mask=src_key_padding_mask,
+                )
+        return output if self.norm is None else self.norm(output)
+
+    def why_padded(self) -> str | None:
+        """Why padding is kept, whatever the call; None if it needn't."""
+        layers = [_unwrapped(layer) for layer in self.layers]
+        for layer in layers:
+            if not isinstance(layer, TransformerEncoderLayer):
+                return f"one of its layers is a {type(layer).__name__}"
+        return self.__dict__[ATTRIBUTE].keep_padding or _apart(self.layers, layers)
+
+    def prepare(self) -> None:
+        pass
+
+
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer inside torch's checkpoint wrapper, which hands on any argument."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
+
+
+def _apart(called: Iterable[nn.Module], layers: list[nn.Module]) -> str | None:
+    """Why each layer takes the batch and gives it back by itself: somebody sees what goes from one
+    to the next, or they don't all take it in one form."""
+    for number, (module, layer) in enumerate(zip(called, layers, strict=True)):
+        reason = layer.why_not()
+        if reason is not None:
+            return f"layer {number} runs its original code: {reason}"
+        if layer.self_attn.batch_first != layers[0].self_attn.batch_first:
+            return f"layer {number} has another batch_first than layer 0"
+        if sees_layout(layer) or sees_layout(module):
+            return f"a hook on layer {number} sees its rows"
+    return None
+
+
+class Entered(NamedTuple):
+    """A call's input in the form of `run_layer`'s."""
+
+    x: torch.Tensor
+    batch: Batch
+    leave: Callable[[torch.Tensor], torch.Tensor]  # the output in the form of the input
+
+
+def enter(
+    src: torch.Tensor,
+    padding: torch.Tensor | None,
+    batch_first: bool,
+    may_pack: bool,
+    backend: str = "auto",
+    sort: bool = False,
+) -> Entered | None:
+    """None if the call has something in it that `run_layer` doesn't do."""
+    if src.is_nested:
+        return _enter_nested(src) if padding is None and batch_first else None
+    if src.dim() not in (2, 3):
+        return None
+    alone = src.dim() == 2
+    if alone:
+        x = src[None]
+    else:
+        x = src if batch_first else src.transpose(0, 1).contiguous()
+    batch = Batch()
+    if padding is not None:
+        key_mask = _attended(padding)
+        if key_mask is not None and alone:
+            key_mask = key_mask[None]
+        if key_mask is None or key_mask.shape != x.shape[:2]:
+            return None  # torch has an error for a wrong shape
+        batch = layout(key_mask, may_pack, src.device, backend, sort)
+
+    def leave(y: torch.Tensor) -> torch.Tensor:
+        if batch.packed:
+            y = batch.unpack(y)
+        if alone:
+            return y[0]
+        return y if batch_first else y.transpose(0, 1).contiguous()
+
+    return Entered(batch.pack(x) if batch.packed else x, batch, leave)
+
+
+def _enter_nested(src: torch.Tensor) -> Entered | None:
+    """A nested tensor is a packed batch already; torch keeps its lengths on the host."""
+    if not can_look_at(src) or src.dim() != 3:
+        return None
+    parts = src.unbind()
+    lengths = [part.shape[0] for part in parts]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cu_seqlens = ends.to(src.device, non_blocking=True)
+    longest, tokens = max(lengths), sum(lengths)
+    batch = Batch(
+        cu_seqlens=cu_seqlens,
+        max_seqlen=longest,
+        plan=packing.plan(cu_seqlens, longest, tokens),
+    )
+
+    def leave(y: torch.Tensor) -> torch.Tensor:
+        return torch.nested.as_nested_tensor(list(y[0].split(lengths)))
+
+    return Entered(torch.cat(parts)[None], batch, leave)
+
+
+def _attended(padding: torch.Tensor) -> torch.Tensor | None:
+    """Which keys a padding mask leaves; None if it does more than that, or if that could only be
+    known by waiting for the device."""
+    if padding.dtype == torch.bool:
+        return ~padding
+    if (
+        not padding.is_floating_point()
+        or padding.requires_grad
+        or padding.device.type != "cpu"
+        or not can_look_at(padding)
+    ):
+        return None
+    keep = padding == 0
+    return keep if bool((keep | padding.isneginf()).all()) else None
+
+
+def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask as numbers to add: for bool masks MultiheadAttention has a fast path of its own,
+    which gives NaN where a query has no keys."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+
+
+_SWAPPED = {
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+}
+
+
+def swapped_class(module: nn.Module) -> type | None:
+    """The class that a module's is swapped for, if it is exactly one that bertfast knows."""
+    return _SWAPPED.get(type(module))
