@@ -25,9 +25,20 @@ def env(as_json: Json = False) -> None:
 def verify(
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     backend: Annotated[str | None, typer.Option(help="Only this backend.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A saved Hugging Face model: compare it, converted and not, instead."),
+    ] = None,
+    texts: Annotated[
+        str | None, typer.Option(help="With --model: a file of texts to compare it on, one a line.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every op on every backend of this machine against float64; exit 1 on a fault."""
+    if model is not None:
+        from .verify_model import verify_model
+
+        raise typer.Exit(verify_model(model, texts, backend, as_json))
     from .verify import verify
 
     raise typer.Exit(verify(op, backend, as_json))

@@ -1,0 +1,155 @@
+"""`bertfast verify --model DIR`: a saved model, converted and not, on the same inputs.
+
+Each output and the gradient of each parameter is held to the budget of bertfast/testing/model.py.
+Dropout is off: its masks are not the stock model's, whatever the seed.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .convert import optimize, report
+from .testing.budget import worst
+from .testing.model import beside_stock
+
+ROWS, LENGTH = 4, 64  # of the random inputs
+
+
+@dataclass(frozen=True)
+class Row:
+    inputs: str
+    tensor: str  # the output, or of the gradients the one nearest to its budget
+    error: float
+    allowed: float
+    stock_error: float
+    ok: bool
+
+
+def check(
+    model: torch.nn.Module, texts: list[str], tokenizer=None, backend: str = "auto"
+) -> list[Row]:
+    rows = []
+    for label, inputs in _inputs(model, texts, tokenizer):
+        real = inputs["attention_mask"].bool() if inputs["attention_mask"].ndim == 2 else None
+        found = beside_stock(model, lambda m: optimize(m, backend=backend), inputs, real)
+        errors = {finding.name: stock for finding, stock in found}
+        findings = [finding for finding, _ in found]
+        shown = [f for f in findings if not f.name.startswith("d ")]
+        gradients = [f for f in findings if f.name.startswith("d ")]
+        # every one that is wrong, and the worst of those that are right
+        shown += [f for f in gradients if not f.ok] or ([worst(gradients)] if gradients else [])
+        rows += [Row(label, f.name, f.max_error, f.max_budget, errors[f.name], f.ok) for f in shown]
+    return rows
+
+
+def _inputs(model, texts, tokenizer) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    config = model.config
+    device = next(model.parameters()).device
+    length = min(LENGTH, config.max_position_embeddings - 2)
+    generator = torch.Generator().manual_seed(0)
+    pad = config.pad_token_id or 0
+    for label, side, lengths in (
+        ("random, no padding", "right", [length] * ROWS),
+        ("random, padding right", "right", [length, length // 2, length // 4, 3]),
+        ("random, padding left", "left", [length, length // 2, length // 4, 3]),
+    ):
+        ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
+        ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
+        place = torch.arange(length).expand(ROWS, -1)
+        count = torch.tensor(lengths)[:, None]
+        mask = place < count if side == "right" else place >= length - count
+        ids = torch.where(mask, ids, pad)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if type(model).__name__.endswith("ForMultipleChoice"):
+            inputs = {name: value.unflatten(0, (2, -1)) for name, value in inputs.items()}
+        yield label, {name: value.to(device) for name, value in inputs.items()}
+    if texts:
+        encoded = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=config.max_position_embeddings - 2,
+            return_tensors="pt",
+        )
+        yield f"{len(texts)} texts", {name: value.to(device) for name, value in encoded.items()}
+
+
+def load(directory: str) -> torch.nn.Module:
+    """The model of a directory, of the class that it was saved from, in eval."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind = getattr(transformers, names[0]) if names else transformers.AutoModel
+    return kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+
+
+def verify_model(
+    directory: str, texts: str | None = None, backend: str | None = None, as_json: bool = False
+) -> int:
+    """Prints the table; returns the exit code: 1 if any number is outside its budget."""
+    if not (Path(directory) / "config.json").is_file():
+        print(f"--model must be a directory with a config.json, got {directory!r}", file=sys.stderr)
+        return 2
+    lines = []
+    if texts is not None:
+        lines = [line for line in Path(texts).read_text().splitlines() if line.strip()]
+        if not lines:
+            print(f"--texts must have a line of text, {texts!r} has none", file=sys.stderr)
+            return 2
+    model = load(directory)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = None
+    if lines:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    layers = report(optimize(copy.deepcopy(model), backend=backend or "auto"))
+    fused = sum(row.reason is None for row in layers)
+    rows = check(model, lines, tokenizer, backend or "auto") if fused else []
+    ok = bool(rows) and all(row.ok for row in rows)
+    if as_json:
+        reasons = {row.name: row.status for row in layers}
+        record = {"ok": ok, "model": type(model).__name__, "layers": reasons}
+        print(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        _print(directory, model, layers, fused, rows)
+    return 0 if ok else 1
+
+
+def _print(directory, model, layers, fused, rows: list[Row]) -> None:
+    console = Console(highlight=False)
+    console.print(f"{type(model).__name__} in {directory}: {fused} of {len(layers)} layers fused")
+    if fused < len(layers) or not rows:
+        console.print(str(layers), markup=False)
+    if not rows:
+        console.print("[red]nothing to compare[/]: no layer is fused")
+        return
+    table = Table(
+        title="error against the stock model in float64, and what is allowed",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    table.add_column("inputs")
+    table.add_column("tensor", overflow="fold")
+    for heading in ("error", "allowed", "stock's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        verdict = "[green]right[/]" if row.ok else "[red]WRONG[/]"
+        numbers = (f"{value:.1e}" for value in (row.error, row.allowed, row.stock_error))
+        table.add_row(row.inputs, row.tensor, *numbers, verdict)
+    console.print(table)
+    console.print(
+        "Real tokens only. allowed: twice the stock model's own error (for a gradient at least\n"
+        "its worst relative one) and one rounding. Of the gradients, d ..., the one nearest to\n"
+        "its budget, and each that is outside."
+    )
