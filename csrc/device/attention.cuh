@@ -249,15 +249,26 @@ struct ScoreDropout {
 };
 
 // What a thread knows of its 2 x 16 scores in a tile of many, whose sequences begin anywhere: bit
-// 16 r + 2 n + e is row r, column 8 n + 2 t + e, for t = lane % 4.
+// 16 r + 2 n + e is row r, column 8 n + 2 t + e, for t = lane % 4. It waits in shared memory, as
+// tiles of one sequence have no use for it and need the registers.
 struct ManyBits {
   unsigned same = 0;  // of one sequence
   unsigned keep = 0;  // by dropout
 
+  static constexpr int kSharedBytes = kAttentionThreads * int(sizeof(uint2));
+  __device__ __forceinline__ void put(int shared) const {
+    shared_memory<uint2>(shared).store(threadIdx.x, make_uint2(same, keep));
+  }
+  static __device__ __forceinline__ ManyBits get(int shared) {
+    const uint2 bits = shared_memory<uint2>(shared).load(threadIdx.x);
+    return {bits.x, bits.y};
+  }
+
   // rows: the positions of the thread's two rows. kKeyRows: rows are keys and columns queries.
   template<bool kDropout, bool kKeyRows>
-  __device__ __forceinline__ void find(const AttentionBatch& p, const TilePlace& at,
-                                       const ScoreDropout& dropout, int row0, int row1) {
+  static __device__ __forceinline__ ManyBits find(const AttentionBatch& p, const TilePlace& at,
+                                                  const ScoreDropout& dropout, int row0, int row1) {
+    ManyBits found;
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const int row = r ? row1 : row0;
@@ -267,15 +278,16 @@ struct ManyBits {
       for (int c = 0; c < 16; ++c) {
         const int column = c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
         const unsigned bit = 1u << (16 * r + c);
-        if (column >= segment.origin && column < segment.end) same |= bit;
+        if (column >= segment.origin && column < segment.end) found.same |= bit;
         if constexpr (kDropout) {
           const int mine = row - segment.origin, other = column - segment.origin;
           const bool kept = kKeyRows ? dropout.keeps(other, mine, batch_head)
                                      : dropout.keeps(mine, other, batch_head);
-          if (kept) keep |= bit;
+          if (kept) found.keep |= bit;
         }
       }
     }
+    return found;
   }
 
   // The bits of one row and of the columns from 32 * half, bit 8 n + e, as the words of KeyBits
@@ -290,13 +302,14 @@ struct ManyBits {
 // What both kernels with queries as rows do to 32 scores of a row, s[n][i] for n in 0-3: of the
 // keys that don't count they become `masked`.
 __device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned on,
-                                          const TilePlace& at, const ManyBits& many, int group) {
+                                          const TilePlace& at, int many_bits, int group) {
   if (on == 0xffffffffu && at.many == 1) return;
   const int t = threadIdx.x % 4;
   unsigned row_on[2] = {on >> (2 * t), on >> (2 * t)};
   if (at.many > 1) {
-    row_on[0] = ManyBits::of_row(many.same, 0, group);
-    row_on[1] = ManyBits::of_row(many.same, 1, group);
+    const unsigned same = ManyBits::get(many_bits).same;
+    row_on[0] = ManyBits::of_row(same, 0, group);
+    row_on[1] = ManyBits::of_row(same, 1, group);
   }
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -310,10 +323,11 @@ __device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned 
 // And dropout makes zeros of some. group: how many 32 keys come before.
 __device__ __forceinline__ void drop_keys(float (*s)[4], const ScoreDropout& dropout,
                                           int query_call, int batch_head, const TilePlace& at,
-                                          const ManyBits& many, int group) {
+                                          int many_bits, int group) {
   if (at.many > 1) {
-    const unsigned row_keep[2] = {ManyBits::of_row(many.keep, 0, group),
-                                  ManyBits::of_row(many.keep, 1, group)};
+    const unsigned keep = ManyBits::get(many_bits).keep;
+    const unsigned row_keep[2] = {ManyBits::of_row(keep, 0, group),
+                                  ManyBits::of_row(keep, 1, group)};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -374,9 +388,10 @@ inline dim3 attention_grid(AttentionBatch& p, int before) {
   return dim3(p.n_tiles * p.heads * p.batch);
 }
 
-// Of shared memory, beside the tiles: the place, and the mask.
+// Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
 inline int attention_bytes(const AttentionBatch& p) {
-  return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
+  const int more = p.key_mask ? Keys::shared_bytes(p.length) : p.tiles ? ManyBits::kSharedBytes : 0;
+  return TilePlace::kSharedBytes + more;
 }
 
 }  // namespace bertfast

@@ -92,9 +92,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   }
   cp_async_commit();
   const ScoreDropout dropout(p.batch, kDropout);
-  ManyBits many;
+  constexpr int kManyBits = Shape::kKeyTileBytes + TilePlace::kSharedBytes;
   if (at.many > 1) {
-    many.find<kDropout, false>(p.batch, at, dropout, 16 * warp + g, 16 * warp + g + 8);
+    const int row = 16 * warp + g;
+    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8).put(kManyBits);
   }
 
   // 3. delta, a row by four lanes, while they wait; lse
@@ -181,11 +182,15 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[n][i] = exp2_approx(fmaf(s[n][i], c, -lse[i / 2]));
       }
-      mask_keys(s, 0.f, half ? on.words[1] : on.words[0], at, many, group);
+      // The widest heads leave no registers to keep the bits in.
+      const unsigned bits = kDim == 128 ? keys.bits(keys.low + 32 * group)
+                            : half      ? on.words[1]
+                                        : on.words[0];
+      mask_keys(s, 0.f, bits, at, kManyBits, group);
 
       // 4c. dropout
       if constexpr (kDropout) {
-        drop_keys(dp, dropout, query_call, batch_head, at, many, group);
+        drop_keys(dp, dropout, query_call, batch_head, at, kManyBits, group);
       }
 
       // 4d. dq += ds k
@@ -307,9 +312,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   cp_async_commit();
   const ScoreDropout dropout(p.batch, kDropout);
   const int my_key = key_of_row(16 * warp + g);
-  ManyBits many;
+  constexpr int kManyBits = Shape::kQueryTileBytes + TilePlace::kSharedBytes;
   if (at.many > 1) {
-    many.find<kDropout, true>(p.batch, at, dropout, my_key, key_of_row(16 * warp + g + 8));
+    const int other_key = key_of_row(16 * warp + g + 8);
+    ManyBits::find<kDropout, true>(p.batch, at, dropout, my_key, other_key).put(kManyBits);
   }
   cp_async_wait<1>();
   __syncthreads();
@@ -373,7 +379,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
       }
       const int columns = block * kQueries / 8 + 2 * step;  // so far, in eights
       if (at.many > 1) {
-        const unsigned same = many.same >> (2 * columns);
+        const unsigned same = ManyBits::get(kManyBits).same >> (2 * columns);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -389,9 +395,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
       if constexpr (kDropout) {
         if (at.many > 1) {
           // Draws that give the bits: the largest, or zero.
+          const unsigned keep = ManyBits::get(kManyBits).keep >> (2 * columns);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            words[i % 2][i / 2] = (many.keep >> (2 * columns + i) & 0x10001u) * 0xffffu;
+            words[i % 2][i / 2] = (keep >> i & 0x10001u) * 0xffffu;
           }
         } else {
           share_draws(words, dropout, first_query - keys.low + block * kQueries + 16 * step,

@@ -73,9 +73,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   }
   cp_async_commit();
   const ScoreDropout dropout(p.batch, kDropout);
-  ManyBits many;
+  constexpr int kManyBits = Shape::kTileBytes + TilePlace::kSharedBytes;
   if (at.many > 1) {
-    many.find<kDropout, false>(p.batch, at, dropout, 16 * warp + g, 16 * warp + g + 8);
+    const int row = 16 * warp + g;
+    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8).put(kManyBits);
   }
   cp_async_wait<1>();
   __syncthreads();
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
       const int group = block * kKeys / 32 + half;
-      mask_keys(s + 4 * half, -INFINITY, on.words[half], at, many, group);
+      mask_keys(s + 4 * half, -INFINITY, on.words[half], at, kManyBits, group);
     }
 
     // 3b. probabilities
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
       for (int half = 0; half < kKeys / 32; ++half) {
         const int group = block * kKeys / 32 + half;
-        drop_keys(s + 4 * half, dropout, query_call, batch_head, at, many, group);
+        drop_keys(s + 4 * half, dropout, query_call, batch_head, at, kManyBits, group);
       }
     }
 

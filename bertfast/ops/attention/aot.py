@@ -136,6 +136,8 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     in_stage, at_a_time = _cuda_keys_at_a_time(kernel, head_dim)
     row_bytes = 2 * head_dim
     shared = _STAGES * 2 * in_stage * row_bytes
+    # Where the tile lies, and what threads know of a shared one. A key mask adds a bit a key.
+    shared += 32 + 8 * 32 * _CUDA_WARPS
     if kernel == "attention_backward_dkv_kernel":
         shared += _STAGES * in_stage * 8  # lse and delta
         shared += 2 * 16 * _CUDA_WARPS * row_bytes if head_dim > 64 else 0
@@ -146,5 +148,5 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         elements=16 * at_a_time / 32,
         loop=True,
         scalar_loads=1 if kernel == "attention_backward_dkv_kernel" else 0,  # lse with delta
-        dynamic_shared=shared + 32,  # where the tile lies; a key mask adds a bit a key
+        dynamic_shared=shared,
     )
