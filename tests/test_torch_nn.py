@@ -455,13 +455,14 @@ def test_exports_with_any_batch_and_length(norm_first):
 
 
 @pytest.mark.parametrize("layer", ["post", "pre"])
-def test_kernels(layer, target, need):
+def test_kernels(layer, target, need, finest):
     """The same layers on Triton and CUDA: packed, padded, gradients."""
     for op in ("attention_qkv", "layer_norm", "bias_gelu"):
         need(op, target)
     backend, device = target
-    stock = make(layers=1, dtype=torch.float32, **LAYERS[layer])
-    x, real = inputs(torch.float32), ~RIGHT[..., None]
+    dtype = finest("attention_qkv", target)
+    stock = make(layers=1, dtype=dtype, **LAYERS[layer])
+    x, real = inputs(dtype), ~RIGHT[..., None]
     with training_path():
         want = outputs_and_grads(stock, x, real, src_key_padding_mask=RIGHT)
     for packed in (True, False):

@@ -263,13 +263,14 @@ def test_linears_that_are_more_than_a_product_are_called(change, norm_first):
     assert_same(model, stock, x, REAL, src_key_padding_mask=RIGHT)
 
 
-def test_linears_are_called_where_the_kernels_add_biases(target, need):
+def test_linears_are_called_where_the_kernels_add_biases(target, need, finest):
     need("attention_qkv", target)
     backend, device = target
-    stock = make(layers=1, dtype=torch.float32)
+    dtype = finest("attention_qkv", target)
+    stock = make(layers=1, dtype=dtype)
     for name in ("linear1", "linear2"):
-        setattr(stock.layers[0], name, doubled(getattr(stock.layers[0], name)).float())
-    model, x = converted(stock, backend=backend).to(device), inputs(torch.float32)
+        setattr(stock.layers[0], name, doubled(getattr(stock.layers[0], name)).to(dtype))
+    model, x = converted(stock, backend=backend).to(device), inputs(dtype)
     with training_path():
         want = outputs_and_grads(stock, x)
     got = outputs_and_grads(model, x.to(device))

@@ -10,8 +10,9 @@ The largest error of one gradient is one draw from a wide distribution: right wa
 (SDPA or eager, at once or by rows) differ by eight times in one parameter, while their errors over
 all parameters agree within a fifth. So a gradient's yardstick is the larger of its own and of what
 the stock model errs at worst in any gradient, relative to that gradient's own size. Gradients that
-are nothing but cancellation (a key's bias has none but rounding) say nothing about others and have
-only their own.
+are nothing but cancellation (a key's bias has none but rounding) say nothing about others. Such a
+bias has its own yardstick or its weight's: the errors of the same gradients add up in both, in the
+weight's times a LayerNorm's output, whose size is about 1.
 
 What is compared is what both define: real tokens, not padding.
 """
@@ -116,10 +117,16 @@ def _yardsticks(exact, *runs) -> dict[str, tuple[float, float]]:
     for name, reference in exact.items():
         errors = [_errors(run[name], reference) for run in runs]
         own[name] = tuple(map(max, zip(*errors, strict=True)))
-        if name.startswith("d ") and own[name][1] < DETERMINED * _size(reference)[1]:
+    for name, reference in exact.items():
+        if not name.startswith("d "):
+            continue
+        if own[name][1] < DETERMINED * _size(reference)[1]:
             relative.append(
                 tuple(e / size for e, size in zip(own[name], _size(reference), strict=True))
             )
+        elif name.endswith(".bias"):
+            weight = own.get(name.removesuffix("bias") + "weight", own[name])
+            own[name] = tuple(map(max, zip(own[name], weight, strict=True)))
     typical = tuple(map(max, zip(*relative, strict=True)))
     return {
         name: tuple(

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import convert
 
-WIDTH, HEADS, INNER, ROWS, LENGTH = 16, 4, 24, 3, 7
+WIDTH, HEADS, INNER, ROWS, LENGTH = 16, 2, 24, 3, 7
 LENGTHS = torch.tensor([7, 2, 4])
 RIGHT = torch.arange(LENGTH) >= LENGTHS[:, None]  # True = padding
 INFINITE = torch.zeros(ROWS, LENGTH, dtype=torch.float64).masked_fill(RIGHT, -math.inf)
