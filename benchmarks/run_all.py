@@ -2,10 +2,12 @@
 
     python benchmarks/run_all.py [--out DIR] [--minutes 9] [--dry-run]
 
-On a GPU machine with torch, triton, nvcc, pybind11, ninja and pytest, without network and without
-bertfast installed: builds the extension in place for that GPU, runs the tests, measures ceilings,
-checks and times every op, most important first. Rows go into DIR/results.csv as they are known, and
-a run that reaches its time limit ends cleanly. Exit status 1 if a step failed or a number is wrong.
+On a GPU machine with torch, triton, transformers, nvcc, pybind11, ninja and pytest, without network
+and without bertfast installed: builds the extension in place for that GPU, runs the tests that need
+it, and measures ceilings, ops, layers, models, length mixes and latency. Each of these has a share
+of the time and takes its most important cases first; what was left goes on once all had theirs, and
+the compilers, which take longest, come last. Rows go into DIR/results.csv as they are known, and a
+run that reaches its time limit ends cleanly. Exit status 1 if a step failed or a number is wrong.
 
 --dry-run goes through every step on a CPU in a minute: the build is only looked at, the tests are
 only collected, tiny shapes are timed, and the rows go into DIR/dry-run.csv. Without a GPU that is
@@ -13,7 +15,7 @@ what happens in any case.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -30,6 +32,32 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+# Ends of the shares of the whole time.
+TESTS = 0.2
+UNTIL = {
+    "ops": 0.42,
+    "layers": 0.5,
+    "models": 0.6,
+    "mixes": 0.68,
+    "latency": 0.72,
+    "compilers": 0.85,
+    "autotune": 1.0,
+}
+SHAPES = {
+    "1x128": (1, 128),
+    "8x128": (8, 128),
+    "32x128": (32, 128),
+    "32x512": (32, 512),
+    "64x384": (64, 384),
+}
+# A model's compilation may take this many seconds, autotuning more: with less left none is begun.
+COMPILES = {"compilers": 60.0, "autotune": 100.0}
+COMPILED = {
+    "compilers": ("bertfast", "HF SDPA", "torch compile"),
+    "autotune": ("bertfast graph", "HF SDPA graph", "torch compile max"),
+}
+
+
 @dataclass
 class Run:
     """What the steps share."""
@@ -40,7 +68,6 @@ class Run:
     seconds: float
     faults: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    flop_per_s: float | None = None  # of the best matrix product, once measured on a GPU
 
     @property
     def device(self) -> str:
@@ -110,113 +137,209 @@ def _build_dry(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """Tests that need a GPU, then all others, each with a share of the time."""
+    """Those that need a GPU, with a share of the time. CI runs the others, without one."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if run.dry:
-        status = run.command([*pytest, "--collect-only"], "tests.log", 40)
+        status = run.command([*pytest, "--collect-only"], "tests.log", 90)
         print(f"tests only collected: {run.tail('tests.log', 1)}")
         if status not in (0, 5):
             run.faults.append(f"pytest could not collect (exit status {status}); see tests.log")
         return
-    for name, marks, share in (("tests-gpu", "gpu", 0.15), ("tests", "not gpu", 0.3)):
-        command = [*pytest, "-m", marks, f"--junitxml={run.out / name}.xml"]
-        status = run.command(command, f"{name}.log", min(run.left(), share * run.seconds))
-        if status is None:
-            run.left_out.append(f"{name}: the rest of it, its share of the time was over")
-        elif status not in (0, 5):  # 5: no test has these marks
-            run.faults.append(f"{name}: exit status {status}; see {name}.log")
-        print(f"{name}: {run.tail(f'{name}.log', 1 if status in (0, 5) else 12)}")
+    command = [*pytest, "-m", "gpu", f"--junitxml={run.out / 'tests-gpu.xml'}"]
+    status = run.command(command, "tests-gpu.log", min(run.left(), TESTS * run.seconds))
+    if status is None:
+        run.left_out.append("tests-gpu: the rest of it, its share of the time was over")
+    elif status not in (0, 5):  # 5: no test has these marks
+        run.faults.append(f"tests-gpu: exit status {status}; see tests-gpu.log")
+    print(f"tests-gpu: {run.tail('tests-gpu.log', 1 if status in (0, 5) else 12)}")
 
 
 def ceilings(run: Run, recorder):
-    """Copy bandwidth, launch gap and matrix products; returns the copy, the floor of most ops."""
+    """Copy bandwidth, launch gap and matrix products: what the floors are made of."""
     import torch
 
-    from bertfast.bench import ceilings as measured
-    from bertfast.bench.record import Row
+    from bertfast.bench.ceilings import Machine
 
-    megabytes, repeats = (16, 5) if run.dry else (2048, 15)
-    copy = measured.copy_bandwidth(run.device, megabytes, repeats)
-    clock = "host" if run.dry else "device"
-    row = Row("torch", "copy", "", f"{megabytes}MB", "uint8", clock=clock, cache="cold")
-    row.gb_per_s, row.percent_of_floor = copy.bytes_per_s / 1e9, 100.0
-    _record(recorder, row, copy.sample)
-    print(f"copy: {row.gb_per_s:.0f} GB/s, read plus written")
-    if not run.dry:
-        gap = measured.launch_gap(repeats)
-        _record(recorder, Row("torch", "launch gap", "", "1", "fp32"), gap)
-        print(f"launch gap in a CUDA graph: {gap.median:.2f} us")
-    rows, dtype, name = (64, torch.float32, "fp32") if run.dry else (16384, torch.float16, "fp16")
-    for product in measured.product_rates(run.device, rows, dtype, repeats):
-        shape = f"{product.rows}x{product.inner}x{product.columns}"
-        row = Row("torch", "matmul", "forward", shape, name, clock=clock, cache="warm")
-        row.tflop_per_s = product.flop_per_s / 1e12
-        if not run.dry:
-            run.flop_per_s = max(run.flop_per_s or 0.0, product.flop_per_s)
-        _record(recorder, row, product.sample)
-        print(f"matmul {shape} {name}: {row.tflop_per_s:.3g} TFLOP/s")
-    return copy
+    machine = Machine(run.device, recorder.add, quick=run.dry)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        machine.ceilings(dtype)
+    for row in recorder.rows:
+        rate = f"{row.gb_per_s:.0f} GB/s" if row.gb_per_s else f"{row.median_us:.2f} us"
+        rate = f"{row.tflop_per_s:.3g} TFLOP/s" if row.tflop_per_s else rate
+        print(f"{row.op} {row.shape} {row.dtype}: {rate}")
+    return machine
 
 
-def _record(recorder, row, sample) -> None:
-    row.median_us, row.p20_us, row.p80_us = sample.median, sample.p20, sample.p80
-    recorder.add(row)
+@dataclass
+class Phase:
+    """Cases of one kind, and the share of the whole time at whose end it makes room."""
+
+    name: str
+    until: float
+    todo: list
+    measure: Callable
+    least: float = 0.0  # seconds that must be left to begin a case
+    done: int = 0
+
+    def go(self, run: Run, until: float) -> None:
+        """Measures cases until then, at least one if there is any time."""
+        end = run.end - (1 - until) * run.seconds
+        first = True
+        while self.todo and run.left() > self.least and (first or time.monotonic() < end):
+            first = False
+            case = self.todo.pop(0)
+            print(f"{self.name}: {case.op} {case.pass_} {case.shape}", flush=True)
+            try:
+                self.measure(case)
+            except Exception as error:  # out of memory, say: the other cases are still worth it
+                run.faults.append(
+                    f"{self.name} {case.shape}: {type(error).__name__}: {error}"[:300]
+                )
+            self.done += 1
 
 
-def op_times(run: Run, recorder, copy) -> None:
-    """Every op against its alternatives, each checked in this run before it is timed."""
-    from bertfast import ops
-    from bertfast.bench import cases
+def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
+    """What is measured, and by whom."""
+    import torch
+
+    from bertfast.bench import cases, encoder, models, parts
     from bertfast.bench.measure import Bench
+
+    options = dict(
+        repeats=3 if run.dry else 9,
+        out_of_time=run.over,
+        compile_backend="aot_eager" if run.dry else "inductor",
+    )
+    ops = Bench(machine, recorder, **options)
+    eager = encoder.EncoderBench(machine, recorder, slow=False, **options)
+    compiled = {
+        name: encoder.EncoderBench(machine, recorder, providers=providers, slow=True, **options)
+        for name, providers in COMPILED.items()
+    }
+    bf16, fp16 = torch.bfloat16, torch.float16
+
+    def layer(case) -> None:
+        eager.measure(case)
+        if case.pass_ == "forward":
+            parts.measure_parts(machine, recorder, case.model, case.tokens, case.dtype)
+
+    if run.dry:
+        tiny = models.Model("tiny", 32, 64, 2, 2)
+        full, mixed = models.full_batch(1, 12), models.mixed_batch("queries", 4)
+        both = ("forward", "forward+backward")
+        many = {
+            "ops": cases.dry_cases(),
+            "layers": encoder.cases([tiny], [full], both, [bf16], layer=True),
+            "models": encoder.cases([tiny], [full], both, [torch.float32]),
+            "mixes": encoder.cases([tiny], [mixed], both, [torch.float32]),
+            "latency": encoder.cases([tiny], [full], ["latency"], [torch.float32]),
+            "compilers": encoder.cases([tiny], [full], ["forward"], [torch.float32]),
+            "autotune": encoder.cases([tiny], [full], ["latency"], [torch.float32]),
+        }
+    else:
+        base, large, mini = models.MODELS.values()
+        shapes = {name: models.full_batch(*size) for name, size in SHAPES.items()}
+        squad, queries, wikipedia, passages = (
+            models.mixed_batch(name, 64) for name in ("squad", "queries", "wikipedia", "passages")
+        )
+        both = ("forward", "forward+backward")
+        long, short = shapes["32x512"], shapes["32x128"]
+        one = shapes["1x128"]
+        many = {
+            "ops": cases.all_cases(),
+            "layers": [
+                *encoder.cases([base], [long, short, shapes["64x384"]], both, [bf16], layer=True),
+                *encoder.cases([large, mini], [long, short], both, [bf16], layer=True),
+            ],
+            "models": [
+                *encoder.cases([base], [long, short, shapes["8x128"]], both, [bf16]),
+                *encoder.cases([large], [shapes["64x384"], short], both, [bf16]),
+                *encoder.cases([mini], [shapes["64x384"], short], both, [bf16]),
+                *encoder.cases([base], [shapes["64x384"]], both, [bf16, fp16]),
+            ],
+            "mixes": [
+                *encoder.cases([base], [squad, queries], both, [bf16]),
+                *encoder.cases([base], [wikipedia, passages], both, [bf16]),
+                *encoder.cases([large, mini], [squad, queries], both, [bf16]),
+            ],
+            "latency": [
+                *encoder.cases([base, mini, large], [one], ["latency"], [bf16]),
+                *encoder.cases([base], [models.full_batch(1, 20)], ["latency"], [bf16]),
+            ],
+            "compilers": [
+                *encoder.cases([base], [long, squad], ["forward"], [bf16]),
+                *encoder.cases([base], [long], ["forward+backward"], [bf16]),
+            ],
+            "autotune": [
+                *encoder.cases([base], [one], ["latency"], [bf16]),
+                *encoder.cases([base], [long], ["forward"], [bf16]),
+            ],
+        }
+    measures = {"ops": ops.measure, "layers": layer}
+    measures |= {name: bench.measure for name, bench in compiled.items()}
+    found = [
+        Phase(
+            name,
+            UNTIL[name],
+            list(todo),
+            measures.get(name, eager.measure),
+            0.0 if run.dry else COMPILES.get(name, 0.0),
+        )
+        for name, todo in many.items()
+    ]
+    return found, [ops, eager, *compiled.values()]
+
+
+def measurements(run: Run, recorder, machine) -> None:
+    """Each phase in its share of the time, then what was left of each, in turns."""
+    from bertfast import ops
 
     for op, backends in ops.available(run.device).items():
         for backend, reason in backends.items():
             if reason:
                 run.left_out.append(f"{op} on {backend}: {reason}")
-    bench = Bench(
-        run.device,
-        recorder,
-        copy,
-        repeats=3 if run.dry else 15,
-        out_of_time=run.over,
-        flop_per_s=run.flop_per_s,
-        compile_backend="aot_eager" if run.dry else "inductor",
-    )
-    todo = cases.dry_cases() if run.dry else cases.all_cases()
-    done = 0
-    for case in todo:
-        if run.over():
-            break
-        bench.measure(case)
-        done += 1
-    print(f"{done} of {len(todo)} cases measured, {len(bench.refused)} providers refused")
-    if done < len(todo):
-        run.left_out.append(f"{len(todo) - done} of {len(todo)} cases: the time was over")
-    run.faults += bench.refused
+    todo, benches = phases(run, recorder, machine)
+    if importlib.util.find_spec("transformers") is None:
+        run.left_out.append("layers and models: transformers is not installed")
+        todo = [phase for phase in todo if phase.name == "ops"]
+    for phase in todo:
+        phase.go(run, phase.until)
+    while any(phase.todo and run.left() > phase.least for phase in todo):
+        for phase in todo:
+            phase.go(run, 0.0)  # one case
+    for phase in todo:
+        total = phase.done + len(phase.todo)
+        print(f"{phase.name}: {phase.done} of {total} cases measured")
+        if phase.todo:
+            run.left_out.append(f"{len(phase.todo)} of {total} {phase.name}: the time was over")
+    absent: dict[str, str] = {}
+    for bench in benches:
+        run.faults += bench.faults
+        if isinstance(bench.left_out, dict):
+            absent |= bench.left_out
+        else:
+            run.left_out += bench.left_out
+    run.left_out += [f"{name}: {reason}" for name, reason in absent.items()]
 
 
 def summary(run: Run, rows: list) -> str:
-    """One line a case: each provider's median, ours with the percentage of copy bandwidth."""
-    lines: dict[tuple, dict[str, str]] = {}
-    timed = [row for row in rows if row.median_us is not None and row.provider != "torch"]
-    for row in timed:
-        if row.clock == run_clock(run):
-            key = (row.op, row.pass_, row.shape, row.dtype, f"p={row.dropout:g}")
-            share = f" {row.percent_of_floor:.0f}%" if row.percent_of_floor is not None else ""
-            lines.setdefault(key, {})[row.provider] = f"{row.median_us:.1f}{share}"
-    providers = list(dict.fromkeys(row.provider for row in timed))
-    heading = f"{'us, % of the floor':44}" + "".join(f"{name:>17}" for name in providers)
-    text = [heading] if lines else ["nothing was timed"]
-    for key, found in lines.items():
-        cells = "".join(f"{found.get(name, '-'):>17}" for name in providers)
-        text.append(f"{' '.join(key):44}{cells}")
+    """One line a case: each provider's median, with the percentage of the floor."""
+    from bertfast.bench.tables import duration, grouped
+
+    text = []
+    for (op, pass_, shape, dtype, dropout), found in grouped(rows).items():
+        if op in ("copy", "matmul", "launch gap"):
+            continue
+        cells = []
+        for row in sorted(found, key=lambda row: row.median_us or float("inf")):
+            share = f" {row.percent_of_floor:.0f}%" if row.percent_of_floor else ""
+            took = "-" if row.median_us is None else duration(row.median_us) + share
+            cells.append(f"{row.provider} {took}")
+        text.append(f"{op} {pass_} {shape} {dtype} p={dropout:g}: {'; '.join(cells)}")
+    text = text or ["nothing was timed"]
     text += [f"left out: {line}" for line in run.left_out]
     text += [f"FAULT: {line}" for line in run.faults]
     return "\n".join(text)
-
-
-def run_clock(run: Run) -> str:
-    return "host" if run.dry else "device"
 
 
 def attempt(run: Run, step: Callable, *args):
@@ -274,9 +397,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     attempt(run, build)
     attempt(run, tests)
-    copy = attempt(run, ceilings, recorder)
-    if copy is not None:
-        attempt(run, op_times, recorder, copy)
+    machine = attempt(run, ceilings, recorder)
+    if machine is not None:
+        attempt(run, measurements, recorder, machine)
     text = summary(run, recorder.rows)
     (out / "summary.txt").write_text(text + "\n")
     print(f"\n{text}\n\n{len(recorder.rows)} rows in {recorder.path}")

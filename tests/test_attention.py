@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bertfast import packing
-from bertfast.bench import length_mixes
+from bertfast.bench.lengths import MIXES
 from bertfast.ops import attention, attention_qkv, dispatch, dropout_keep_mask
 from bertfast.testing import attention as table
 from bertfast.testing import compare, guarded_allocations, worst
@@ -303,7 +303,11 @@ def test_plan_covers_each_token_once(lengths, known):
 def test_most_scores_are_useful():
     """What the two tile sizes and the sharing of tiles are for, on three mixes of lengths."""
     for name, least in (("squad", 0.75), ("wikipedia", 0.90), ("queries", 0.40)):
-        shares = [length_mixes.useful_share(name, seed) for seed in range(10)]
+        shares = []
+        for seed in range(10):
+            cu = torch.tensor([0, *MIXES[name].lengths(64, seed)]).cumsum(0).to(torch.int32)
+            plan = packing.plan(cu, MIXES[name].longest, int(cu[-1]))
+            shares.append(packing.useful_share(cu, plan))
         assert sum(shares) / 10 >= least, (name, shares)
 
 

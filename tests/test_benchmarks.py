@@ -1,14 +1,17 @@
 """benchmarks/run_all.py on a CPU, and the rules of bertfast.bench."""
 
 import csv
+import importlib.util
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bertfast.bench import cases, measure, record, timing
+from bertfast.bench import cases, ceilings, measure, record, timing
 from bertfast.ops import available
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,21 +38,26 @@ def dry_run(tmp_path_factory):
 def test_dry_run_goes_through_every_step(dry_run):
     result, rows = dry_run
     assert result.returncode == 0, result.stdout + result.stderr
-    for step in ("build", "tests", "ceilings", "op_times"):
+    for step in ("build", "tests", "ceilings", "measurements"):
         assert f"== {step}" in result.stdout
-    assert {"copy", "matmul", "layer_norm", "bias_gelu"} <= {row["op"] for row in rows}
+    ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv"}
+    assert ops | {"tiny", "tiny layer", "tiny layer attention"} <= {row["op"] for row in rows}
+    for phase in ("ops", "layers", "models", "mixes", "latency", "compilers", "autotune"):
+        done, total = re.search(rf"^{phase}: (\d+) of (\d+) cases", result.stdout, re.M).groups()
+        assert done == total != "0"
 
 
 def test_dry_run_times_every_provider_in_every_pass(dry_run):
     _, rows = dry_run
     for op, pass_ in dict.fromkeys((case.op, case.pass_) for case in cases.dry_cases()):
         # The script runs Triton in its interpreter, whatever this process does.
-        providers = {"torch eager", "torch compile"}
-        if op == "attention_qkv":
-            providers = {"torch sdpa math"}
-        providers.add("bertfast triton")
+        providers = {"bertfast torch", "bertfast triton"}
         if available("cpu")[op]["cuda"] is None:
             providers.add("bertfast cuda")
+        if op.startswith("attention"):
+            providers |= {"torch sdpa", "torch sdpa math"}
+        else:
+            providers |= {"torch eager", "torch compile"}
         timed = [row for row in rows if row["op"] == op and row["pass"] == pass_]
         assert {row["provider"] for row in timed} == providers
         for row in timed:
@@ -68,8 +76,8 @@ def test_time_limit_ends_cleanly_and_keeps_the_header(tmp_path):
 @pytest.fixture
 def bench(tmp_path):
     recorder = record.Recorder(tmp_path / "rows.csv", record.environment("cpu"))
-    copy = measure.Copy(timing.Sample(1.0, 1.0, 1.0), 10_000)
-    return measure.Bench("cpu", recorder, copy, repeats=2, say=lambda text: None)
+    machine = ceilings.Machine("cpu", lambda row: None, quick=True)
+    return measure.Bench(machine, recorder, repeats=2, say=lambda text: None)
 
 
 CASE = cases.LayerNormCase("backward", 5, 32, torch.float32)
@@ -89,7 +97,8 @@ def test_a_wrong_provider_is_not_timed(bench):
     assert rows["torch wrong"].note.startswith("not timed, wrong: Wrong: relative error")
     assert rows["torch broken"].note == "not timed: RuntimeError: no such kernel"
     assert rows["torch eager"].median_us > 0
-    assert len(bench.refused) == 2
+    assert [line.split()[1] for line in bench.faults] == ["wrong"]
+    assert [line.split()[1] for line in bench.left_out] == ["broken"]
 
 
 def test_a_nan_is_wrong():
@@ -106,7 +115,7 @@ def test_ours_must_meet_the_error_budget(bench, monkeypatch):
         raise measure.Wrong("y: max error 1 of 0.1 allowed")
 
     monkeypatch.setattr(measure, "check_budget", over_budget)
-    bench.measure(CASE, {"bertfast torch": cases._ours("torch")})
+    bench.measure(CASE, {"bertfast cuda": cases._ours("torch")})
     assert bench.recorder.rows[0].median_us is None
     assert "max error 1" in bench.recorder.rows[0].note
 
@@ -161,3 +170,44 @@ def test_providers_take_turns_and_stop_in_time():
 def test_the_package_measures_without_a_gpu_or_triton():
     code = "import sys; sys.modules['triton'] = None; from bertfast.bench import cases, measure"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_overhead_suites_run_every_op():
+    pytest.importorskip("bertfast._host")
+    path = SCRIPT.with_name("bench_overhead.py")
+    spec = importlib.util.spec_from_file_location("bench_overhead", path)
+    suite = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(suite)
+    assert {op for case in suite.CASES for op in case.needs} == set(available("cpu"))
+    suite.BACKEND = "torch"  # which every op has
+    for kind in suite.CASES:
+        case = kind()
+        tensors = case.tensors()
+        assert case.fused(*tensors).numel() == case.stock(*tensors).numel()
+
+
+def test_a_case_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("bertfast_run_all", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    measured = []
+
+    def measure(case):
+        if not measured:
+            measured.append(None)
+            raise MemoryError("too large")
+        measured.append(case)
+
+    run = script.Run(tmp_path, True, time.monotonic() + 60, 60.0)
+    phase = script.Phase("models", 1.0, [CASE, CASE], measure)
+    phase.go(run, 1.0)
+    assert measured == [None, CASE] and phase.done == 2 and phase.todo == []
+    assert run.faults == ["models 5x32: MemoryError: too large"]
+    # With too little time left nothing is begun; with its share used up, one case and no more.
+    late = script.Phase("autotune", 1.0, [CASE], measure, least=100.0)
+    late.go(run, 1.0)
+    assert late.todo == [CASE]
+    rest = script.Phase("ops", 0.0, [CASE, CASE], measure)
+    rest.go(run, 0.0)
+    assert rest.done == 1

@@ -3,6 +3,13 @@
 record    the environment, and rows in a CSV of a fixed schema
 timing    interleaved medians: CUDA-graph replays on a GPU, wall time on a CPU
 ceilings  what the machine can do: copy bandwidth, launch gap, matrix product rate
+floor     the least time of an op, a layer or a model, from the ceilings
+lengths   token counts as real batches have them
 cases     for each op what is timed: inputs, providers, and the bytes that it must move
-measure   one case: the numbers are checked first, and only what is right is timed
+measure   one op's case: the numbers are checked first, and only what is right is timed
+models    the encoders and batches that are measured
+baselines, layer_baselines   bertfast and everybody else, running a model or a layer
+encoder   one layer's or model's case, checked and timed in the same way
+parts     the kinds of work in a layer, timed apart
+command, tables, plots       `bertfast bench`
 """

@@ -1,37 +1,39 @@
-"""What is timed for attention: full batches of each length, and packed batches of real lengths."""
+"""What is timed for attention: full batches and packed ones, against torch's own and others'.
 
-import importlib.util
-import itertools
+On a packed case, providers that can't take packed tokens get the same tokens padded, with a mask.
+"""
+
+import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops, packing
-from ..ops import dispatch
-from ..testing import attention as testing
-from . import length_mixes
+from ..testing import attention as attention_testing
+from .lengths import MIXES
+from .stepping import Step, ours_and, step
 
+# torch's kernels, by the names that people know them by; "default" is torch's own choice.
 SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
+    "torch sdpa": None,
+    "torch sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "torch sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "torch sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "torch sdpa math": SDPBackend.MATH,
 }
-Step = Callable[[], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """dropout(softmax(q k^T / sqrt(D))) v with q, k and v in one buffer.
-
-    mix: None for sequences of `length` tokens each, or the name of a mix of lengths, packed."""
+    """Self-attention of one layer, from the buffer that the joined product of q, k and v wrote."""
 
     pass_: str  # forward (inference), training (forward, saving for the backward), backward
     batch: int
-    length: int
+    length: int  # of every sequence; of a mix the most there can be
     heads: int
     head_dim: int
     dtype: torch.dtype
@@ -39,149 +41,188 @@ class AttentionCase:
     mix: str | None = None
     op: str = "attention_qkv"
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        return MIXES[self.mix].lengths(self.batch) if self.mix else [self.length] * self.batch
+
     @property
     def shape(self) -> str:
-        name = self.mix or str(self.length)
-        return f"{self.batch}x{name}x{self.heads}x{self.head_dim}"
-
-    def _lengths(self) -> list[int]:
-        if self.mix is None:
-            return [self.length] * self.batch
-        return length_mixes.cu_seqlens(self.mix, self.batch).diff().tolist()
+        size = f"{self.batch}x{max(self.lengths)}x{self.heads}x{self.head_dim}"
+        return f"{self.mix} {size}" if self.mix else size
 
     @property
     def bytes(self) -> int:
-        """The least that must move: q, k, v read and out written (and lse, float32, one value a
-        row); in the backward q, k, v, out, dout and lse read and three gradients written."""
-        values = {"forward": 4, "training": 4, "backward": 8}[self.pass_]
-        statistics = 0 if self.pass_ == "forward" else 4
-        rows = sum(self._lengths()) * self.heads
-        return rows * (values * self.head_dim * self.dtype.itemsize + statistics)
+        """q, k, v read and out written; its gradient, those four and three gradients. And lse."""
+        rows = sum(self.lengths) * self.heads
+        values = 8 if self.pass_ == "backward" else 4
+        statistics = 0 if self.pass_ == "forward" else 4 * rows
+        return values * rows * self.head_dim * self.dtype.itemsize + statistics
 
     @property
     def flops(self) -> int:
-        """Two products a score forward, five backward; only scores inside a sequence count."""
-        products = 5 if self.pass_ == "backward" else 2
-        scores = sum(length**2 for length in self._lengths()) * self.heads
-        return products * 2 * scores * self.head_dim
+        """Two products in the forward, five in the backward, each 2 * head_dim a score."""
+        scores = self.heads * sum(length * length for length in self.lengths)
+        return (10 if self.pass_ == "backward" else 4) * self.head_dim * scores
 
     def inputs(self, device: str, seed: int) -> dict:
         generator = torch.Generator(device).manual_seed(seed)
-        lead: tuple[int, ...] = (self.batch, self.length)
-        layout = {}
-        if self.mix is not None:
-            cu = length_mixes.cu_seqlens(self.mix, self.batch).to(device)
-            lead = (sum(self._lengths()),)
-            longest = length_mixes.MIXES[self.mix].max_seqlen
-            layout = {"cu_seqlens": cu, "max_seqlen": longest}
-            layout["plan"] = packing.plan(cu, longest, lead[0])
+        rows, length = self.batch, max(self.lengths)
+        tail = (self.heads, self.head_dim)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
 
-        return {
-            "qkv": normal(*lead, 3, self.heads, self.head_dim),
-            "dout": normal(*lead, self.heads, self.head_dim),
-            "seed": torch.tensor([seed + 12345], device=device),
-            "layout": layout,
-        }
+        padded, dout = normal(rows, length, 3, *tail), normal(rows, length, *tail)
+        found = {"qkv": padded, "dout": dout, "mask": None, "layout": {}}
+        found["seed"] = torch.tensor([seed + 12345], device=device)
+        if self.mix:
+            own = torch.tensor(self.lengths)
+            mask = (torch.arange(length) < own[:, None]).to(device)
+            cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32)
+            cu_seqlens[1:] = own.cumsum(0)
+            cu_seqlens = cu_seqlens.to(device)
+            plan = packing.plan(cu_seqlens, length, int(own.sum()))
+            layout = dict(cu_seqlens=cu_seqlens, max_seqlen=length, plan=plan)
+            found |= {"mask": mask, "layout": layout}
+            found |= {"packed_qkv": padded[mask], "packed_dout": dout[mask]}
+        return found
 
     def steps(self, function: Callable, inputs: dict) -> Step:
         """The pass as a function without arguments; `function` is one of `providers`."""
-        seed, layout = inputs["seed"], inputs["layout"]
-        if self.pass_ == "forward":
-
-            def forward() -> tuple[torch.Tensor, ...]:
-                with torch.no_grad():
-                    return (function(inputs["qkv"], layout, seed, self.dropout),)
-
-            return forward
-        qkv = inputs["qkv"].detach().clone().requires_grad_()
-
-        def training() -> tuple[torch.Tensor, ...]:
-            return (function(qkv, layout, seed, self.dropout),)
-
-        if self.pass_ == "training":
-            return training
-        (out,) = training()
-        return lambda: torch.autograd.grad(out, [qkv], inputs["dout"], retain_graph=True)
+        form = "packed_" if self.mix and getattr(function, "packed", False) else ""
+        p = 0.0 if self.pass_ == "forward" else self.dropout
+        call = functools.partial(function, inputs=inputs, p=p)
+        return step(self.pass_, call, {"qkv": inputs[form + "qkv"]}, inputs[form + "dout"])
 
     def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
-        """Ours where they run here, then each backend of torch's, and flash-attention."""
-        found: dict[str, Callable] = {}
-        for backend in ("triton", "cuda"):
-            case = (device, self.dtype, self.head_dim)
-            if dispatch.unsupported_reason(self.op, backend, *case) is None:
-                found[f"bertfast {backend}"] = _ours(backend)
-        if self.mix is None:
-            names = SDPA if device == "cuda" else {"math": SDPA["math"]}
-            found |= {f"torch sdpa {name}": _sdpa(kind) for name, kind in names.items()}
-        if device == "cuda" and importlib.util.find_spec("flash_attn"):
-            found["flash-attention"] = _flash_attention
-        return found
+        case = (self.dtype, self.head_dim)
+        found = ours_and(self.op, _ours, device, case=case)
+        names = SDPA if device == "cuda" else ("torch sdpa", "torch sdpa math")
+        found |= {name: functools.partial(_sdpa, SDPA[name]) for name in names}
+        if self.mix and device == "cuda":  # flash refuses masks
+            del found["torch sdpa flash"]
+        if device == "cuda" and not self.mix and not self.dropout:
+            found["torch flex"] = _flex(compile_backend)
+        flash = _flash_attn(device, self.dtype)
+        return found | ({"flash-attn": flash} if flash else {})
 
-    def reference(self, inputs: dict) -> dict[str, Callable]:
+    def reference(self, inputs: dict, provider: str) -> Step:
         """What is right, in float64 on the inputs' device."""
-        wide = inputs | {name: inputs[name].double() for name in ("qkv", "dout")}
-        right = self.steps(_ours("torch"), wide)
-        return {"bertfast": right, "torch": right}
-
-    def for_budget(self) -> testing.Case:
-        """A short sequence of it, for the error budget."""
-        return testing.Case((67,), heads=2, head_dim=self.head_dim, p=self.dropout)
+        wide = {
+            name: value.double() if name.endswith(("qkv", "dout")) else value
+            for name, value in inputs.items()
+        }
+        packed = provider.startswith(("bertfast", "flash-attn"))
+        return self.steps(_ours("torch") if packed else functools.partial(_sdpa, None), wide)
 
     def without_dropout(self) -> "AttentionCase":
         """To check others, whose own random mask can't be known."""
-        return replace(self, dropout=0.0)
+        return dataclasses.replace(self, dropout=0.0)
+
+    def for_budget(self) -> attention_testing.Case:
+        """A few tokens of it, for the error budget."""
+        packed = bool(self.mix)
+        return attention_testing.Case(
+            (33, 70), self.heads, self.head_dim, packed=packed, plan=packed, p=self.dropout
+        )
 
 
-def _ours(backend: str) -> Callable:
-    def run(qkv, layout, seed, p):
-        return ops.attention_qkv(qkv, **layout, dropout_p=p, seed=seed, backend=backend)
+class _ours:
+    packed = True
 
-    return run
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    def __call__(self, qkv, inputs, p):
+        return ops.attention_qkv(
+            qkv, **inputs["layout"], dropout_p=p, seed=inputs["seed"], backend=self.backend
+        )
 
 
-def _sdpa(kind: SDPBackend) -> Callable:
-    def run(qkv, layout, seed, p):
+def _sdpa(backend, qkv, inputs, p):
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    mask = inputs["mask"]
+    mask = None if mask is None else mask[:, None, None, :]
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, p).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, mask, p).transpose(1, 2)
+
+
+def _flex(compile_backend: str) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False, backend=compile_backend)
+
+    def run(qkv, inputs, p):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2)
+        return compiled(q, k, v).transpose(1, 2)
 
     return run
 
 
-def _flash_attention(qkv, layout, seed, p):
-    import flash_attn
+def _flash_attn(device: str, dtype: torch.dtype) -> Callable | None:
+    """The flash-attn package's kernels for one buffer, if it is installed."""
+    if device != "cuda" or dtype == torch.float32:
+        return None
+    try:
+        import flash_attn
+    except ImportError:
+        return None
 
-    if not layout:
-        return flash_attn.flash_attn_qkvpacked_func(qkv, dropout_p=p)
-    return flash_attn.flash_attn_varlen_qkvpacked_func(
-        qkv, layout["cu_seqlens"], layout["max_seqlen"], dropout_p=p
-    )
+    def run(qkv, inputs, p):
+        layout = inputs["layout"]
+        if not layout:
+            return flash_attn.flash_attn_qkvpacked_func(qkv, p)
+        return flash_attn.flash_attn_varlen_qkvpacked_func(
+            qkv, layout["cu_seqlens"], layout["max_seqlen"], p
+        )
+
+    run.packed = True  # type: ignore[attr-defined]
+    return run
 
 
 _PASSES = (("forward", 0.0), ("training", 0.1), ("backward", 0.1), ("backward", 0.0))
+_BASE, _LARGE, _MINILM = (12, 64), (16, 64), (12, 32)
 
 
 def attention_cases() -> list[AttentionCase]:
-    """16384 tokens of BERT-base's heads in bf16 first, then mixes of lengths, then MiniLM's."""
-    tokens, bf16 = 16384, torch.bfloat16
-    cases = [
-        AttentionCase(pass_, tokens // length, length, 12, 64, bf16, p)
-        for length, (pass_, p) in itertools.product((128, 512, 384, 256), _PASSES)
+    """Most important first: BERT-base in bf16 at full lengths and packed, then outward."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    order = [
+        (32, 512, _BASE, bf16, None),
+        (64, 384, _BASE, bf16, "squad"),
+        (128, 128, _BASE, bf16, None),
+        (512, 128, _BASE, bf16, "queries"),
+        (64, 384, _LARGE, fp16, None),
+        (64, 512, _BASE, fp16, "wikipedia"),
+        (64, 384, _MINILM, bf16, None),
+        (64, 384, _MINILM, bf16, "squad"),
+        (1, 128, _BASE, bf16, None),
+        (32, 512, _BASE, fp32, None),
     ]
-    cases += [
-        AttentionCase(pass_, 64, mix.max_seqlen, 12, 64, bf16, p, name)
-        for (name, mix), (pass_, p) in itertools.product(length_mixes.MIXES.items(), _PASSES)
+    return [
+        AttentionCase(pass_, batch, length, *heads, dtype, p, mix)
+        for batch, length, heads, dtype, mix in order
+        for pass_, p in _PASSES
     ]
-    cases += [
-        AttentionCase(pass_, tokens // length, length, 12, 32, bf16, p)
-        for length, (pass_, p) in itertools.product((128, 512, 384, 256), _PASSES)
-    ]
-    return cases
 
 
 def dry_attention_cases() -> list[AttentionCase]:
-    """One tiny case a pass: the interpreter is slow."""
-    return [AttentionCase(pass_, 1, 20, 1, 32, torch.float16, p) for pass_, p in _PASSES[:3]]
+    """One tiny case a pass, in dtypes that all backends take: the interpreter is slow."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float16, torch.bfloat16)
+    return [
+        AttentionCase(pass_, 2, 20, 1, 16, dtype, p, mix)
+        for (pass_, p), dtype, mix in zip(
+            _PASSES, dtypes, (None, "queries", None, "queries"), strict=True
+        )
+    ]
+
+
+def cpu_attention_cases() -> list[AttentionCase]:
+    """What a CPU can time in a minute."""
+    return [
+        AttentionCase("forward", 8, 128, *_MINILM, torch.float32),
+        AttentionCase("forward", 32, 128, *_MINILM, torch.float32, mix="queries"),
+        AttentionCase("forward", 8, 384, *_MINILM, torch.float32, mix="squad"),
+    ]

@@ -14,47 +14,15 @@ import torch.nn.functional as F
 from .. import ops
 from ..testing import bias_gelu as bias_gelu_testing
 from ..testing import layer_norm as layer_norm_testing
-from .attention_cases import AttentionCase, attention_cases, dry_attention_cases
+from .attention_cases import (
+    AttentionCase,
+    attention_cases,
+    cpu_attention_cases,
+    dry_attention_cases,
+)
+from .stepping import Step, ours_and, step
 
 EPS = 1e-12
-Step = Callable[[], tuple[torch.Tensor, ...]]  # runs the pass once; its outputs
-
-
-def _step(pass_: str, call: Callable, leaves: dict[str, torch.Tensor], dy: torch.Tensor) -> Step:
-    """A pass of call(**leaves) as a function without arguments."""
-    if pass_ == "forward":
-
-        def forward() -> tuple[torch.Tensor, ...]:
-            with torch.no_grad():
-                return (call(**leaves),)
-
-        return forward
-    leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
-
-    def training() -> tuple[torch.Tensor, ...]:
-        return (call(**leaves),)
-
-    if pass_ == "training":
-        return training
-    (y,) = training()
-    wanted = list(leaves.values())
-    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
-
-
-def _providers(
-    op: str, ours: Callable[[str], Callable], stock: Callable, device: str, compile_backend: str
-) -> dict[str, Callable]:
-    """Ours where they run here, then torch, eager and compiled."""
-    torch._functorch.config.donated_buffer = False  # the backward is run many times
-    found: dict[str, Callable] = {}
-    for backend, reason in ops.available(device)[op].items():
-        if backend != "torch" and reason is None:
-            found[f"bertfast {backend}"] = ours(backend)
-    found["torch eager"] = stock
-    found["torch compile"] = torch.compile(
-        stock, fullgraph=True, dynamic=False, backend=compile_backend
-    )
-    return found
 
 
 def layer_norm_bytes(pass_: str, rows: int, width: int, itemsize: int, dropout: bool) -> int:
@@ -119,15 +87,17 @@ class LayerNormCase:
         # Inference has no dropout.
         p = 0.0 if self.pass_ == "forward" else self.dropout
         call = functools.partial(function, seed=inputs["seed"], p=p)
-        return _step(self.pass_, call, leaves, inputs["dy"])
+        return step(self.pass_, call, leaves, inputs["dy"])
 
     def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
-        return _providers(self.op, _ours, _stock, device, compile_backend)
+        found = ours_and(self.op, _ours, device, _stock, compile_backend)
+        liger = _liger(device)
+        return found | ({"Liger": liger} if liger else {})
 
-    def reference(self, inputs: dict[str, torch.Tensor]) -> dict[str, Callable]:
-        """What is right, in float64 on the inputs' device, for ours and for stock torch."""
+    def reference(self, inputs: dict[str, torch.Tensor], provider: str) -> Step:
+        """What is right, in float64 on the inputs' device: with our mask, or without any."""
         wide = {k: v if k == "seed" else v.double() for k, v in inputs.items()}
-        return {"bertfast": self.steps(_ours("torch"), wide), "torch": self.steps(_stock, wide)}
+        return self.steps(_ours("torch") if provider.startswith("bertfast") else _stock, wide)
 
     def without_dropout(self) -> "LayerNormCase":
         """To check stock torch, whose own random mask can't be known."""
@@ -158,6 +128,22 @@ def _ours(backend: str) -> Callable:
 def _stock(x, weight, bias, residual, x_bias, seed, p):
     z = F.dropout(x + x_bias, p, training=p > 0) + residual
     return F.layer_norm(z, z.shape[-1:], weight, bias, EPS)
+
+
+def _liger(device: str) -> Callable | None:
+    """Liger's LayerNorm after torch's addition and dropout, if it is installed."""
+    if device != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_layer_norm
+    except ImportError:
+        return None
+
+    def run(x, weight, bias, residual, x_bias, seed, p):
+        z = F.dropout(x + x_bias, p, training=p > 0) + residual
+        return liger_layer_norm(z, weight, bias, EPS)
+
+    return run
 
 
 _PASSES = (("forward", 0.0), ("training", 0.1), ("backward", 0.1), ("training", 0.0))
@@ -222,15 +208,15 @@ class BiasGeluCase:
     def steps(self, function: Callable, inputs: dict[str, torch.Tensor]) -> Step:
         """The pass as a function without arguments; `function` is one of `providers`."""
         leaves = {name: inputs[name] for name in ("x", "bias")}
-        return _step(self.pass_, function, leaves, inputs["dy"])
+        return step(self.pass_, function, leaves, inputs["dy"])
 
     def providers(self, device: str, compile_backend: str = "inductor") -> dict[str, Callable]:
-        return _providers(self.op, _our_gelu, _stock_gelu, device, compile_backend)
+        return ours_and(self.op, _our_gelu, device, _stock_gelu, compile_backend)
 
-    def reference(self, inputs: dict[str, torch.Tensor]) -> dict[str, Callable]:
-        """What is right, in float64 on the inputs' device, for ours and for stock torch."""
+    def reference(self, inputs: dict[str, torch.Tensor], provider: str) -> Step:
+        """What is right, in float64 on the inputs' device."""
         wide = {name: value.double() for name, value in inputs.items()}
-        return dict.fromkeys(("bertfast", "torch"), self.steps(_stock_gelu, wide))
+        return self.steps(_stock_gelu, wide)
 
     def for_budget(self) -> bias_gelu_testing.Case:
         """A few rows of it, for the error budget."""
@@ -264,8 +250,21 @@ Case = LayerNormCase | BiasGeluCase | AttentionCase
 
 def all_cases() -> list[Case]:
     """The ops take turns, so that a run that is cut short has the most important of each."""
-    turns = itertools.zip_longest(layer_norm_cases(), attention_cases(), bias_gelu_cases())
+    lists = (attention_cases(), layer_norm_cases(), bias_gelu_cases())
+    turns = itertools.zip_longest(*lists)
     return [case for turn in turns for case in turn if case is not None]
+
+
+def cpu_cases() -> list[Case]:
+    """What a CPU can time in a minute, in float32: MiniLM's and BERT-base's sizes."""
+    fp32 = torch.float32
+    return [
+        *cpu_attention_cases(),
+        *(LayerNormCase("forward", 4096, width, fp32) for width in (384, 768)),
+        LayerNormCase("backward", 4096, 768, fp32),
+        *(BiasGeluCase("forward", 1024, width, fp32) for width in (1536, 3072)),
+        BiasGeluCase("backward", 1024, 3072, fp32),
+    ]
 
 
 def dry_cases() -> list[Case]:
@@ -275,7 +274,8 @@ def dry_cases() -> list[Case]:
         LayerNormCase(pass_, 6, 64, dtype, p)
         for (pass_, p), dtype in zip(_PASSES, dtypes, strict=False)
     ]
-    return layer_norm + [
+    return [
+        *layer_norm,
         BiasGeluCase("forward", 6, 64, torch.bfloat16),
         BiasGeluCase("backward", 6, 64, torch.float16),
         *dry_attention_cases(),

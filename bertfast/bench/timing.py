@@ -1,9 +1,10 @@
 """Interleaved medians.
 
-On a GPU a provider's calls, one for each of several input sets, are captured in a CUDA graph and
-the graph is replayed between two events: device time, without launch cost. All outputs of a capture
-stay alive, so that no call writes where the cache still holds the last one's output. On a CPU the
-clock is the wall's. Providers take turns over the repeats, so that a drift of the machine's clock
+On a GPU a provider's calls, one for each of several input sets, are captured in a CUDA graph, which
+is replayed between two events: device time, without launch cost. All outputs of a capture stay
+alive, so that no call writes where the cache still holds the last one's output. On a CPU the
+clock is the process's own: with one thread, as the commands set it, that is the time without what
+other processes took. Providers take turns over the repeats, so that a drift of the machine's clock
 hits all of them.
 """
 
@@ -48,29 +49,64 @@ def interleaved(
     return {name: summarize(values) for name, values in times.items()}
 
 
-def wall_timer(calls: Sequence[Call], device: str = "cpu", least_us: float = 0.0) -> Timer:
-    """Wall time of eager calls. On a GPU this is their launch cost, if the kernels are shorter."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+def process_timer(calls: Sequence[Call], least_us: float = 0.0) -> Timer:
+    """Processor time of calls on a CPU."""
+    return _repeated(calls, least_us, time.process_time)
 
+
+def launch_timer(calls: Sequence[Call], least_us: float = 2000.0) -> Timer:
+    """Wall time of launching eager calls on a GPU, if their kernels are shorter than that."""
+    return _repeated(calls, least_us, time.perf_counter, before=torch.cuda.synchronize)
+
+
+def call_timer(call: Call, device: str, least_us: float = 20000.0) -> Timer:
+    """What a user waits for: calls after one another until the GPU is done with the last one, or
+    the CPU's processor time."""
+    if device == "cpu":
+        return process_timer([call])
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return _repeated([call], least_us, clock)
+
+
+def waited_for(call: Call, device: str) -> Call:
+    """The call and waiting for its end: timed, it is the call's latency."""
+    if device == "cpu":
+        return call
+
+    def wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return wait
+
+
+def _repeated(
+    calls: Sequence[Call],
+    least_us: float,
+    clock: Callable[[], float],
+    before: Callable[[], None] = lambda: None,
+) -> Timer:
     def once(rounds: int) -> float:
-        synchronize()
-        start = time.perf_counter()
+        before()
+        start = clock()
         for _ in range(rounds):
             for call in calls:
                 call()
-        elapsed = time.perf_counter() - start
-        synchronize()
-        return elapsed * 1e6
+        return (clock() - start) * 1e6
 
     once(1)  # warms up
-    rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
+    rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3)))) if least_us else 1
     return lambda: once(rounds) / (rounds * len(calls))
 
 
-def graph_timer(
-    calls: Sequence[Call], stream: torch.cuda.Stream, least_us: float = 2000.0
-) -> Timer:
-    """Device time of the calls, captured in one CUDA graph; a measurement takes `least_us`."""
+def captured(
+    calls: Sequence[Call], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """The calls in one CUDA graph, and their outputs, which a replay fills."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, loads modules, fills caches: nothing of it may be captured
@@ -81,6 +117,14 @@ def graph_timer(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         outputs = [call() for call in calls]
+    return graph, outputs
+
+
+def graph_timer(
+    calls: Sequence[Call], stream: torch.cuda.Stream, least_us: float = 2000.0
+) -> Timer:
+    """Device time of the calls, captured in one CUDA graph; a measurement takes `least_us`."""
+    graph, outputs = captured(calls, stream)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once(replays: int) -> float:

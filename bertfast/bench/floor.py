@@ -1,0 +1,127 @@
+"""The least time that an encoder needs on a machine whose ceilings were measured.
+
+A layer is taken to be seven kernels, each as well fused as it could be; a kernel takes at least the
+longer of (operations / rate of matrix products) and (bytes / copy bandwidth), and no time passes
+between kernels. Only real tokens count: padding is work that nobody needs. So the floor is the same
+for every implementation, and one that computes padding is far above it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+KINDS = ("products", "attention", "memory")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reached in the same run."""
+
+    bytes_per_s: float  # of a large copy, read plus written
+    flop_per_s: float  # of matrix products at BERT's own sizes, in the case's dtype
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel has to do."""
+
+    kind: str  # one of KINDS
+    flops: int
+    bytes: int
+
+    def floor_us(self, ceilings: Ceilings) -> float:
+        return 1e6 * max(self.flops / ceilings.flop_per_s, self.bytes / ceilings.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of an encoder."""
+
+    width: int
+    inner: int
+    layers: int
+
+
+def floor_us(work: Iterable[Work], ceilings: Ceilings) -> float:
+    return sum(kernel.floor_us(ceilings) for kernel in work)
+
+
+def shares(work: Iterable[Work], ceilings: Ceilings) -> dict[str, float]:
+    """The part of the floor that each kind takes."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for kernel in work:
+        found[kernel.kind] += kernel.floor_us(ceilings)
+    total = sum(found.values())
+    return {kind: time / total for kind, time in found.items()}
+
+
+def _product(rows: int, inner: int, columns: int, itemsize: int, more: int = 0) -> Work:
+    """rows x inner times inner x columns. more: values that its epilogue reads or writes too."""
+    values = rows * inner + inner * columns + rows * columns + more
+    return Work("products", 2 * rows * inner * columns, values * itemsize)
+
+
+def forward(
+    size: Size, lengths: Sequence[int], itemsize: int, training: bool = False
+) -> list[Work]:
+    """One layer. Products add bias and residual and apply GELU as they write.
+
+    attention   scores and their product with v: 4 * width operations a pair of tokens; q, k, v
+                read, the context written
+    memory      two LayerNorms, each reads the sum and writes: 2 values an element
+    training    what GELU was applied to is written too
+    """
+    tokens, width, inner = sum(lengths), size.width, size.inner
+    pairs = sum(length * length for length in lengths)
+    values = tokens * width
+    return [
+        _product(tokens, width, 3 * width, itemsize),
+        Work("attention", 4 * width * pairs, 4 * values * itemsize),
+        _product(tokens, width, width, itemsize, more=values),
+        Work("memory", 0, 2 * values * itemsize),
+        _product(tokens, width, inner, itemsize, more=tokens * inner if training else 0),
+        _product(tokens, inner, width, itemsize, more=values),
+        Work("memory", 0, 2 * values * itemsize),
+    ]
+
+
+def backward(size: Size, lengths: Sequence[int], itemsize: int) -> list[Work]:
+    """One layer's gradients: each product twice, for its input and for its weight.
+
+    attention   five products of two where the forward has two; q, k, v, out and its gradient read,
+                three gradients written
+    memory      LayerNorm reads dy and what it normalised, writes the gradient: 3 values an element
+    GELU's derivative and the residuals' sums are epilogues.
+    """
+    tokens, width, inner = sum(lengths), size.width, size.inner
+    pairs = sum(length * length for length in lengths)
+    values = tokens * width
+    kernels = [
+        Work("memory", 0, 3 * values * itemsize),
+        _product(tokens, width, inner, itemsize, more=tokens * inner),
+        _product(inner, tokens, width, itemsize),
+        _product(tokens, inner, width, itemsize, more=values),
+        _product(width, tokens, inner, itemsize),
+        Work("memory", 0, 3 * values * itemsize),
+        _product(tokens, width, width, itemsize),
+        _product(width, tokens, width, itemsize),
+        Work("attention", 10 * width * pairs, 8 * values * itemsize),
+        _product(tokens, 3 * width, width, itemsize, more=values),
+        _product(width, tokens, 3 * width, itemsize),
+    ]
+    return kernels
+
+
+def layer(size: Size, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
+    """Forward, and backward too if training."""
+    kernels = forward(size, lengths, itemsize, training)
+    return kernels + backward(size, lengths, itemsize) if training else kernels
+
+
+def model(size: Size, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
+    """All layers and the embeddings, whose rows are read and whose normalised sum is written.
+
+    What a head or pooler adds is left out: it sees one token a sequence.
+    """
+    values = sum(lengths) * size.width
+    embeddings = Work("memory", 0, (5 if training else 2) * values * itemsize)
+    return [embeddings] + size.layers * layer(size, lengths, itemsize, training)

@@ -1,0 +1,157 @@
+"""Encoders to measure: BERT-base, BERT-large and MiniLM with random weights, or a saved model.
+
+Random weights need no network, and the time doesn't depend on them. All parameters are random, so
+that an implementation that forgets one is found out before it is timed.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .floor import Size
+from .lengths import MIXES
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    directory: str | None = None  # None: random weights
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.inner, self.layers)
+
+    def build(self, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+        """The stock Hugging Face model with SDPA attention, in eval."""
+        if self.directory is not None:
+            from transformers import AutoModel
+
+            model = AutoModel.from_pretrained(
+                self.directory, local_files_only=True, attn_implementation="sdpa"
+            )
+            return model.to(device, dtype).eval()
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=layers or self.layers,
+            num_attention_heads=self.heads,
+            attn_implementation="sdpa",
+        )
+        with torch.device(device):
+            model = BertModel(config)
+        return randomized(model).to(dtype).eval()
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("BERT-base", 768, 3072, 12, 12),
+        Model("BERT-large", 1024, 4096, 24, 16),
+        Model("MiniLM-L6", 384, 1536, 6, 12),
+    )
+}
+
+
+def saved(directory: str) -> Model:
+    """The model that `save_pretrained` wrote into a directory."""
+    from transformers import AutoConfig
+
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json: it must hold a saved Hugging Face model")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
+    if inner is None:
+        raise ValueError(f"the model in {directory} ({config.model_type}) is no BERT-like encoder")
+    return Model(
+        Path(directory).resolve().name,
+        config.hidden_size,
+        inner,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        directory,
+    )
+
+
+@torch.no_grad()
+def randomized(module: nn.Module) -> nn.Module:
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        spread, middle = 0.02, 0.0
+        if parameter.ndim == 1:
+            spread, middle = 0.1, float(name.endswith("LayerNorm.weight"))
+        parameter.normal_(middle, spread, generator=generator)
+    return module
+
+
+def with_attention(model: nn.Module, implementation: str) -> nn.Module:
+    """A copy whose attention is "eager", "sdpa", ...; the original's config stays as it is."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch: its real lengths, padded to the longest; random token ids."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def real(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def padded(self) -> int:
+        return len(self.lengths) * self.longest
+
+    def inputs(self, device: str, vocabulary: int = 30522) -> dict[str, torch.Tensor]:
+        """What a tokenizer returns."""
+        generator = torch.Generator().manual_seed(1)
+        own = torch.tensor(self.lengths)[:, None]
+        mask = (torch.arange(self.longest) < own).long()
+        low = min(1000, vocabulary // 2)  # the special tokens are not in use here
+        ids = torch.randint(low, vocabulary, mask.shape, generator=generator) * mask
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def full_batch(rows: int, length: int) -> Tokens:
+    return Tokens(f"{rows}x{length}", (length,) * rows)
+
+
+def mixed_batch(mix: str, rows: int, seed: int = 0) -> Tokens:
+    """`rows` lengths of a mix. The name tells what they are padded to."""
+    lengths = tuple(MIXES[mix].lengths(rows, seed))
+    return Tokens(f"{mix} {rows}x{max(lengths)}", lengths)
+
+
+def parse_shapes(text: str) -> list[Tokens]:
+    """ "8x128,32x512" -> batches without padding."""
+    batches = []
+    for part in text.replace(" ", "").split(","):
+        rows, times, length = part.partition("x")
+        if not (times and rows.isdigit() and length.isdigit() and int(rows) and int(length)):
+            raise ValueError(f"a shape must read ROWSxLENGTH, such as 32x128, got {part!r}")
+        batches.append(full_batch(int(rows), int(length)))
+    return batches
+
+
+def parse_mixes(names: Sequence[str], rows: int) -> list[Tokens]:
+    for name in names:
+        if name not in MIXES:
+            raise ValueError(f"a mix must be one of {', '.join(MIXES)}, got {name!r}")
+    return [mixed_batch(name, rows) for name in names]
