@@ -1,5 +1,6 @@
 """The `bertfast` command."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,7 +8,7 @@ import typer
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Fused kernels for BERT-family encoders: what works here, and is it right?",
+    help="Fused kernels for BERT-family encoders: what works here, is it right, how fast is it?",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -19,6 +20,17 @@ def env(as_json: Json = False) -> None:
     from .env import env
 
     env(as_json)
+
+
+@app.command()
+def demo(
+    texts: Annotated[int, typer.Option(min=2, max=1000, help="How many to embed.")] = 200,
+    plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("bertfast-demo.png"),
+) -> None:
+    """A pretrained model before and after bertfast.optimize, on this machine: numbers and time."""
+    from .demo import demo
+
+    raise typer.Exit(demo(texts, plot))
 
 
 @app.command()
@@ -58,6 +70,48 @@ def kernels(
 
     chosen = archs.replace(" ", "").split(",") if archs else None
     raise typer.Exit(kernels(chosen, as_json, op, update_budget))
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="ops, layer or model.")] = "model",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A saved model's directory, or BERT-base, BERT-large, MiniLM-L6."),
+    ] = None,
+    shapes: Annotated[str | None, typer.Option(help="Without padding: 1x128,32x512.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Lengths as they are: queries, passages, squad, wikipedia, full."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Sequences in a mix's batch.")] = None,
+    passes: Annotated[
+        str | None, typer.Option("--pass", help="forward, forward+backward, latency.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16, bf16.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Only this one, such as 'HF SDPA'; may be repeated.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every row to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write plots into this directory.")] = None,
+) -> None:
+    """How fast, next to every alternative and to the floor; the numbers are checked first."""
+    from .bench.command import bench
+
+    raise typer.Exit(
+        bench(
+            what,
+            model=model,
+            shapes=shapes,
+            mix=mix,
+            rows=rows,
+            passes=passes,
+            dtype=dtype,
+            provider=provider or (),
+            csv=csv,
+            plot=plot,
+        )
+    )
 
 
 def main() -> None:

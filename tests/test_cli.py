@@ -22,7 +22,7 @@ def bertfast(*arguments, env=None):
 def test_help_lists_the_commands():
     result = bertfast("--help")
     assert result.returncode == 0
-    for command in ("env", "verify", "kernels"):
+    for command in ("env", "demo", "verify", "bench", "kernels"):
         assert command in result.stdout
 
 
@@ -51,6 +51,14 @@ def test_verify_finds_every_backend_right():
     for row in record["rows"]:
         assert 0 <= row["share"] <= 1
         assert row["max_budget"] > 0
+
+
+def test_bench_and_demo_hand_on_their_options():
+    result = bertfast("bench", "model", "--pass", "sideways")
+    assert result.returncode == 2
+    assert "--pass must be of" in result.stderr or "transformers is missing" in result.stderr
+    result = bertfast("demo", "--texts", "1")
+    assert result.returncode == 2 and "--texts" in result.stderr
 
 
 def test_verify_refuses_unknown_names():
