@@ -4,17 +4,23 @@
 
 The CUDA path is taken with the kernels compiled for the host and their launch switched off, so the
 same Python, checks, allocations and binding run as on a GPU, but for the launch itself. The tensors
-are tiny, there is one thread, and what stock torch does instead, which does run, stands beside it.
+are tiny, there is one thread, and what stock torch calls for the same, which does run, stands
+beside it. An op without CUDA kernels here is skipped with the reason. Baselines lie in
+benchmarks/results.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from bertfast import nn as encoder
 from bertfast import ops
 
 _host = pytest.importorskip("bertfast._host")
-WIDTH = 768
+BACKEND = "cuda"
+WIDTH, HEADS, INNER = 768, 12, 3072
+DTYPE = torch.bfloat16  # where attention is: in CUDA it takes 16 bits
 
 
 @pytest.fixture(autouse=True)
@@ -27,100 +33,155 @@ def dry():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[(8, WIDTH), (2, 4, WIDTH)], ids=["2d", "3d"])
-def inputs(request):
-    x, residual = torch.randn(request.param), torch.randn(request.param)
-    weight, bias, x_bias = torch.ones(WIDTH), torch.zeros(WIDTH), torch.zeros(WIDTH)
-    return {"x": x, "weight": weight, "bias": bias, "residual": residual, "x_bias": x_bias}
+class LayerNorm:
+    """A kernel against what it stands for: two additions, then layer_norm."""
+
+    needs = ("layer_norm",)
+
+    def tensors(self):
+        return [*torch.randn(2, 8, WIDTH), *torch.randn(3, WIDTH)]
+
+    def fused(self, x, residual, weight, bias, x_bias, **more):
+        return ops.layer_norm(
+            x, weight, bias, residual=residual, x_bias=x_bias, backend=BACKEND, **more
+        )
+
+    def stock(self, x, residual, weight, bias, x_bias):
+        return F.layer_norm((x + x_bias) + residual, (WIDTH,), weight, bias, 1e-12)
 
 
-def fused(inputs):
-    x, weight, bias, residual, x_bias = inputs.values()
-    return lambda: ops.layer_norm(x, weight, bias, residual=residual, x_bias=x_bias, backend="cuda")
+class PlainLayerNorm(LayerNorm):
+    """Nothing added, so that stock torch too is one call."""
+
+    def tensors(self):
+        return [torch.randn(8, WIDTH), *torch.randn(2, WIDTH)]
+
+    def fused(self, x, weight, bias):
+        return ops.layer_norm(x, weight, bias, backend=BACKEND)
+
+    def stock(self, x, weight, bias):
+        return F.layer_norm(x, (WIDTH,), weight, bias, 1e-12)
 
 
-def fused_dropout(inputs):
-    x, weight, bias, residual, x_bias = inputs.values()
-    seed = torch.zeros(1, dtype=torch.int64)
-    return lambda: ops.layer_norm(
-        x,
-        weight,
-        bias,
-        residual=residual,
-        x_bias=x_bias,
-        dropout_p=0.1,
-        seed=seed,
-        backend="cuda",
-    )
+class LayerNormDropout(LayerNorm):
+    def __init__(self):
+        self.seed = torch.zeros(1, dtype=torch.int64)
+
+    def fused(self, *tensors):
+        return super().fused(*tensors, dropout_p=0.1, seed=self.seed)
+
+    def stock(self, x, residual, weight, bias, x_bias):
+        z = F.dropout(x + x_bias, 0.1) + residual
+        return F.layer_norm(z, (WIDTH,), weight, bias, 1e-12)
 
 
-def stock(inputs):
-    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    return lambda: F.layer_norm(x, (WIDTH,), weight, bias, 1e-12)
+class BiasGelu:
+    needs = ("bias_gelu",)
+
+    def tensors(self):
+        return [torch.randn(8, INNER), torch.randn(INNER)]
+
+    def fused(self, x, bias):
+        return ops.bias_gelu(x, bias, backend=BACKEND)
+
+    def stock(self, x, bias):
+        return F.gelu(x + bias)
 
 
-def stock_sum(inputs):
-    """What the fused call stands for: two additions, then layer_norm."""
-    x, weight, bias, residual, x_bias = inputs.values()
-    return lambda: F.layer_norm((x + x_bias) + residual, (WIDTH,), weight, bias, 1e-12)
+class Attention:
+    needs = ("attention",)
+
+    def tensors(self):
+        return list(torch.randn(3, 1, 8, HEADS, 64, dtype=DTYPE))
+
+    def fused(self, q, k, v):
+        return ops.attention(q, k, v, backend=BACKEND)
+
+    def stock(self, q, k, v):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class AttentionQKV:
+    """Packed: two sequences of four tokens."""
+
+    needs = ("attention_qkv",)
+
+    def __init__(self):
+        self.layout = {"cu_seqlens": torch.tensor([0, 4, 8], dtype=torch.int32), "max_seqlen": 4}
+
+    def tensors(self):
+        return [torch.randn(8, 3, HEADS, 64, dtype=DTYPE)]
+
+    def fused(self, qkv):
+        return ops.attention_qkv(qkv, **self.layout, backend=BACKEND)
+
+    def stock(self, qkv):
+        q, k, v = qkv.view(2, 4, 3, HEADS, 64).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class EncoderLayer:
+    """A whole layer, narrow, so that its products, which do run, take little."""
+
+    needs = ("layer_norm", "bias_gelu", "attention_qkv")
+
+    def __init__(self):
+        self.ours = encoder.EncoderLayer(64, 2, 64, backend=BACKEND).to(DTYPE).eval()
+        self.theirs = nn.TransformerEncoderLayer(
+            64, 2, 64, 0.0, "gelu", batch_first=True, dtype=DTYPE
+        )
+
+    def tensors(self):
+        return [torch.randn(1, 8, 64, dtype=DTYPE)]
+
+    def fused(self, x):
+        return self.ours(x)
+
+    def stock(self, x):
+        return self.theirs(x)
+
+
+CASES = (
+    LayerNorm,
+    PlainLayerNorm,
+    LayerNormDropout,
+    BiasGelu,
+    Attention,
+    AttentionQKV,
+    EncoderLayer,
+)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.__name__)
+def case(request):
+    for op in request.param.needs:
+        reason = ops.available("cpu")[op][BACKEND]
+        if reason is not None:
+            pytest.skip(reason)
+    return request.param()
 
 
 def run(benchmark, call):
-    benchmark.pedantic(call, rounds=2000, iterations=50, warmup_rounds=20)
+    benchmark.pedantic(call, rounds=1000, iterations=20, warmup_rounds=20)
 
 
-@pytest.mark.parametrize("name", ["fused", "fused_dropout", "stock", "stock_sum"])
-def test_gradients_off(benchmark, inputs, name):
+@pytest.mark.parametrize("who", ["fused", "stock"])
+def test_gradients_off(benchmark, case, who):
+    call, tensors = getattr(case, who), case.tensors()
     with torch.no_grad():
-        run(benchmark, globals()[name](inputs))
+        run(benchmark, lambda: call(*tensors))
 
 
-@pytest.mark.parametrize("name", ["fused", "fused_dropout", "stock", "stock_sum"])
-def test_gradients_on(benchmark, inputs, name):
-    for tensor in inputs.values():
-        tensor.requires_grad_()
-    run(benchmark, globals()[name](inputs))
+@pytest.mark.parametrize("who", ["fused", "stock"])
+def test_gradients_on(benchmark, case, who):
+    call, tensors = getattr(case, who), [tensor.requires_grad_() for tensor in case.tensors()]
+    run(benchmark, lambda: call(*tensors))
 
 
-@pytest.mark.parametrize("name", ["fused", "fused_dropout", "stock_sum"])
-def test_backward(benchmark, inputs, name):
-    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    y = globals()[name](inputs)()
+@pytest.mark.parametrize("who", ["fused", "stock"])
+def test_backward(benchmark, case, who):
+    call, tensors = getattr(case, who), [tensor.requires_grad_() for tensor in case.tensors()]
+    y = call(*tensors)
     dy = torch.randn_like(y)
-    run(benchmark, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
-
-
-@pytest.fixture
-def gelu_inputs():
-    return torch.randn(8, WIDTH), torch.randn(WIDTH)
-
-
-def fused_gelu(x, bias):
-    return ops.bias_gelu(x, bias, backend="cuda")
-
-
-def stock_gelu(x, bias):
-    return F.gelu(x + bias)
-
-
-@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
-def test_gelu_gradients_off(benchmark, gelu_inputs, name):
-    function = globals()[name]
-    with torch.no_grad():
-        run(benchmark, lambda: function(*gelu_inputs))
-
-
-@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
-def test_gelu_gradients_on(benchmark, gelu_inputs, name):
-    function = globals()[name]
-    for tensor in gelu_inputs:
-        tensor.requires_grad_()
-    run(benchmark, lambda: function(*gelu_inputs))
-
-
-@pytest.mark.parametrize("name", ["fused_gelu", "stock_gelu"])
-def test_gelu_backward(benchmark, gelu_inputs, name):
-    leaves = [tensor.requires_grad_() for tensor in gelu_inputs]
-    y = globals()[name](*leaves)
-    dy = torch.randn_like(y)
-    run(benchmark, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    run(benchmark, lambda: torch.autograd.grad(y, tensors, dy, retain_graph=True))

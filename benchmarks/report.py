@@ -1,0 +1,261 @@
+"""The README's performance tables and plots, generated from the committed CSV files.
+
+    python benchmarks/report.py           writes them
+    python benchmarks/report.py --check   exit status 1 if the README's tables aren't these
+
+Every benchmarks/results/DIR/results.csv is one run of run_all.py or of `bertfast bench --csv`. What
+no file has a row for is written 'not measured'. Nothing between the README's markers is typed.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bertfast.bench.lengths import MIXES  # noqa: E402
+from bertfast.bench.record import Row  # noqa: E402
+from bertfast.bench.tables import baseline, duration, grouped  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "not measured"
+# The README's GPU tables: (model, shape or mix, pass), whatever was measured.
+MODEL_CASES = [
+    ("BERT-base", "32x512", "forward"),
+    ("BERT-base", "32x128", "forward"),
+    ("BERT-base", "squad", "forward"),
+    ("BERT-base", "queries", "forward"),
+    ("BERT-base", "wikipedia", "forward"),
+    ("BERT-base", "1x128", "latency"),
+    ("BERT-base", "32x512", "forward+backward"),
+    ("BERT-base", "squad", "forward+backward"),
+    ("BERT-large", "64x384", "forward"),
+    ("BERT-large", "64x384", "forward+backward"),
+    ("MiniLM-L6", "64x384", "forward"),
+]
+OTHERS = (
+    "HF eager",
+    "HF SDPA",
+    "HF SDPA graph",
+    "torch compile",
+    "torch compile max",
+    "flash-attn varlen",
+    "nn.TransformerEncoder",
+)
+WAITING = (
+    "`benchmarks/run_all.py` measures BERT-base,\nBERT-large and MiniLM at 1x128, 8x128, 32x128, "
+    "32x512 and 64x384 and at realistic lengths,\nforward, forward+backward and latency; its "
+    "tables and plots come here."
+)
+OP_CASES = [
+    ("layer_norm", "16384x768", "forward", 0.0),
+    ("layer_norm", "16384x768", "backward", 0.1),
+    ("bias_gelu", "16384x3072", "forward", 0.0),
+    ("bias_gelu", "16384x3072", "backward", 0.0),
+    ("attention_qkv", "32x512x12x64", "forward", 0.0),
+    ("attention_qkv", "32x512x12x64", "backward", 0.1),
+    ("attention_qkv", "squad", "forward", 0.0),
+    ("attention_qkv", "queries", "forward", 0.0),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One CSV file."""
+
+    path: Path
+    rows: list[Row]
+    facts: dict[str, str]  # the environment's columns
+
+    @property
+    def gpu(self) -> bool:
+        return not self.facts["device"].startswith("cpu: ")
+
+    @property
+    def where(self) -> str:
+        names = ("torch", "triton", "transformers", "cuda", "driver")
+        versions = [f"{name} {self.facts[name]}" for name in names if self.facts[name]]
+        device = self.facts["device"].removeprefix("cpu: ")
+        return f"{device}, {', '.join(versions)}, commit {self.facts['bertfast_commit']}"
+
+
+def read(path: Path) -> Run:
+    kinds = {field.name: field.type for field in fields(Row)}
+    rows, facts = [], {}
+    with path.open(newline="") as file:
+        for record in csv.DictReader(file):
+            values = {}
+            for name, kind in kinds.items():
+                text = record.pop(name.rstrip("_"))
+                number = kind is float or kind == float | None or "float" in str(kind)
+                values[name] = (float(text) if text else None) if number else text
+            rows.append(Row(**values))
+            facts = record
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return Run(path, rows, facts)
+
+
+def runs(directory: Path = RESULTS) -> list[Run]:
+    return [read(path) for path in sorted(directory.glob("*/results.csv"))]
+
+
+def table(heading: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(heading) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, rule, *lines))
+
+
+def find(run: Run | None, op: str, shape: str, pass_: str, dropout=None) -> list[Row]:
+    """The timed rows of a case; a mix is found by its name alone."""
+    if run is None:
+        return []
+    for key, found in grouped(run.rows).items():
+        if (key[0], key[1]) == (op, pass_) and dropout in (None, key[4]):
+            if key[2] == shape or (shape in MIXES and key[2].startswith(shape + " ")):
+                return [row for row in found if row.median_us is not None]
+    return []
+
+
+def best_of_ours(rows: list[Row]) -> Row | None:
+    ours = [row for row in rows if row.provider.startswith("bertfast")]
+    return min(ours, key=lambda row: row.median_us, default=None)
+
+
+def models(run: Run | None) -> str:
+    """Our time and floor, and how many times as fast as each of the others."""
+    lines = []
+    for model, shape, pass_ in MODEL_CASES:
+        rows = find(run, model, shape, pass_)
+        ours, others = best_of_ours(rows), {row.provider: row for row in rows}
+        cells = [f"{model} {shape}, {pass_}"]
+        cells += [duration(ours.median_us), _percent(ours)] if ours else [NOT_MEASURED] * 2
+        for name in OTHERS:
+            other = others.get(name)
+            ratio = f"{other.median_us / ours.median_us:.2f}" if ours and other else NOT_MEASURED
+            cells.append(ratio)
+        lines.append(cells)
+    return table(["", "bertfast", "% of floor", *(f"over {name}" for name in OTHERS)], lines)
+
+
+def ops(run: Run | None) -> str:
+    """Percent of the floor: ours and the best of the others."""
+    lines = []
+    for op, shape, pass_, dropout in OP_CASES:
+        rows = find(run, op, shape, pass_, dropout)
+        ours = best_of_ours(rows)
+        others = [row for row in rows if not row.provider.startswith("bertfast")]
+        other = min(others, key=lambda row: row.median_us, default=None)
+        lines.append(
+            [
+                f"{op} {shape}, {pass_}" + (f", dropout {dropout:g}" if dropout else ""),
+                duration(ours.median_us) if ours else NOT_MEASURED,
+                _percent(ours),
+                f"{other.provider}, {duration(other.median_us)}" if other else NOT_MEASURED,
+                _percent(other),
+            ]
+        )
+    return table(["", "bertfast", "% of floor", "the best other", "% of floor"], lines)
+
+
+def _percent(row: Row | None) -> str:
+    return NOT_MEASURED if row is None else f"{row.percent_of_floor:.0f}"
+
+
+def cpu(run: Run | None) -> str:
+    """Every model case that was measured."""
+    lines = []
+    for (op, pass_, shape, dtype, _), rows in grouped(run.rows if run else []).items():
+        stock = baseline(rows)
+        timed = {row.provider: row for row in rows if row.median_us is not None}
+        ours, other = timed.get("bertfast"), timed.get("nn.TransformerEncoder")
+        if ours is None or stock is None or ours.tokens_per_s is None:
+            continue
+        waste = ours.padded_tokens_per_s / ours.tokens_per_s
+        speed_up = stock.median_us / ours.median_us
+        lines.append(
+            [
+                f"{op} {shape}, {pass_}, {dtype}",
+                f"{ours.tokens_per_s:,.0f}",
+                f"{stock.tokens_per_s:,.0f}",
+                f"{speed_up:.2f}",
+                f"{other.median_us / ours.median_us:.2f}" if other else NOT_MEASURED,
+                f"{waste:.2f}",
+                _percent(ours),
+                f"{ours.error:.1e}",
+            ]
+        )
+    if not lines:
+        return NOT_MEASURED
+    heading = ["", "bertfast tokens/s", "HF SDPA tokens/s", "over HF SDPA"]
+    heading += ["over nn.TransformerEncoder", "padded to real tokens", "% of floor", "error"]
+    return table(heading, lines)
+
+
+def parts(found: list[Run]) -> dict[str, str]:
+    """The README's generated parts by the names of their markers."""
+    gpu = next((run for run in found if run.gpu), None)
+    host = next((run for run in found if not run.gpu), None)
+    on_gpu = f"Not measured: no GPU has run bertfast yet. {WAITING}"
+    if gpu is not None:
+        on_gpu = f"Measured on {gpu.where}.\n\n{models(gpu)}\n\n{ops(gpu)}{images(gpu)}"
+    on_cpu = NOT_MEASURED
+    if host is not None:
+        how = f"one thread, processor time, load {host.facts['load']} when it began"
+        on_cpu = f"Measured on {host.where}; {how}.\n\n{cpu(host)}{images(host)}"
+    return {"gpu": on_gpu, "cpu": on_cpu}
+
+
+def images(run: Run) -> str:
+    """The plots that lie beside the CSV."""
+    if not run.path.is_relative_to(ROOT):
+        return ""
+    place = run.path.parent.relative_to(ROOT)
+    names = {"speed-up": "Speed-up over HF SDPA", "floor": "Percent of the floor"}
+    names["layer"] = "Where a layer's time goes"
+    found = [
+        (name, what) for name, what in names.items() if (ROOT / place / f"{name}.png").exists()
+    ]
+    return "".join(f"\n\n![{what}]({place.as_posix()}/{name}.png)" for name, what in found)
+
+
+def filled(text: str, found: list[Run]) -> str:
+    """The README's text with its generated parts replaced."""
+    for name, body in parts(found).items():
+        # What is between may be anything but another marker.
+        begin = f"<!-- {name}: generated by benchmarks/report.py -->\n"
+        pattern = rf"({re.escape(begin)})(?:(?!<!-- ).)*(<!-- end -->)"
+        text, count = re.subn(
+            pattern, lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    readme = ROOT / "README.md"
+    found = runs()
+    text = readme.read_text()
+    if options.check:
+        generated = filled(text, found)
+        if generated != text:
+            print("README.md's tables are not those of the CSV files: run benchmarks/report.py")
+        return int(generated != text)
+    from bertfast.bench import plots
+
+    for run in found:
+        for path in plots.draw(run.rows, run.facts["device"], run.path.parent):
+            print(path.relative_to(ROOT))
+    readme.write_text(filled(text, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
