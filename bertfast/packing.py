@@ -8,6 +8,7 @@ for the most that there can be, and what is left over is empty.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +34,8 @@ class Plan:
     tile: int
     sequences: int
     max_seqlen: int
-    # On a CPU: (first token, sequences, length) of each run of sequences of one length, and the
-    # cu_seqlens that they come from.
-    runs: tuple[tuple[int, int, int], ...] | None = None
+    # On a CPU: the runs of sequences of one length, and the cu_seqlens that they come from.
+    runs: "tuple[Run, ...] | None" = None
     bounds: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Plan":
@@ -151,16 +151,25 @@ def check_bounds(bounds: list[int], max_seqlen: int) -> list[int]:
     return bounds
 
 
-def equal_runs(bounds: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """(first token, sequences, length) of each run of neighbours of one length, but empty ones."""
-    runs: list[tuple[int, int, int]] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+class Run(NamedTuple):
+    """Neighbouring sequences of one length."""
+
+    sequence: int  # the first of them
+    token: int  # its first
+    count: int  # how many
+    length: int
+
+
+def equal_runs(bounds: list[int]) -> tuple[Run, ...]:
+    """All runs but those of empty sequences."""
+    runs: list[Run] = []
+    for sequence, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         length = end - start
         if length == 0:
             continue
-        if runs and runs[-1][2] == length:
-            first, count, _ = runs[-1]
-            runs[-1] = first, count + 1, length
+        last = runs[-1] if runs else None
+        if last and last.length == length and last.sequence + last.count == sequence:
+            runs[-1] = last._replace(count=last.count + 1)
         else:
-            runs.append((start, 1, length))
+            runs.append(Run(sequence, start, 1, length))
     return tuple(runs)

@@ -18,6 +18,8 @@ torch); the kernels compute the same bits in 32-bit registers.
 
 import torch
 
+from . import dispatch
+
 ROUNDS = 7
 KINDS = ("row", "attention")
 
@@ -42,10 +44,10 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * b; by 16-bit halves, since the product overflows an int64."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16)
-    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _MASK32
+    """High and low 32 bits of a * b, for b below and a near 2^32. The product would overflow, so
+    what a lacks of 2^32 is multiplied, and b added where 2^32 b belongs."""
+    product = (a - 2**32) * b
+    return (product >> 32) + b, product & _MASK32
 
 
 def philox(counters, key, rounds: int = ROUNDS):
@@ -60,12 +62,14 @@ def philox(counters, key, rounds: int = ROUNDS):
     return c0, c1, c2, c3
 
 
-def _draws(seed: torch.Tensor, site: int, c0, c1, c2) -> torch.Tensor:
-    """The eight draws of each counter, in a new last dimension."""
+def _kept(seed: torch.Tensor, site: int, c0, c1, c2, threshold: int) -> torch.Tensor:
+    """Which of the eight draws of each counter are kept, in a new last dimension."""
     seed = seed.reshape(())
     c3 = torch.full_like(c0, site)
     words = philox((c0, c1, c2, c3), (seed & _MASK32, (seed >> 32) & _MASK32))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    halves = [
+        kept for word in words for kept in ((word & 0xFFFF) >= threshold, word >= threshold << 16)
+    ]
     return torch.stack(halves, -1)
 
 
@@ -73,31 +77,56 @@ def row_keep_mask(seed, site: int, rows: torch.Tensor, width: int, threshold: in
     """The mask of kind "row", (len(rows), width), for the given row numbers (int64)."""
     group = torch.arange((width + 7) // 8, device=seed.device)
     c0, row = torch.broadcast_tensors(group, rows[:, None])
-    draws = _draws(seed, site, c0, row & _MASK32, (row >> 32) & _MASK32)
-    return draws.flatten(1)[:, :width] >= threshold
+    kept = _kept(seed, site, c0, row & _MASK32, (row >> 32) & _MASK32, threshold)
+    return kept.flatten(1)[:, :width]
 
 
-def attention_keep_mask(seed, site: int, shape, threshold: int, start=None) -> torch.Tensor:
+def attention_keep_mask(
+    seed, site: int, shape, threshold: int, start=None, sequence: int = 0
+) -> torch.Tensor:
     """The mask of kind "attention" for shape (batch, heads, queries, keys).
 
     start: for each of the batch the position of its first token, which then counts as 0. What lies
-    before has negative coordinates, taken modulo 2^32.
+    before has negative coordinates, taken modulo 2^32. sequence: the number of the batch's first.
     """
     batch, heads, queries, keys = shape
-    device = seed.device
-    i = torch.arange(queries, device=device)[None, :, None]
-    j = torch.arange(keys, device=device)[None, None]
-    if start is not None:
-        start = start.to(torch.int64).repeat_interleave(heads, output_size=batch * heads)
-        i, j = i - start[:, None, None], j - start[:, None, None]
-    shape = (batch * heads, queries, keys)
-    c0 = (((j >> 5) << 3 | (j & 7)) & _MASK32).expand(shape)
-    c1 = (((i >> 4) << 3 | (i & 7)) & _MASK32).expand(shape)
-    c2 = torch.arange(batch * heads, device=device)[:, None, None].expand(shape)
-    k = ((i >> 3) & 1) * 4 + ((j >> 3) & 3)
-    draws = _draws(seed, site, c0, c1, c2)
-    chosen = draws.gather(-1, k.expand(shape)[..., None]).squeeze(-1)
-    return (chosen >= threshold).view(batch, heads, queries, keys)
+    before = 0 if start is None else _most_before(start, max(queries, keys))
+    numbers = torch.arange(sequence * heads, (sequence + batch) * heads, device=seed.device)
+    block = _attention_block(
+        seed, site, numbers, before + queries, before + keys, threshold, -before
+    )
+    if before == 0:
+        return block.unflatten(0, (batch, heads))
+    first = before - start.to(torch.int64)[:, None]
+    i = (first + torch.arange(queries, device=seed.device))[:, None, :, None]
+    j = (first + torch.arange(keys, device=seed.device))[:, None, None]
+    n = torch.arange(batch * heads, device=seed.device).view(batch, heads, 1, 1)
+    return block[n, i, j]
+
+
+def _most_before(start: torch.Tensor, length: int) -> int:
+    """How many positions come before a row's first token, at most, in 32s: calls repeat after that.
+    On a CPU this is looked up; elsewhere nobody waits to learn it."""
+    known = start.device.type == "cpu" and dispatch.plain_call(start) and start.numel() > 0
+    if known and not dispatch.in_functorch_transform():
+        length = int(start.max())
+    return -(-length // 32) * 32
+
+
+def _attention_block(
+    seed, site: int, numbers: torch.Tensor, queries: int, keys: int, threshold: int, first: int
+) -> torch.Tensor:
+    """(numbers, queries, keys), for numbers batch * H + head, and for coordinates that both
+    begin with `first`, a multiple of 32. Each call is made once: its draws are two queries by four
+    keys."""
+    device, count = seed.device, numbers.shape[0]
+    rows, columns = -(-queries // 16), -(-keys // 32)
+    c1 = torch.arange(first // 2, first // 2 + 8 * rows, device=device) & _MASK32
+    c0 = torch.arange(first // 4, first // 4 + 8 * columns, device=device) & _MASK32
+    c2 = numbers[:, None, None]
+    kept = _kept(seed, site, *torch.broadcast_tensors(c0, c1[:, None], c2), threshold)
+    kept = kept.view(count, rows, 8, columns, 8, 2, 4).permute(0, 1, 5, 2, 3, 6, 4)
+    return kept.reshape(count, 16 * rows, 32 * columns)[:, :queries, :keys]
 
 
 def dropout_keep_mask(

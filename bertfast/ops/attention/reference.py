@@ -2,8 +2,8 @@
 
 Runs in float32 for 16-bit inputs and rounds once, at the output; float64 stays float64, which makes
 it the oracle of every test. On a CPU it is also what `backend="auto"` runs: without dropout through
-torch's fused attention, which stores no probabilities; a packed batch sequence by sequence, in one
-call if all have one length.
+torch's fused attention, which stores no probabilities; a packed batch sequence by sequence,
+neighbours of one length in one call.
 
 Masked keys and values are zeroed first, so nothing that lies there gets out, NaN neither; a row
 without any key attends to zeros only and so is zero itself, as are its gradients.
@@ -23,16 +23,17 @@ def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, sc
     q, k, v = (tensor.to(compute) for tensor in (q, k, v))
     if cu_seqlens is None:
         out = _padded(q, k, v, key_mask, seed, threshold, site, scale)
-    elif threshold or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    elif cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         out = _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale)
     else:
         if runs is None:
             runs = packing.equal_runs(cu_seqlens.tolist())
-        out = _by_runs(q, k, v, runs, scale)
+        out = _by_runs(q, k, v, runs, seed, threshold, site, scale)
     return out.to(dtype)
 
 
-def _padded(q, k, v, key_mask, seed, threshold, site, scale):
+def _padded(q, k, v, key_mask, seed, threshold, site, scale, sequence=0):
+    """sequence: the number of the first one, for dropout."""
     if q.numel() == 0:
         return q * 1.0 + 0.0 * (k + v)
     mask = None
@@ -51,19 +52,20 @@ def _padded(q, k, v, key_mask, seed, threshold, site, scale):
     if threshold:
         # The mask counts from a sequence's first token, wherever that lies in the padded row.
         start = None if key_mask is None else key_mask.int().argmax(1)
-        keep = dropout.attention_keep_mask(seed, site, scores.shape, threshold, start)
+        keep = dropout.attention_keep_mask(seed, site, scores.shape, threshold, start, sequence)
         factor = dropout.keep_scale(threshold)
         probabilities = torch.where(keep, probabilities * factor, 0.0)
     return (probabilities @ v).transpose(1, 2)
 
 
-def _by_runs(q, k, v, runs, scale):
+def _by_runs(q, k, v, runs, seed, threshold, site, scale):
     """Sequences of one length that are neighbours are one padded batch without padding."""
     outs = []
-    for first, count, length in runs:
-        rows = slice(first, first + count * length)
-        parts = (tensor[rows].unflatten(0, (count, length)) for tensor in (q, k, v))
-        outs.append(_padded(*parts, None, None, 0, 0, scale).flatten(0, 1))
+    for run in runs:
+        rows = slice(run.token, run.token + run.count * run.length)
+        parts = (tensor[rows].unflatten(0, (run.count, run.length)) for tensor in (q, k, v))
+        out = _padded(*parts, None, seed, threshold, site, scale, run.sequence)
+        outs.append(out.flatten(0, 1))
     if not outs:
         return q * 1.0 + 0.0 * (k + v)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
