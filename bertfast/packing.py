@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-TILES = (32, 64)
+SMALL_TILE, TILE = 32, 64
 STEP = 32  # keys (or queries) at a time at a sequence's end
 
 
@@ -20,7 +20,7 @@ def tile_size(batch: int, max_seqlen: int, total: int | None) -> int:
     """32 where sequences have 32 tokens or fewer, on average if that is known: a tile of 64 would
     then be mostly scores between different sequences."""
     longest = max_seqlen if total is None else min(max_seqlen, total // max(batch, 1))
-    return 32 if longest <= 32 else 64
+    return SMALL_TILE if longest <= SMALL_TILE else TILE
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@
 
 namespace bertfast {
 
-constexpr int kTileRows = 64;  // the larger one of packing.py's TILES
+constexpr int kTileRows = 64;  // packing.py's TILE, the larger one
 constexpr int kAttentionWarps = kTileRows / 16;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 // What the blocks of a multiprocessor share, on the architecture that is compiled for.
