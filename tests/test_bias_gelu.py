@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bertfast.ops import bias_gelu
 from bertfast.ops.bias_gelu import coefficients, fit
-from bertfast.testing import UNIT_ROUNDOFF, compare, guarded_allocations, worst
+from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, run_guarded, worst
 from bertfast.testing import bias_gelu as table
 from bertfast.testing.bias_gelu import Case
 
@@ -26,40 +26,20 @@ def derivative(v, approximate):
     return torch.autograd.grad(F.gelu(v, approximate=approximate).sum(), v)[0]
 
 
-def hold_to_budget(inputs, actual):
-    findings = compare(
-        actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs)
-    )
-    finding = worst(findings)
-    assert finding.ok, str(finding)
-
-
-def run_guarded(inputs, target):
-    """Every tensor that the kernel reads or writes lies between guard zones; outputs are NaN."""
-    with guarded_allocations() as guarded:
-        inputs = {
-            key: guarded(value)
-            if isinstance(value, torch.Tensor) and value.is_contiguous()
-            else value
-            for key, value in inputs.items()
-        }
-        return table.run(inputs, *target)
-
-
 @dtypes
 @pytest.mark.parametrize("case", table.cases(), ids=str)
 def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
     need("bias_gelu", target)
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, run_guarded(inputs, target))
+    hold_to_budget(table, inputs, run_guarded(table.run, inputs, target))
 
 
 @pytest.mark.parametrize("case", table.mixed_cases(), ids=str)
 def test_16_bit_x_with_a_float32_bias(case, target, need):
     need("bias_gelu", target)
     inputs = table.make_inputs(case, torch.float32)
-    actual = run_guarded(inputs, target)
-    hold_to_budget(inputs, actual)
+    actual = run_guarded(table.run, inputs, target)
+    hold_to_budget(table, inputs, actual)
     assert actual["y"].dtype == actual["dbias"].dtype == torch.float32
     assert actual["dx"].dtype == inputs["x"].dtype
 
@@ -68,7 +48,7 @@ def test_16_bit_x_with_a_float32_bias(case, target, need):
 def test_many_rows_take_every_step_of_a_program(target, need, dtype):
     need("bias_gelu", target)
     inputs = table.make_inputs(Case((300, 40)), dtype)
-    hold_to_budget(inputs, run_guarded(inputs, target))
+    hold_to_budget(table, inputs, run_guarded(table.run, inputs, target))
 
 
 @pytest.mark.triton
@@ -80,7 +60,7 @@ def test_triton_programs_that_take_the_steps_of_a_large_tensor(monkeypatch, dtyp
     assert config.steps > triton.backward_config(40, dtype.itemsize, 600).steps
     monkeypatch.setattr(triton, "backward_config", lambda *case: config)
     inputs = table.make_inputs(Case((600, 40)), dtype)
-    hold_to_budget(inputs, run_guarded(inputs, ("triton", device)))
+    hold_to_budget(table, inputs, run_guarded(table.run, inputs, ("triton", device)))
 
 
 @pytest.mark.parametrize("case", table.cases(), ids=str)
@@ -95,7 +75,7 @@ def test_torch_backend_in_float32_is_stock_torch(case):
 @pytest.mark.parametrize("case", table.quick_cases(), ids=str)
 def test_torch_backend_stays_within_the_error_budget(case, dtype):
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, table.run(inputs, "torch"))
+    hold_to_budget(table, inputs, table.run(inputs, "torch"))
 
 
 @pytest.mark.parametrize("fault", ["tanh instead of erf", "fp16 partial sums"])
@@ -421,7 +401,7 @@ def test_budget_holds_when_approximations_are_off_by_their_documented_error(
     host_runtime.set_perturb(True, seed)
     for case in table.quick_cases():
         inputs = table.make_inputs(case, dtype)
-        hold_to_budget(inputs, table.run(inputs, "cuda"))
+        hold_to_budget(table, inputs, table.run(inputs, "cuda"))
 
 
 @pytest.mark.host
@@ -431,7 +411,7 @@ def test_chains_as_long_as_they_get(host_runtime, dtype):
     rows, width = 1003, 4096  # as wide as that few threads fill the host's two multiprocessors
     inputs = table.make_inputs(Case((rows, width)), dtype)
     assert cuda._chains(inputs["dy"], rows, width) == -(-rows // cuda.LONGEST_CHAIN)
-    hold_to_budget(inputs, table.run(inputs, "cuda"))
+    hold_to_budget(table, inputs, table.run(inputs, "cuda"))
 
 
 def test_case_names_are_unique():

@@ -8,6 +8,7 @@ import torch
 
 from bertfast.nn import Encoder
 from bertfast.testing.hf import batch, tiny
+from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +31,7 @@ def test_same_keys_and_numbers(pair, packed):
     own, x, mask, expected = pair
     own.packed = packed
     out = own(x, mask)
-    torch.testing.assert_close(out[mask], expected[mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(out[mask], expected[mask], rtol=0, atol=HIDDEN_ATOL)
     assert out.isfinite().all()
     assert (out[~mask] == 0).all() == packed
     again = pickle.loads(pickle.dumps(copy.deepcopy(own)))
@@ -65,7 +66,7 @@ def test_its_weights_are_joined_and_stay_its_own():
             one(x, mask).pow(2).tanh().sum().backward()
             grads.append([p.grad for p in one.parameters()])
         for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+            torch.testing.assert_close(a, b, rtol=0, atol=HIDDEN_ATOL)
         for one in (own, plain):
             torch.optim.SGD(one.parameters(), lr=0.1).step()
     weights = [

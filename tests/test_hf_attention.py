@@ -8,6 +8,7 @@ import torch
 
 import bertfast.hf
 from bertfast.testing.hf import FAMILIES, batch, tiny
+from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +21,7 @@ def both(name="BertModel", **config):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=HIDDEN_ATOL)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -7,13 +7,14 @@ import torch
 
 import bertfast
 from bertfast.testing.hf import batch, tiny
+from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
 
 
 def close(got, expected, inputs):
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-5)
+    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=HIDDEN_ATOL)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import torch
 
 import bertfast
 from bertfast.testing.hf import batch, packs, rows_seen, tiny
+from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +21,7 @@ def both(name="BertModel", **config):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=HIDDEN_ATOL)
 
 
 MASKS = {
@@ -254,7 +255,7 @@ def test_two_threads_on_one_model():
             if not torch.allclose(fused(**inputs[which], **(asked or {}))[0], expected[which]):
                 real = inputs[which]["attention_mask"].bool()
                 out = fused(**inputs[which])[0]
-                if not torch.allclose(out[real], expected[which][real], atol=2e-5):
+                if not torch.allclose(out[real], expected[which][real], atol=HIDDEN_ATOL):
                     wrong.append(which)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
@@ -286,7 +287,7 @@ def test_real_weights(minilm, layout):
         outputs.append(output[0][real])
         (output[0][real].square().sum() + output[1].square().sum()).backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    torch.testing.assert_close(*outputs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(*outputs, rtol=0, atol=HIDDEN_ATOL)
     for name, expected in gradients[0].items():
         # A key's bias moves every score of a row alike: its gradient is rounding and nothing else,
         # and is held to the size of what cancels in it, the gradient of the query's bias.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bertfast.ops import layer_norm
-from bertfast.testing import UNIT_ROUNDOFF, compare, guarded_allocations, worst
+from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, run_guarded, worst
 from bertfast.testing import layer_norm as table
 from bertfast.testing.layer_norm import Case
 
@@ -15,42 +15,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 
 
-def hold_to_budget(inputs, actual):
-    findings = compare(
-        actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs)
-    )
-    finding = worst(findings)
-    assert finding.ok, str(finding)
-
-
-def run_guarded(inputs, target):
-    """Every tensor that the kernel reads or writes lies between guard zones; outputs are NaN."""
-    with guarded_allocations() as guarded:
-        inputs = {
-            key: guarded(value)
-            if isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.is_contiguous()
-            else value
-            for key, value in inputs.items()
-        }
-        return table.run(inputs, *target)
-
-
 @dtypes
 @pytest.mark.parametrize("case", table.cases(), ids=str)
 def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
     need("layer_norm", target)
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, run_guarded(inputs, target))
+    hold_to_budget(table, inputs, run_guarded(table.run, inputs, target))
 
 
 @pytest.mark.parametrize("case", table.mixed_cases(), ids=str)
 def test_16_bit_x_in_a_float32_stream(case, target, need):
     need("layer_norm", target)
     inputs = table.make_inputs(case, torch.float32)
-    actual = run_guarded(inputs, target)
-    hold_to_budget(inputs, actual)
+    actual = run_guarded(table.run, inputs, target)
+    hold_to_budget(table, inputs, actual)
     assert actual["y"].dtype == torch.float32
     assert actual["dx"].dtype == inputs["x"].dtype
 
@@ -67,7 +45,7 @@ def test_torch_backend_in_float32_is_stock_torch(case):
 @pytest.mark.parametrize("case", table.quick_cases(), ids=str)
 def test_torch_backend_stays_within_the_error_budget(case, dtype):
     inputs = table.make_inputs(case, dtype)
-    hold_to_budget(inputs, table.run(inputs, "torch"))
+    hold_to_budget(table, inputs, table.run(inputs, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +305,7 @@ def test_budget_holds_when_approximations_are_off_by_their_documented_error(
     host_runtime.set_perturb(True, seed)
     for case in table.quick_cases():
         inputs = table.make_inputs(case, dtype)
-        hold_to_budget(inputs, table.run(inputs, "cuda"))
+        hold_to_budget(table, inputs, table.run(inputs, "cuda"))
 
 
 @pytest.mark.host

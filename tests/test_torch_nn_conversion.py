@@ -31,15 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 REAL = ~RIGHT[..., None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On tensors as small as these, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def types(model):
     return [type(module) for module in model.modules()]
 

@@ -51,14 +51,7 @@ def check_budget(case, backend: str, device: str) -> None:
     testing = importlib.import_module(f"bertfast.testing.{case.op}")
     budget = importlib.import_module("bertfast.testing")
     inputs = testing.make_inputs(case.for_budget(), case.dtype)
-    worst = budget.worst(
-        budget.compare(
-            testing.run(inputs, backend, device),
-            testing.oracle(inputs),
-            testing.rounding_model(inputs),
-            testing.scales(inputs),
-        )
-    )
+    worst = budget.nearest_to_budget(testing, inputs, testing.run(inputs, backend, device))
     if not worst.ok:
         raise Wrong(str(worst))
 

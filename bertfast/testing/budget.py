@@ -93,3 +93,17 @@ def compare(
 def worst(findings: list[Finding]) -> Finding:
     """The finding with the largest share of its budget; one that isn't finite before all others."""
     return max(findings, key=lambda f: math.inf if math.isnan(f.share) else f.share)
+
+
+def nearest_to_budget(table, inputs: dict, actual: dict[str, torch.Tensor]) -> Finding:
+    """The worst finding of what a run of an op gave; table is the op's module in this package."""
+    return worst(
+        compare(actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs))
+    )
+
+
+def hold_to_budget(table, inputs: dict, actual: dict[str, torch.Tensor]) -> None:
+    """Raises AssertionError if an output or gradient is outside its budget."""
+    finding = nearest_to_budget(table, inputs, actual)
+    if not finding.ok:
+        raise AssertionError(str(finding))

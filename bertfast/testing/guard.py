@@ -1,6 +1,7 @@
 """Guard zones around what an op allocates, poison inside: nothing overrun, nothing unwritten."""
 
 import contextlib
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -66,3 +67,18 @@ def guarded_allocations():
         yield copy
     for guard in guards:
         guard.check()
+
+
+def run_guarded(run: Callable, inputs: dict, target: tuple[str, str]) -> dict[str, torch.Tensor]:
+    """run(inputs, backend, device) with guard zones around all that it allocates and around the
+    inputs that lie in one piece."""
+    with guarded_allocations() as guarded:
+        inputs = {
+            name: guarded(value)
+            if isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.is_contiguous()
+            else value
+            for name, value in inputs.items()
+        }
+        return run(inputs, *target)

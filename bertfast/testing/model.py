@@ -27,6 +27,12 @@ from torch import nn
 from .budget import UNIT_ROUNDOFF, Finding
 
 SEED = 1
+# What two float32 runs of an encoder may differ by in a hidden state, which a LayerNorm has made
+# about 1 in size. A layer rounds some 10 values on the way and inner / 16 partial sums of its
+# longest product. For six layers with 1536 that is sqrt(6 * (10 + 96)) = 25 u, twice that as a
+# product passes on the errors of both operands, sqrt(2) times that between two runs; the largest of
+# 10^5 values is 4.4 standard deviations off: 313 u, rounded up.
+HIDDEN_ATOL = 2e-5
 DETERMINED = 2.0**-10  # a gradient of which rounding leaves three digits is one
 
 

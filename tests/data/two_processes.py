@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bertfast
 from bertfast.testing.hf import batch, tiny
+from bertfast.testing.model import HIDDEN_ATOL
 
 RANK = int(os.environ["RANK"])
 
@@ -54,7 +55,7 @@ def whole(tensor):
 
 def same(got, expected, names):
     for name, a, b in zip(names, got, expected, strict=True):
-        atol = 2e-5 * max(1.0, b.abs().max().item())
+        atol = HIDDEN_ATOL * max(1.0, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
