@@ -75,30 +75,30 @@ def pack(
     rows, length = mask.shape
     if mask.numel() == 0:
         return Batch()
-    lengths = mask.sum(1, dtype=torch.int32)
-    facts = torch.stack([lengths.sum(), lengths.max(), mask[:, 0].sum()])
-    tokens, longest, first = facts.tolist()
+    device = mask.device if device is None else device
+    counted = mask.sum(1, dtype=torch.int32)
+    *lengths, first = torch.cat([counted, mask[:, :1].sum(0, dtype=torch.int32)]).tolist()
+    tokens = sum(lengths)
     if tokens == rows * length:
         return Batch()
     if first != rows:
         return None
-    if sort and mask.device.type == "cpu" and (device is None or device.type == "cpu"):
-        lengths, order = lengths.sort(stable=True)
+    if sort and mask.device.type == device.type == "cpu":
+        order = sorted(range(rows), key=lengths.__getitem__)
+        lengths = [lengths[row] for row in order]
+        order = torch.tensor(order)
         row, column = mask[order].nonzero(as_tuple=True)
         index = order[row] * length + column
     else:
         index = _positions(mask.flatten(), tokens)
-    cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    batch = Batch(
+    cu_seqlens, plan = packing.lay_out(lengths, device)
+    return Batch(
         cu_seqlens=cu_seqlens,
-        max_seqlen=longest,
-        index=index,
+        max_seqlen=plan.max_seqlen,
+        plan=plan if _wants_plan(backend, device) else None,
+        index=index.to(device, non_blocking=True),
         padded_shape=(rows, length),
     )
-    if device is not None and device != mask.device:
-        batch = batch.to(device, non_blocking=True)
-    return _planned(batch, tokens, backend)
 
 
 def packed_by_caller(
@@ -109,16 +109,15 @@ def packed_by_caller(
         max_seqlen = tokens if torch.compiler.is_compiling() else cu_seqlens.diff().max().item()
     elif isinstance(max_seqlen, torch.Tensor):
         max_seqlen = max_seqlen.item()
-    batch = Batch(cu_seqlens=cu_seqlens.to(torch.int32), max_seqlen=max_seqlen)
-    return batch if torch.compiler.is_compiling() else _planned(batch, tokens, backend)
+    cu_seqlens, plan = cu_seqlens.to(torch.int32), None
+    if not torch.compiler.is_compiling() and _wants_plan(backend, cu_seqlens.device):
+        plan = packing.plan(cu_seqlens, max_seqlen, tokens)
+    return Batch(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plan=plan)
 
 
-def _planned(batch: Batch, tokens: int, backend: str) -> Batch:
-    """With the tile list, unless torch does the work on a GPU, which needs none."""
-    if backend == "torch" and batch.cu_seqlens.device.type != "cpu":
-        return batch
-    plan = packing.plan(batch.cu_seqlens, batch.max_seqlen, tokens)
-    return dataclasses.replace(batch, plan=plan)
+def _wants_plan(backend: str, device: torch.device) -> bool:
+    """Not where torch does the work on a GPU."""
+    return backend != "torch" or device.type == "cpu"
 
 
 def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:

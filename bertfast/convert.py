@@ -22,8 +22,7 @@ def optimize(
 
     backend: as in `bertfast.ops`. packed: compute nothing for padding, where nobody can see the
     difference; a model for question answering keeps its padding, which its softmax reads, unless
-    packed is "always". Where padding was taken
-    out, the encoder's output is zero.
+    packed is "always". Where padding was taken out, the encoder's output is zero.
     strict: raise ValueError if nothing in the model could be converted. Call it again to change
     these.
     """

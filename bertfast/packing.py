@@ -3,10 +3,13 @@
 Attention works on a packed batch in tiles of 64 tokens, or of 32 where sequences are very short.
 Short sequences share a tile, whole, as many neighbours as fit; a longer one is cut into tiles of
 its own. So no program finds nothing to do, and most of a tile's scores are useful
-(`useful_share`). Everything is computed on the device, without waiting for it: the list has room
-for the most that there can be, and what is left over is empty.
+(`useful_share`). `plan` computes everything on the device, without waiting for it: the list has
+room for the most that there can be, and what is left over is empty. Where the host knows the
+lengths, `lay_out` is cheaper.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -109,6 +112,34 @@ def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) ->
         runs = equal_runs(check_bounds(cu_seqlens.tolist(), max_seqlen))
     tiles, count = tiles.to(torch.int32), ends[-1:].to(torch.int32)
     return Plan(tiles, count, tile, batch, max_seqlen, runs, bounds)
+
+
+def lay_out(
+    lengths: Sequence[int], device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, Plan]:
+    """cu_seqlens and the plan of a batch whose lengths the host knows: made there, and brought to
+    the device in one copy, where `plan` would launch some fifty small kernels."""
+    bounds = [0, *itertools.accumulate(lengths)]
+    batch, longest = len(lengths), max(lengths, default=0)
+    tile = tile_size(batch, longest, bounds[-1])
+    tiles: list[int] = []
+    first = 0
+    while first < batch:
+        after = first + 1
+        while after < batch and bounds[after + 1] - bounds[first] <= tile:
+            after += 1
+        for position in range(0, bounds[after] - bounds[first], tile):
+            tiles += (first, position, after - first)
+        first = after
+    # All in one tensor, each part where 16 bytes begin.
+    at = -(-len(bounds) // 4) * 4
+    numbers = bounds + [0] * (at - len(bounds)) + [len(tiles) // 3, 0, 0, 0] + tiles
+    everything = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    cu_seqlens, count = everything[: batch + 1], everything[at : at + 1]
+    made = Plan(everything[at + 4 :].view(-1, 3), count, tile, batch, longest)
+    if everything.device.type == "cpu":
+        made = replace(made, runs=equal_runs(bounds), bounds=cu_seqlens)
+    return cu_seqlens, made
 
 
 def useful_share(cu_seqlens: torch.Tensor, plan: Plan, step: int = STEP) -> float:

@@ -243,14 +243,8 @@ def _enter_nested(src: torch.Tensor) -> Entered | None:
         return None
     parts = src.unbind()
     lengths = [part.shape[0] for part in parts]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    cu_seqlens = ends.to(src.device, non_blocking=True)
-    longest, tokens = max(lengths), sum(lengths)
-    batch = Batch(
-        cu_seqlens=cu_seqlens,
-        max_seqlen=longest,
-        plan=packing.plan(cu_seqlens, longest, tokens),
-    )
+    cu_seqlens, plan = packing.lay_out(lengths, src.device)
+    batch = Batch(cu_seqlens=cu_seqlens, max_seqlen=plan.max_seqlen, plan=plan)
 
     def leave(y: torch.Tensor) -> torch.Tensor:
         return torch.nested.as_nested_tensor(list(y[0].split(lengths)))

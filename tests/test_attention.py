@@ -286,6 +286,33 @@ def test_plan_covers_each_token_once(lengths, known):
     assert (plan.tiles[int(plan.count) :] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [64] * 3,
+        [3] * 40,
+        [0, 5, 0, 0, 70, 1, 0],
+        [32, 33, 31, 1],
+        [200, 7, 130, 2, 2],
+        [0],
+        [],
+    ],
+    ids=str,
+)
+def test_the_host_lays_out_what_the_device_plans(lengths):
+    cu, laid_out = packing.lay_out(lengths)
+    assert cu.dtype == torch.int32 and cu.tolist() == [sum(lengths[:n]) for n in range(len(cu))]
+    plan = packing.plan(cu, max(lengths, default=0), sum(lengths))
+    count = int(plan.count)
+    assert laid_out.tiles.tolist() == plan.tiles[:count].tolist()
+    for name in ("count", "tile", "sequences", "max_seqlen"):
+        assert getattr(laid_out, name) == getattr(plan, name), name
+    assert laid_out.tiles.data_ptr() % 16 == cu.data_ptr() % 16
+    if plan.runs is not None:
+        assert laid_out.runs == plan.runs
+
+
 def test_most_scores_are_useful():
     """What the two tile sizes and the sharing of tiles are for, on three mixes of lengths."""
     for name, least in (("squad", 0.75), ("wikipedia", 0.90), ("queries", 0.40)):
