@@ -23,7 +23,9 @@ class Batch:
     max_seqlen: int | None = None
     plan: "packing.Plan | None" = None
     index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
+    firsts: torch.Tensor | None = None  # (rows,): where each row's first token stands in the packed
     padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
+    kept: str | None = None  # why its padding was not taken out, where that shows in the values
 
     @property
     def packed(self) -> bool:
@@ -38,7 +40,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """On another device, for models that are spread over several."""
         fields = {}
-        for name in ("key_mask", "cu_seqlens", "plan", "index"):
+        for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts"):
             value = getattr(self, name)
             fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
         return dataclasses.replace(self, **fields)
@@ -52,11 +54,22 @@ class Batch:
             x = x.expand(rows, *x.shape[1:])
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, ...) -> (rows, length, ...), with zeros where nothing was attended."""
+    def unpack(self, x: torch.Tensor, zeros: bool = False) -> torch.Tensor:
+        """(1, tokens, ...) -> (rows, length, ...).
+
+        Where a token was taken out its row's first token is repeated, without a gradient, or with
+        `zeros` there are zeros. So what comes back is finite, has a direction, changes no maximum
+        over a row, and carries nothing from one row to another.
+        """
         rows, length = self.padded_shape
-        flat = x.new_zeros(rows * length, *x.shape[2:])
-        return flat.index_copy(0, self.index, x[0]).unflatten(0, (rows, length))
+        packed = x[0]
+        flat = packed.new_empty(rows * length, *packed.shape[1:])
+        if zeros:
+            flat.zero_()
+        else:
+            firsts = packed.detach().index_select(0, self.firsts)
+            flat.unflatten(0, (rows, length)).copy_(firsts[:, None])
+        return flat.index_copy_(0, self.index, packed).unflatten(0, (rows, length))
 
 
 def pack(
@@ -64,39 +77,54 @@ def pack(
     device: torch.device | None = None,
     backend: str = "auto",
     sort: bool = False,
-) -> "Batch | None":
+    padding: torch.Tensor | None = None,
+) -> Batch:
     """The packed form, for tensors on `device`, of a batch by its mask, bool (rows, length), True =
     attended. If nothing is padding: padded, without a mask.
 
+    It stays padded, and `kept` says why, if a row's position 0 is masked, which poolers read, or if
+    a masked token is none of `padding`, bool (rows, length): somebody put it there to read it.
+
     sort: rows may change places, which nobody sees but dropout; on a CPU those of one length then
-    share attention calls. None if the batch should stay padded, since some row's position 0 is
-    padding, which poolers read. The host waits for the device once, if the mask is not on the CPU.
+    share attention calls. The host waits for the device once, if the mask is not on the CPU.
     """
     rows, length = mask.shape
     if mask.numel() == 0:
         return Batch()
     device = mask.device if device is None else device
-    counted = mask.sum(1, dtype=torch.int32)
-    *lengths, first = torch.cat([counted, mask[:, :1].sum(0, dtype=torch.int32)]).tolist()
+    counts = [mask.sum(1, dtype=torch.int32), mask[:, :1].sum(0, dtype=torch.int32)]
+    if padding is not None:
+        counts.append((mask | padding.to(mask.device)).sum(dtype=torch.int32)[None])
+    known = torch.cat(counts).tolist()
+    lengths, first = known[:rows], known[rows]
     tokens = sum(lengths)
     if tokens == rows * length:
         return Batch()
+    kept = None
     if first != rows:
-        return None
+        kept = "a row begins with padding, or is nothing else"
+    elif padding is not None and known[-1] != rows * length:
+        kept = "tokens at mask 0 are not the padding token: they may be there to be read"
+    if kept is not None:
+        return Batch(key_mask=mask.to(device), kept=kept)
     if sort and mask.device.type == device.type == "cpu":
         order = sorted(range(rows), key=lengths.__getitem__)
         lengths = [lengths[row] for row in order]
-        order = torch.tensor(order)
+        order = torch.tensor(order, device="cpu")
         row, column = mask[order].nonzero(as_tuple=True)
         index = order[row] * length + column
+        cu_seqlens, plan = packing.lay_out(lengths, device)
+        firsts = torch.empty_like(cu_seqlens[1:]).index_copy_(0, order, cu_seqlens[:-1])
     else:
         index = _positions(mask.flatten(), tokens)
-    cu_seqlens, plan = packing.lay_out(lengths, device)
+        cu_seqlens, plan = packing.lay_out(lengths, device)
+        firsts = cu_seqlens[:-1]
     return Batch(
         cu_seqlens=cu_seqlens,
         max_seqlen=plan.max_seqlen,
         plan=plan if _wants_plan(backend, device) else None,
         index=index.to(device, non_blocking=True),
+        firsts=firsts,
         padded_shape=(rows, length),
     )
 

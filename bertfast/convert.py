@@ -1,14 +1,16 @@
 """optimize, revert and report: swapping a model's classes, and telling what became of a layer."""
 
+import functools
 import html
 import types
 from dataclasses import dataclass
 
 from torch import nn
 
-from .hooks import is_own_forward
+from .hooks import has_global_hooks, is_own_forward
+from .notice import warn_once
 from .ops.dispatch import BACKENDS
-from .settings import ATTRIBUTE, Settings
+from .settings import ATTRIBUTE, KEPT, Settings, is_converted, is_swapped
 
 
 def optimize(
@@ -22,9 +24,10 @@ def optimize(
 
     backend: as in `bertfast.ops`. packed: compute nothing for padding, where nobody can see the
     difference; a model for question answering keeps its padding, which its softmax reads, unless
-    packed is "always". Where padding was taken out, the encoder's output is zero.
-    strict: raise ValueError if nothing in the model could be converted. Call it again to change
-    these.
+    packed is "always". Where padding was taken out, the encoder's output repeats its row's first
+    token (in torch.nn's encoders it is zero, as in torch's own eval).
+    strict: raise ValueError if nothing in the model could be converted, or if a model of a known
+    family couldn't. Call it again to change these.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -39,7 +42,9 @@ def optimize(
     for module in model.modules():
         keep_padding = readers.get(id(module)) if packed else "packed=False"
         settings = Settings(backend, keep_padding)
-        if is_converted(module):
+        if is_swapped(module):
+            if not is_converted(module):  # made by `type(model)(config)`
+                module.prepare()
             module.__dict__[ATTRIBUTE] = settings
             found = True
             continue
@@ -49,14 +54,17 @@ def optimize(
             module.__dict__[ATTRIBUTE] = settings
             module.prepare()
             found = True
-    if strict and not found:
+    unknown = [reason for module in model.modules() if (reason := _why_model_unknown(module))]
+    if strict and (unknown or not found):
         raise ValueError(f"bertfast knows no module of {type(model).__name__}: {report(model)}")
+    for reason in unknown:
+        warn_once(f"runs the original code wherever there is a mask: {reason}")
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `optimize`: the same classes as before, the same numbers to the bit."""
-    converted = [module for module in model.modules() if is_converted(module)]
+    converted = [module for module in model.modules() if is_swapped(module)]
     for module in converted:
         if "_original" not in type(module).__dict__:
             raise ValueError(
@@ -68,10 +76,6 @@ def revert(model: nn.Module) -> nn.Module:
         for name in [name for name in module.__dict__ if name.startswith(ATTRIBUTE)]:
             del module.__dict__[name]
     return model
-
-
-def is_converted(module: nn.Module) -> bool:
-    return ATTRIBUTE in module.__dict__ and hasattr(type(module), "_original")
 
 
 def _swap(module: nn.Module, kind: type) -> None:
@@ -92,8 +96,8 @@ def _readers_of_padding(model: nn.Module) -> dict[int, str]:
     """Modules under a head that looks at padded positions, by id, and why they keep them."""
     found = {}
     for head in model.modules():
-        kind = type(head).__name__
-        if kind.endswith("ForQuestionAnswering"):
+        # By the name of what makes spans' scores, which heads of all names share.
+        if "qa_outputs" in head._modules:
             reason = "question answering's softmax reads it"
         elif any(getattr(child, "summary_type", "first") != "first" for child in head.children()):
             reason = "the summary of a sequence reads it"
@@ -103,16 +107,39 @@ def _readers_of_padding(model: nn.Module) -> dict[int, str]:
     return found
 
 
+@functools.cache
+def _hf() -> types.ModuleType | str:
+    """bertfast.hf, or why it doesn't work with the transformers that is here."""
+    try:
+        from . import hf
+    except ImportError as error:
+        return str(error)
+    return hf
+
+
 def _swapped_class(module: nn.Module) -> type | None:
     if type(module).__module__ == "torch.nn.modules.transformer":
         from . import torch_nn
 
         return torch_nn.swapped_class(module)
-    if type(module).__module__.startswith("transformers."):
-        from . import hf
-
-        return hf.swapped_class(module)
+    if _is_of_transformers(type(module)):
+        hf = _hf()
+        return None if isinstance(hf, str) else hf.swapped_class(module)
     return None
+
+
+def _is_of_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
+
+
+def _why_model_unknown(module: nn.Module) -> str | None:
+    """As in hf.py; for any model of a transformers that is too old, that."""
+    if not any(map(_is_of_transformers, type(module).__mro__)):
+        return None
+    hf = _hf()
+    if isinstance(hf, str):
+        return hf if hasattr(module, "config") else None
+    return hf.why_model_unknown(module)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -172,29 +199,43 @@ class Report(list):
 
 
 def report(model: nn.Module) -> Report:
-    """One row for each encoder layer: fused, or the reason why not."""
+    """One row for each encoder layer: fused, or the reason why not. Below them, which model keeps
+    its padding, and why: always, or in its last call."""
     rows = Report()
+    unknown: dict[int, str | None] = {}  # why a module's model doesn't tell it of masks
     for name, module in model.named_modules():
         kind = type(module).__name__
+        reason = _why_model_unknown(module)
+        if reason is not None or (is_converted(module) and hasattr(module, "why_padded")):
+            unknown.update((id(part), reason) for part in module.modules())
         if is_converted(module):
             if hasattr(module, "why_not"):
-                rows.append(Row(name, kind, module.why_not()))
-            if hasattr(module, "why_padded") and (reason := module.why_padded()) is not None:
-                rows.notes.append(f"{name or kind} keeps padding: {reason}")
+                reason = module.why_not()
+                if reason is None and unknown.get(id(module)) is not None:
+                    reason = f"fused only where there is no mask: {unknown[id(module)]}"
+                rows.append(Row(name, kind, reason))
+            if hasattr(module, "why_padded"):
+                if (reason := module.why_padded()) is not None:
+                    rows.notes.append(f"{name or kind} keeps padding: {reason}")
+                elif (reason := module.__dict__.get(KEPT)) is not None:
+                    rows.notes.append(f"{name or kind} kept padding in its last call: {reason}")
             continue
         swapped = _swapped_class(module)
         if swapped is not None and hasattr(swapped, "why_not"):
             rows.append(Row(name, kind, "not converted"))
         elif swapped is None and _looks_like_a_layer(module):
             rows.append(Row(name, kind, _why_unknown(module)))
+    if has_global_hooks():
+        rows.notes.append("all run their original code: a hook on all modules has to be called")
     return rows
 
 
 def _why_unknown(module: nn.Module) -> str:
-    if type(module).__module__.startswith("transformers."):
-        from . import hf
-
-        return hf.why_unknown(type(module)) or "bertfast doesn't know this class"
+    if _is_of_transformers(type(module)):
+        hf = _hf()
+        reason = hf if isinstance(hf, str) else hf.why_unknown(type(module))
+        if reason is not None:
+            return reason
     return "bertfast doesn't know this class"
 
 

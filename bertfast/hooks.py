@@ -1,8 +1,9 @@
 """Who hangs on a module's call: what has to be called, and who would see that tokens moved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .linear import is_hooked
 
@@ -18,6 +19,11 @@ def has_user_hooks(module: nn.Module) -> bool:
     return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS)
 
 
+def has_global_hooks() -> bool:
+    """Whether a hook hangs on every module that there is."""
+    return torch_module._has_any_global_hook()
+
+
 def sees_layout(module: nn.Module) -> bool:
     """Whether somebody's hook looks at the module's inputs or outputs, and so at their shape."""
     return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS + _MOVERS)
@@ -26,12 +32,24 @@ def sees_layout(module: nn.Module) -> bool:
 def _is_hooked_by_others(module: nn.Module, harmless: tuple[str, ...]) -> bool:
     if module._backward_hooks or module._backward_pre_hooks:
         return True
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return True
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += torch_module._global_forward_hooks.values()
+    hooks += torch_module._global_forward_pre_hooks.values()
+    hooks += _accelerate_hooks(module.__dict__.get("_hf_hook"))
     forward = module.__dict__.get("forward")
     # transformers 5.0 records by a forward on the instance, and leaves the class's own there.
     if forward is not None and not is_own_forward(module, forward, type(module)):
         hooks.append(forward)
     return any(not _origin(hook).startswith(harmless) for hook in hooks)
+
+
+def _accelerate_hooks(hook: object) -> Iterator[Callable]:
+    """The calls that accelerate makes before and after a module's forward. Its own hooks move
+    parameters; a user's may do anything."""
+    for one in getattr(hook, "hooks", () if hook is None else (hook,)):
+        yield from (type(one).pre_forward, type(one).post_forward)
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 _PARAMETERS = (nn.Parameter, torch.Tensor)
 
@@ -30,12 +31,18 @@ def untouched(module: nn.Module, kind: type) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
+    """Whether something happens at the module's call besides its class's forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        # These four are for every module that there is.
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 

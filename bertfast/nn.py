@@ -310,7 +310,8 @@ class Encoder(nn.Module):
     """Layers after one another, with the state_dict keys of Hugging Face's BertEncoder.
 
     forward(x, mask): x (rows, length, width); mask, bool (rows, length), says which tokens are
-    attended. With `packed`, padding is taken out before the first layer and comes back as zeros.
+    attended. With `packed`, padding is taken out before the first layer and comes back after the
+    last, where it repeats its row's first token.
     """
 
     def __init__(self, layers: int, *args, packed: bool = True, backend: str = "auto", **kwargs):
@@ -341,15 +342,14 @@ def layout(
     device: torch.device | None = None,
     backend: str = "auto",
     sort: bool = False,
+    padding: torch.Tensor | None = None,
 ) -> Batch:
     """The batch of a mask, for tensors on `device`: packed if that is allowed, pays, and the mask's
-    values can be looked at. sort: as in `batch.pack`."""
+    values can be looked at. sort and padding: as in `batch.pack`."""
     if mask is None:
         return Batch()
     if may_pack and can_look_at(mask):
-        packed = pack_batch(mask, device, backend, sort)
-        if packed is not None:
-            return packed
+        return pack_batch(mask, device, backend, sort, padding)
     return Batch(key_mask=mask if device is None else mask.to(device))
 
 

@@ -134,7 +134,8 @@ def lay_out(
     # All in one tensor, each part where 16 bytes begin.
     at = -(-len(bounds) // 4) * 4
     numbers = bounds + [0] * (at - len(bounds)) + [len(tiles) // 3, 0, 0, 0] + tiles
-    everything = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    everything = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    everything = everything.to(device, non_blocking=True)
     cu_seqlens, count = everything[: batch + 1], everything[at : at + 1]
     made = Plan(everything[at + 4 :].view(-1, 3), count, tile, batch, longest)
     if everything.device.type == "cpu":

@@ -22,7 +22,8 @@ from .batch import Batch
 from .hooks import has_user_hooks, sees_layout
 from .linear import Weights, plain
 from .nn import Parts, can_look_at, gelu_form, layout, run_layer
-from .settings import ATTRIBUTE, is_disabled
+from .per_token import why_rows_are_seen
+from .settings import ATTRIBUTE, KEPT, is_disabled
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -146,6 +147,8 @@ class TransformerEncoder(nn.TransformerEncoder):
                 *(settings.packed, settings.backend, not self.training),
             )
         if entered is not None:
+            if not torch.compiler.is_compiling():
+                self.__dict__[KEPT] = entered.batch.kept
             output = entered.x
             for layer in self.layers:
                 output = layer(output, bertfast_batch=entered.batch)
@@ -187,7 +190,10 @@ def _apart(called: Iterable[nn.Module], layers: list[nn.Module]) -> str | None:
             return f"layer {number} runs its original code: {reason}"
         if layer.self_attn.batch_first != layers[0].self_attn.batch_first:
             return f"layer {number} has another batch_first than layer 0"
-        if sees_layout(layer) or sees_layout(module):
+        reason = why_rows_are_seen(layer, (type(layer), nn.MultiheadAttention))
+        if reason is not None:
+            return f"in layer {number} {reason}"
+        if sees_layout(module):
             return f"a hook on layer {number} sees its rows"
     return None
 
@@ -229,7 +235,7 @@ def enter(
 
     def leave(y: torch.Tensor) -> torch.Tensor:
         if batch.packed:
-            y = batch.unpack(y)
+            y = batch.unpack(y, zeros=True)  # as in torch's own eval
         if alone:
             return y[0]
         return y if batch_first else y.transpose(0, 1).contiguous()

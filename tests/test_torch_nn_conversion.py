@@ -367,7 +367,10 @@ def test_the_report_says_where_padding_is_kept():
     assert bertfast.report(model).notes == []
     model.layers[1].register_forward_hook(lambda *_: None)
     (note,) = bertfast.report(model).notes
-    assert note == "TransformerEncoder keeps padding: a hook on layer 1 sees its rows"
+    assert note == (
+        "TransformerEncoder keeps padding: "
+        "in layer 1 a hook on a TransformerEncoderLayer sees its rows"
+    )
     model.layers[0].norm1.register_forward_hook(lambda *_: None)
     assert "a hook on its LayerNorm has to be called" in str(bertfast.report(model))
     (note,) = bertfast.report(converted(make(), packed=False)).notes

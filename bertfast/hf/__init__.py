@@ -10,9 +10,18 @@ Importing this also makes attn_implementation="bertfast" known to transformers (
 import importlib
 import inspect
 
-from . import attention, bert, distilbert, model
+import transformers
 
-__all__ = ["attention", "swapped_class", "why_unknown"]
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"bertfast needs transformers 5.0 or newer for Hugging Face models, found "
+        f"{transformers.__version__}"
+    )
+
+from ..settings import is_converted  # noqa: E402
+from . import attention, bert, distilbert, model  # noqa: E402
+
+__all__ = ["attention", "swapped_class", "why_model_unknown", "why_unknown"]
 
 _BERT_LIKE = {
     "bert": "Bert",
@@ -77,3 +86,21 @@ def why_unknown(kind: type) -> str | None:
     if set(expected) <= set(names) and passes_on and "head_mask" not in names:
         return None
     return f"its forward takes ({', '.join(names)}): bertfast knows transformers 5.0 to 5.23"
+
+
+def why_model_unknown(module: object) -> str | None:
+    """Why a model of a known family doesn't tell its layers how the batch lies, so that they run
+    their original code wherever there is a mask; None if it does, or is no such model."""
+    for kind in type(module).__mro__:
+        known = _TABLE.get(kind.__name__)
+        if known is None or kind.__module__ != known[0] or not issubclass(known[1], model.Model):
+            continue
+        if isinstance(module, model.Model):
+            return None if is_converted(module) else f"its {kind.__name__} is not converted"
+        if type(module) is kind:
+            return why_unknown(kind) or f"its {kind.__name__} is not converted"
+        return (
+            f"its {type(module).__name__} is a subclass of {kind.__name__}, "
+            "whose forward bertfast doesn't know"
+        )
+    return None

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from ..batch import Batch
-from ..hooks import has_user_hooks, is_replaced, sees_layout
+from ..hooks import has_user_hooks, is_replaced
 from ..nn import Parts, run_layer
+from ..notice import warn_once
+from ..per_token import why_rows_are_seen
 from ..qkv import JoinedWeights
-from ..settings import ATTRIBUTE, is_disabled
+from ..settings import ATTRIBUTE, is_converted, is_disabled
 
 # The argument by which a converted model tells its layers how the batch lies: a Batch, or None for
 # the original code. It is an argument, and not kept somewhere, so that a checkpointed layer that is
@@ -17,7 +19,7 @@ from ..settings import ATTRIBUTE, is_disabled
 ARGUMENT = "bertfast_batch"
 
 # Arguments that change nothing in a layer that attends to itself only, without a cache.
-HARMLESS = frozenset(
+_HARMLESS = frozenset(
     (
         "position_ids",  # the embeddings have used them
         "cache_position",
@@ -27,6 +29,16 @@ HARMLESS = frozenset(
         "num_items_in_batch",
         "encoder_attention_mask",
     )
+)
+# Arguments that transformers' layers or its attention functions look at. Any other is handed down
+# and seen by nobody, unless the attention function is a user's.
+_LOOKED_AT = frozenset(
+    ("encoder_hidden_states", "past_key_values", "head_mask", "output_attentions", "is_causal")
+    + ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "dropout", "scaling")
+    + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+)
+_IMPLEMENTATIONS = (None, "eager", "sdpa", "bertfast", "flex_attention") + tuple(
+    f"flash_attention_{number}" for number in (2, 3, 4)
 )
 
 
@@ -74,14 +86,9 @@ class Layer:
             return "its forward was replaced on the instance"
         return None
 
-    def is_watched(self) -> bool:
-        """Whether a hook sees the rows that go through it."""
-        if sees_layout(self):
-            return True
-        for part in self.parts():
-            if isinstance(part, nn.Module) and sees_layout(part):
-                return True
-        return False
+    def why_rows_are_seen(self) -> str | None:
+        """Why tokens must not change places in this layer; None if they may."""
+        return why_rows_are_seen(self, (type(self), *self._container_kinds))
 
     def prepare(self) -> None:
         """What a layer needs besides its new class."""
@@ -95,7 +102,13 @@ def _forward(original: type):
         told = ARGUMENT in kwargs
         batch = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
         # A packed batch comes only from a model that has asked every layer.
-        if batch is None or (not batch.packed and self.why_not() is not None):
+        if type(batch) is Batch and not batch.packed:
+            reason = self.why_not()
+        else:
+            reason = batch if isinstance(batch, str) else None
+        if batch is None or reason is not None:
+            if reason:
+                warn_once(f"runs the original code of a {original.__name__}: {reason}")
             if told and batch is not None and batch.key_mask is not None:
                 attention_mask = _original_mask(self, hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
@@ -105,28 +118,37 @@ def _forward(original: type):
     return forward
 
 
-def _batch_of(layer: Layer, attention_mask, args, kwargs) -> Batch | None:
-    """The batch of a layer that is called by itself, outside a converted model."""
-    if is_disabled() or any(value is not None for value in args) or changes_layers(kwargs):
-        return None
+def _batch_of(layer: Layer, attention_mask, args: tuple, kwargs: dict) -> Batch | str:
+    """The batch of a layer that is called by itself, outside a converted model; or the reason for
+    its original code, "" if that needs no telling."""
+    if is_disabled() or not is_converted(layer):
+        return ""
     attention = layer.self_attention()
+    if any(value is not None for value in args):
+        return "it was given more than hidden_states and attention_mask"
+    name = changes_layers(kwargs, attention.config)
+    if name is not None:
+        return f"{name} was given"
     if attention._forward_hooks or getattr(attention.config, "output_attentions", False):
-        return None  # somebody records attention weights
+        return "attention weights are recorded"
     if attention_mask is None:
         return Batch()
-    if (
-        isinstance(attention_mask, torch.Tensor)
-        and attention_mask.dtype == torch.bool
-        and attention_mask.ndim == 2
-    ):
+    if not isinstance(attention_mask, torch.Tensor):
+        return f"attention_mask is a {type(attention_mask).__name__}, not a mask of the tokens"
+    if attention_mask.dtype == torch.bool and attention_mask.ndim == 2:
         return Batch(key_mask=attention_mask)
-    return None
+    return (
+        f"attention_mask is {attention_mask.ndim}-D of {attention_mask.dtype}, not a 2-D bool mask "
+        "of the tokens, which a converted model hands over"
+    )
 
 
-def changes_layers(kwargs: dict) -> str | None:
+def changes_layers(kwargs: dict, config) -> str | None:
     """The name of an argument that asks a layer for something that bertfast doesn't do."""
     for name, value in kwargs.items():
-        if name not in HARMLESS and value is not None and value is not False:
+        if value is None or value is False or name in _HARMLESS:
+            continue
+        if name in _LOOKED_AT or config._attn_implementation not in _IMPLEMENTATIONS:
             return name
     return None
 

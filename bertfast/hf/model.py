@@ -10,16 +10,16 @@ at the model, and every layer is told.
 import functools
 import inspect
 import sys
-import threading
-import warnings
 
 import torch
 from torch import nn
 
 from ..batch import Batch, packed_by_caller
-from ..hooks import has_user_hooks, is_replaced
+from ..hooks import has_global_hooks, is_replaced, sees_layout
 from ..nn import can_look_at, layout
-from ..settings import ATTRIBUTE, is_disabled
+from ..notice import warn_once
+from ..per_token import why_rows_are_seen
+from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import ARGUMENT, Layer, changes_layers
 
 # What the model itself deals with; anything else that is asked for, the layers have to know.
@@ -28,20 +28,6 @@ _HANDLED = frozenset(
 ) | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 # Wrappers around a layer that hand on any argument, and where they keep it.
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
-
-_told: set[str] = set()
-_telling = threading.Lock()
-
-
-def _once(reason: str) -> None:
-    if torch.compiler.is_compiling():
-        return
-    with _telling:
-        if reason in _told:
-            return
-        _told.add(reason)
-    warnings.warn(f"bertfast runs the original code: {reason}", stacklevel=5)
-
 
 class Model:
     """Stands in front of the original model class (BertModel, ...)."""
@@ -95,8 +81,11 @@ class Model:
             reason = layer.why_not()
             if reason is not None:
                 return f"layer {number} runs its original code: {reason}"
-            if layer.is_watched():
-                return f"a hook in layer {number} sees its rows"
+            reason = layer.why_rows_are_seen()
+            if reason is not None:
+                return f"in layer {number} {reason}"
+        if self.config.pad_token_id is None:
+            return "without config.pad_token_id it can't be told from tokens that are read"
         return None
 
     def _decide(self, arguments: dict) -> Batch | None:
@@ -104,7 +93,7 @@ class Model:
         reason = self._why_original(arguments)
         if reason is not None:
             if reason:
-                _once(reason)
+                warn_once(f"runs the original code: {reason}")
             return None
         x = _tokens_of(arguments)
         cu_seqlens = arguments.get("cu_seq_lens_q")
@@ -117,12 +106,21 @@ class Model:
         if mask.device.type == "cpu" and can_look_at(mask) and mask.all():
             return Batch()
         backend = self.__dict__[ATTRIBUTE].backend
-        return layout(mask, self._may_pack(arguments), x.device, backend, not self.training)
+        kept = self._why_kept(arguments)
+        ids, padding = arguments.get("input_ids"), None
+        if kept is None and ids is not None:
+            padding = ids == self.config.pad_token_id
+        batch = layout(mask, kept is None, x.device, backend, not self.training, padding)
+        if not torch.compiler.is_compiling():
+            self.__dict__[KEPT] = kept or batch.kept
+        return batch
 
     def _why_original(self, arguments: dict) -> str | None:
         """The reason for the original code, "" if it needs no telling; None if there is none."""
-        if is_disabled():
+        if is_disabled() or not is_converted(self):
             return ""
+        if has_global_hooks():
+            return "a hook on all modules has to be called"
         config = self.config
         if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
             return "the model is a decoder"
@@ -131,7 +129,7 @@ class Model:
             return reason
         if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
             return "attention weights were asked for"
-        name = changes_layers({k: v for k, v in arguments.items() if k not in _HANDLED})
+        name = changes_layers({k: v for k, v in arguments.items() if k not in _HANDLED}, config)
         if name is not None:
             return f"{name} was given"
         x = _tokens_of(arguments)
@@ -157,21 +155,21 @@ class Model:
     def _why_untold(self) -> str | None:
         """Why some layer can't be told how the batch lies, or the encoder can't unpack it."""
         encoder = self.encoder_module()
-        if not isinstance(encoder, Encoder):
+        if not (isinstance(encoder, Encoder) and is_converted(encoder)):
             return f"its encoder is a {type(encoder).__name__}"
         for kind, module in (("encoder", encoder), *(("layer", m) for m in self.layers())):
-            if not isinstance(module, (Encoder, Layer)):
+            if not (isinstance(module, (Encoder, Layer)) and is_converted(module)):
                 return f"one of its layers is a {type(module).__name__} that wasn't converted"
             if is_replaced(module):
                 return f"the forward of its {kind} was replaced on the instance"
         return None
 
-    def _may_pack(self, arguments: dict) -> bool:
-        """Whether nobody could see that tokens moved."""
+    def _why_kept(self, arguments: dict) -> str | None:
+        """Why somebody could see that tokens moved; None if nobody could, whatever the batch."""
         hidden = arguments.get(
             "output_hidden_states", getattr(self.config, "output_hidden_states", False)
         )
-        return (hidden is False or hidden is None) and self.why_padded() is None
+        return "hidden states were asked for" if hidden else self.why_padded()
 
     def _pack(self, arguments: dict, batch: Batch) -> None:
         """Replaces the padded arguments by packed ones, if the embeddings see one token at a time.
@@ -192,15 +190,14 @@ class Model:
             arguments[name] = batch.pack(tensor)
 
     def _embeddings_are_plain(self) -> bool:
+        """Whether all that comes before the encoder acts on each token alone. The encoder itself is
+        asked for hooks only: they see what it is given."""
         encoder = self.encoder_module()
-        before = [
-            module
+        own = (self._embeddings_kind,)
+        return not sees_layout(encoder) and not any(
+            why_rows_are_seen(child, own)
             for child in self.children()
-            if child is not encoder
-            for module in child.modules()
-        ]
-        return type(self.embeddings) is self._embeddings_kind and not any(
-            map(has_user_hooks, [encoder, *before])
+            if child is not encoder and child is not getattr(self, "pooler", None)
         )
 
 

@@ -5,6 +5,7 @@ from unittest import mock
 import torch
 
 WIDTH, HEADS, LAYERS, INNER, VOCABULARY, POSITIONS = 64, 4, 2, 96, 96, 80
+PAD = 1  # the padding token's number
 
 _BERT = dict(
     vocab_size=VOCABULARY,
@@ -13,6 +14,7 @@ _BERT = dict(
     num_attention_heads=HEADS,
     intermediate_size=INNER,
     max_position_embeddings=POSITIONS,
+    pad_token_id=PAD,
 )
 _DISTILBERT = dict(
     vocab_size=VOCABULARY,
@@ -21,6 +23,7 @@ _DISTILBERT = dict(
     n_heads=HEADS,
     hidden_dim=INNER,
     max_position_embeddings=POSITIONS,
+    pad_token_id=PAD,
 )
 # Prefix of the class names -> the configuration's arguments.
 FAMILIES = {
@@ -50,7 +53,7 @@ def tiny(name: str = "BertModel", **config) -> torch.nn.Module:
 
 
 def batch(
-    lengths: tuple[int, ...] = (5, 20, 13), side: str = "right", pad: int = 1, extra: int = 0
+    lengths: tuple[int, ...] = (5, 20, 13), side: str = "right", pad: int = PAD, extra: int = 0
 ) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask of rows of these lengths, padded to the longest and `extra`."""
     width = max(lengths) + extra

@@ -1,0 +1,67 @@
+"""Which modules act on each token alone: only around those may tokens change places.
+
+A packed batch is one long row. A module that draws once per row (DropPath), adds to a row's
+beginning (soft prompts) or otherwise knows rows would act on the whole batch as if it were one. A
+class can't be asked whether it does, so those that don't are listed here; around any other the
+batch stays padded.
+"""
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .hooks import sees_layout
+
+_CLASSES: tuple[type, ...] = (
+    *(nn.Linear, NonDynamicallyQuantizableLinear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
+    *(nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity),
+    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
+    *(nn.PReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardswish, nn.LogSigmoid),
+    *(nn.Module, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential),
+)
+# Packages whose modules do: by the beginning of the class's module.
+_PACKAGES = (
+    "transformers.activations",
+    "peft.tuners.",
+    "torch.ao.nn.",
+    "torchao.",
+    "bitsandbytes.nn.",
+    "optimum.quanto.",
+)
+# But those of PEFT that route or scale each row by itself.
+_NOT = ("peft.tuners.poly.", "peft.tuners.xlora.")
+
+_known: dict[type, bool] = dict.fromkeys(_CLASSES, True)
+
+
+def _acts_per_token(kind: type) -> bool:
+    known = _known.get(kind)
+    if known is None:
+        known = _known[kind] = _is_listed(kind)
+    return known
+
+
+def _is_listed(kind: type) -> bool:
+    if kind.__module__.startswith(_PACKAGES):
+        return not kind.__module__.startswith(_NOT)
+    # What torch derives from a class while it parametrizes or shards its weights.
+    derived = kind.__name__.startswith(("Parametrized", "FSDP")) and len(kind.__mro__) > 2
+    return derived and any(_acts_per_token(base) for base in kind.__mro__[1:3])
+
+
+def why_rows_are_seen(module: nn.Module, own: Collection[type] = ()) -> str | None:
+    """Why tokens must not change places around this module, in words that follow "in ..."; None if
+    they may. own: further classes that act on each token alone, the module's and its parts'."""
+    kind = type(module)
+    if kind not in own and not _acts_per_token(kind):
+        return f"a {kind.__name__} may act on rows"
+    if sees_layout(module):
+        return f"a hook on a {kind.__name__} sees its rows"
+    for name, child in module._modules.items():
+        if child is None or name == "parametrizations":  # those act on weights
+            continue
+        reason = why_rows_are_seen(child, own)
+        if reason is not None:
+            return reason
+    return None
