@@ -101,10 +101,22 @@ def _readers_of_padding(model: nn.Module) -> dict[int, str]:
             reason = "question answering's softmax reads it"
         elif any(getattr(child, "summary_type", "first") != "first" for child in head.children()):
             reason = "the summary of a sequence reads it"
+        elif _expands_by_padding(head):
+            reason = "query expansion by the padding token reads it"
         else:
             continue
         found.update((id(module), reason) for module in head.modules())
     return found
+
+
+def _expands_by_padding(module: nn.Module) -> bool:
+    """Whether sentence-transformers expands queries by unattended tokens that look like padding;
+    expansion by another token is seen in the batch."""
+    expansion = getattr(module, "query_expansion", None)
+    if not isinstance(expansion, dict) or expansion.get("attend"):
+        return False
+    pad = getattr(getattr(module, "tokenizer", None), "pad_token", None)
+    return pad is not None and expansion.get("token") == pad
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 
 import pytest
@@ -132,17 +133,107 @@ def test_what_it_does_not_know():
         bertfast.optimize(albert, strict=True)
 
 
-def test_a_subclass_of_the_users_is_left_alone():
+def test_a_subclass_of_the_users_is_left_alone(monkeypatch):
     class Mine(transformers.BertModel):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)[0] * 2
 
     stock, inputs = tiny(), batch()
     stock.__class__ = Mine
-    model = bertfast.optimize(copy.deepcopy(stock))
+    monkeypatch.setattr(bertfast.notice, "_told", set())
+    with pytest.warns(UserWarning, match="Mine is a subclass of BertModel") as warned:
+        model = bertfast.optimize(copy.deepcopy(stock))
+    assert warned[0].filename == __file__
     assert type(model) is Mine
+    rows = bertfast.report(model)
+    assert len(rows) == 2 and all("Mine is a subclass of BertModel" in row.reason for row in rows)
+    with pytest.raises(ValueError, match="Mine is a subclass of BertModel"):
+        bertfast.optimize(copy.deepcopy(stock), strict=True)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(model(**inputs)[real], stock(**inputs)[real], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "config"])
+def test_a_new_model_of_a_converted_models_class(how, tmp_path):
+    """It runs its original code until it is optimized itself."""
+    fused, inputs = bertfast.optimize(tiny()), batch()
+    real = inputs["attention_mask"].bool()
+    expected = fused(**inputs)[0][real]
+    if how == "config":
+        new = type(fused)(fused.config).eval()
+        new.load_state_dict(fused.state_dict())
+    else:
+        fused.save_pretrained(tmp_path)
+        new = type(fused).from_pretrained(tmp_path).eval()
+    assert [row.reason for row in bertfast.report(new)] == ["not converted"] * 2
+    torch.testing.assert_close(new(**inputs)[0][real], expected, rtol=0, atol=HIDDEN_ATOL)
+    assert not packs(new, inputs)
+    assert types(bertfast.optimize(new, strict=True)) == types(fused) and packs(new, inputs)
+    torch.testing.assert_close(new(**inputs)[0][real], expected, rtol=0, atol=HIDDEN_ATOL)
+    bertfast.revert(new)
+    assert type(new) is transformers.BertModel and not packs(new, inputs)
+
+
+def test_reverting_a_new_model_of_a_converted_models_class():
+    new = type(bertfast.optimize(tiny()))(tiny().config)
+    assert type(bertfast.revert(new)) is transformers.BertModel
+
+
+def test_a_new_layer_of_a_converted_layers_class():
+    fused, x = bertfast.optimize(tiny()), torch.randn(2, 6, 64)
+    layer = fused.encoder.layer[0]
+    new = type(layer)(fused.config).eval()
+    new.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(new(x), layer(x), rtol=0, atol=HIDDEN_ATOL)
+    fused.encoder.layer[0] = new  # and inside a converted model, before and after its conversion
+    assert not packs(fused, batch())
+    assert packs(bertfast.optimize(fused), batch())
+
+
+def test_an_old_transformers_is_named():
+    """In a process of its own, where bertfast.hf was not imported before."""
+    code = """
+import sys
+import torch, transformers
+from transformers import BertModel  # may exchange the module
+sys.modules["transformers"].__version__ = "4.57.6"
+import bertfast
+from torch import nn
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.plain = nn.TransformerEncoder(layer, 1)
+        config = transformers.BertConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8)
+        self.bert = BertModel(config)
+
+text = "bertfast needs transformers 5.0 or newer for Hugging Face models, found 4.57.6"
+model = bertfast.optimize(Both())
+assert type(model.plain).__module__ == "bertfast.torch_nn", type(model.plain)
+rows = {row.name: row.reason for row in bertfast.report(model)}
+assert rows == {"plain.layers.0": None, "bert.encoder.layer.0": text}, rows
+model.bert(torch.tensor([[1, 2]]))
+bertfast.revert(model)
+try:
+    bertfast.optimize(Both(), strict=True)
+except ValueError as error:
+    assert text in str(error)
+else:
+    raise AssertionError
+try:
+    import bertfast.hf
+except ImportError as error:
+    assert str(error) == text
+else:
+    raise AssertionError
+bertfast.optimize(Both().plain, strict=True)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "found 4.57.6" in result.stderr  # the warning
 
 
 def test_layers_of_another_version_are_left_alone(monkeypatch):

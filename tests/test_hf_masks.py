@@ -206,6 +206,43 @@ def test_causal_by_argument_runs_as_before():
         assert torch.equal(fused(ids, is_causal=True)[0], stock(ids, is_causal=True)[0])
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_arguments_that_nobody_looks_at_change_nothing(implementation):
+    """sentence-transformers hands over all features that it has, its own outputs too."""
+    _, fused = both(attn_implementation=implementation)
+    inputs = batch()
+    more = {"token_embeddings": torch.randn(3, 20, 64), "mine": "x"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fused(**inputs, **more)[0], fused(**inputs)[0])
+    assert packs(fused, inputs | more)
+
+
+def test_a_users_attention_function_may_look_at_any_argument():
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def doubled(*args, mine=None, **kwargs):
+        out, weights = sdpa_attention_forward(*args, **kwargs)
+        return (out * 2 if mine else out), weights
+
+    AttentionInterface.register("doubled", doubled)
+    stock, fused = both(attn_implementation="doubled")
+    inputs = {"input_ids": batch((9, 9))["input_ids"]}
+    with pytest.warns(UserWarning, match="mine was given"):
+        assert torch.equal(fused(**inputs, mine=True)[0], stock(**inputs, mine=True)[0])
+
+
+@pytest.mark.filterwarnings("default:bertfast runs")
+def test_a_hook_inside_a_layer_is_warned_of_at_the_users_line(monkeypatch):
+    monkeypatch.setattr(bertfast.notice, "_told", set())
+    _, fused = both()
+    fused.encoder.layer[0].output.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a hook on its BertOutput has to be called") as warned:
+        fused(**batch())
+    assert warned[0].filename == __file__
+
+
 def test_reasons_are_given_once(monkeypatch):
     monkeypatch.setattr(bertfast.notice, "_told", set())
     _, fused = both(attn_implementation="eager")

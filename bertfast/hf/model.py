@@ -29,6 +29,7 @@ _HANDLED = frozenset(
 # Wrappers around a layer that hand on any argument, and where they keep it.
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
+
 class Model:
     """Stands in front of the original model class (BertModel, ...)."""
 
