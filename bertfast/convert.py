@@ -232,7 +232,7 @@ def report(model: nn.Module) -> Report:
                 elif (reason := module.__dict__.get(KEPT)) is not None:
                     rows.notes.append(f"{name or kind} kept padding in its last call: {reason}")
             continue
-        swapped = _swapped_class(module)
+        swapped = type(module) if is_swapped(module) else _swapped_class(module)
         if swapped is not None and hasattr(swapped, "why_not"):
             rows.append(Row(name, kind, "not converted"))
         elif swapped is None and _looks_like_a_layer(module):

@@ -11,6 +11,7 @@ three are then concatenated for each product, as they are while something is tra
 
 import threading
 import weakref
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.distributed
@@ -30,6 +31,7 @@ class JoinedWeights:
     def __init__(self, linears: tuple[nn.Module, ...] = ()) -> None:
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self.stays = False  # another process may have the same weights
         plain = [linear for linear in linears if type(linear) is nn.Linear]
         self._own = [weakref.ref(p) for linear in plain for p in linear.parameters()]
 
@@ -61,6 +63,9 @@ class JoinedWeights:
         return True
 
     def _may_move(self, parameters) -> bool:
+        # What other processes read or write must stay in the memory that they know.
+        if self.stays or any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+            return False
         # Sharding keeps the storage of a gathered Parameter to itself and makes new Parameters; so
         # where there are processes to shard over, only those from before it may be moved.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -74,6 +79,22 @@ class JoinedWeights:
             and p.untyped_storage().nbytes() == p.nbytes  # no part of something else
             for p in parameters
         ) and len({p.data_ptr() for p in parameters}) == len(parameters)
+
+
+def _for_another_process(joined: JoinedWeights) -> tuple:
+    """How multiprocessing sends it: from then on two processes have the weights. Of a GPU's tensors
+    nothing else tells."""
+    joined.stays = True
+    return _staying, ()
+
+
+def _staying() -> JoinedWeights:
+    joined = JoinedWeights()
+    joined.stays = True
+    return joined
+
+
+ForkingPickler.register(JoinedWeights, _for_another_process)
 
 
 def _lie_in(joined: torch.Tensor | None, parts) -> bool:

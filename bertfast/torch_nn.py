@@ -22,8 +22,9 @@ from .batch import Batch
 from .hooks import has_user_hooks, sees_layout
 from .linear import Weights, plain
 from .nn import Parts, can_look_at, gelu_form, layout, run_layer
+from .notice import warn_once
 from .per_token import why_rows_are_seen
-from .settings import ATTRIBUTE, KEPT, is_disabled
+from .settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -42,13 +43,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         somewhere, so that a checkpointed layer that is run again is told the same."""
         if bertfast_batch is not None:
             return self._fused(src, bertfast_batch)
-        if is_disabled():
+        if is_disabled() or not is_converted(self):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        entered = None
-        if src_mask is None and not is_causal and self.why_not() is None:
+        if src_mask is not None or is_causal:
+            entered = "src_mask or is_causal was given"
+        else:
+            entered = self.why_not()
+        if entered is None:
             entered = enter(src, src_key_padding_mask, self.self_attn.batch_first, may_pack=False)
-        if entered is not None:
+        if isinstance(entered, Entered):
             return entered.leave(self._fused(entered.x, entered.batch))
+        warn_once(f"runs the original code of a TransformerEncoderLayer: {entered}")
         if src.is_nested:  # nothing but torch's fast path does this, or it says why it can't
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self._as_in_training(src, src_mask, src_key_padding_mask, is_causal)
@@ -133,9 +138,10 @@ class TransformerEncoder(nn.TransformerEncoder):
         layers = [_unwrapped(layer) for layer in self.layers]
         if (
             is_disabled()
+            or not is_converted(self)
             or mask is not None  # torch makes no nested tensors then
             or not layers
-            or not all(isinstance(layer, TransformerEncoderLayer) for layer in layers)
+            or not all(map(_is_converted_layer, layers))
         ):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         entered = None
@@ -146,7 +152,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 *(src, src_key_padding_mask, batch_first),
                 *(settings.packed, settings.backend, not self.training),
             )
-        if entered is not None:
+        if isinstance(entered, Entered):
             if not torch.compiler.is_compiling():
                 self.__dict__[KEPT] = entered.batch.kept
             output = entered.x
@@ -168,12 +174,16 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Why padding is kept, whatever the call; None if it needn't."""
         layers = [_unwrapped(layer) for layer in self.layers]
         for layer in layers:
-            if not isinstance(layer, TransformerEncoderLayer):
-                return f"one of its layers is a {type(layer).__name__}"
+            if not _is_converted_layer(layer):
+                return f"one of its layers is a {type(layer).__name__} that is not converted"
         return self.__dict__[ATTRIBUTE].keep_padding or _apart(self.layers, layers)
 
     def prepare(self) -> None:
         pass
+
+
+def _is_converted_layer(layer: nn.Module) -> bool:
+    return isinstance(layer, TransformerEncoderLayer) and is_converted(layer)
 
 
 def _unwrapped(layer: nn.Module) -> nn.Module:
@@ -213,12 +223,14 @@ def enter(
     may_pack: bool,
     backend: str = "auto",
     sort: bool = False,
-) -> Entered | None:
-    """None if the call has something in it that `run_layer` doesn't do."""
+) -> Entered | str:
+    """Or, in words, what the call has in it that `run_layer` doesn't do."""
     if src.is_nested:
-        return _enter_nested(src) if padding is None and batch_first else None
+        if padding is not None or not batch_first:
+            return "a nested src came with a padding mask, or where batch_first is False"
+        return _enter_nested(src)
     if src.dim() not in (2, 3):
-        return None
+        return f"src has {src.dim()} dimensions"
     alone = src.dim() == 2
     if alone:
         x = src[None]
@@ -229,8 +241,10 @@ def enter(
         key_mask = _attended(padding)
         if key_mask is not None and alone:
             key_mask = key_mask[None]
-        if key_mask is None or key_mask.shape != x.shape[:2]:
-            return None  # torch has an error for a wrong shape
+        if key_mask is None:
+            return "src_key_padding_mask is not of bools, and not known to be of 0 and -Inf alone"
+        if key_mask.shape != x.shape[:2]:
+            return "src_key_padding_mask has not the shape of the tokens"  # torch's has an error
         batch = layout(key_mask, may_pack, src.device, backend, sort)
 
     def leave(y: torch.Tensor) -> torch.Tensor:
@@ -243,10 +257,10 @@ def enter(
     return Entered(batch.pack(x) if batch.packed else x, batch, leave)
 
 
-def _enter_nested(src: torch.Tensor) -> Entered | None:
+def _enter_nested(src: torch.Tensor) -> Entered | str:
     """A nested tensor is a packed batch already; torch keeps its lengths on the host."""
     if not can_look_at(src) or src.dim() != 3:
-        return None
+        return "src is nested, and traced or not of rows of tokens"
     parts = src.unbind()
     lengths = [part.shape[0] for part in parts]
     cu_seqlens, plan = packing.lay_out(lengths, src.device)

@@ -8,6 +8,7 @@ import copy
 import io
 import pickle
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -144,6 +145,39 @@ def test_views_and_shared_weights_stay_where_they_are():
     shared[1].weight = shared[0].weight
     agree(shared, JoinedWeights(shared))
     assert shared[1].weight is shared[0].weight
+
+
+def test_shared_memory_stays_shared():
+    """As in Hogwild: several processes train the same weights."""
+    linears = three()
+    for linear in linears:
+        linear.share_memory()
+    places = [p.data_ptr() for linear in linears for p in linear.parameters()]
+    joined = JoinedWeights(linears)
+    agree(linears, joined)
+    assert places == [p.data_ptr() for linear in linears for p in linear.parameters()]
+    assert all(p.is_shared() for linear in linears for p in linear.parameters())
+
+
+def test_weights_sent_to_another_process_stay_where_they_are():
+    """On both sides. A GPU's tensors don't say that they are shared; the sending does."""
+    linears, joined = three(), JoinedWeights()
+    received = pickle.loads(ForkingPickler.dumps(joined))
+    for one in (joined, received):
+        agree(linears, one)
+        assert not together(linears)
+    agree(linears, pickle.loads(pickle.dumps(JoinedWeights())))
+    assert together(linears)
+
+
+@ON_TRITON
+def test_a_model_in_shared_memory_is_trained_there(fused):
+    model = copy.deepcopy(fused[1])
+    model.share_memory()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    model(**small())[0].sum().backward()
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert all(p.is_shared() for p in model.parameters())
 
 
 def test_weights_made_in_inference_mode():

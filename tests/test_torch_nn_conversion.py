@@ -380,3 +380,42 @@ def test_the_report_says_where_padding_is_kept():
 def test_report_before_the_conversion():
     rows = bertfast.report(make())
     assert [row.status for row in rows] == ["not converted"] * 2
+
+
+class DropPath(nn.Module):
+    """One draw a row."""
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape[0], 1, 1, dtype=x.dtype) < 0.5) if self.training else x
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_a_module_that_draws_once_a_row_sees_rows(norm_first):
+    stock = make(norm_first=norm_first)
+    stock.layers[1].dropout2 = DropPath()
+    model = converted(stock)
+    (note,) = bertfast.report(model).notes
+    assert note == "TransformerEncoder keeps padding: in layer 1 a DropPath may act on rows"
+    results = []
+    for one in (stock.train(), model.train()):
+        torch.manual_seed(3)
+        results.append(one(inputs(), src_key_padding_mask=RIGHT)[~RIGHT])
+    torch.testing.assert_close(*results)
+
+
+def test_new_modules_of_the_converted_classes():
+    """They run torch's code until they are optimized themselves."""
+    model = converted(make())
+    layer = type(model.layers[0])(WIDTH, HEADS, INNER, batch_first=True).eval()
+    new = type(model)(layer, 2).eval()
+    want = nn.TransformerEncoder.forward(new, inputs().float(), src_key_padding_mask=RIGHT)
+    assert torch.equal(new(inputs().float(), src_key_padding_mask=RIGHT), want)
+    assert [row.reason for row in bertfast.report(new)] == ["not converted"] * 2
+    model.layers[1] = layer.double()
+    assert "TransformerEncoderLayer that is not converted" in str(bertfast.report(model))
+    model(inputs(), src_key_padding_mask=RIGHT)
+    bertfast.optimize(new, strict=True)
+    torch.testing.assert_close(
+        new(inputs().float(), src_key_padding_mask=RIGHT)[~RIGHT], want[~RIGHT], rtol=0, atol=1e-5
+    )
+    assert type(bertfast.revert(new)) is nn.TransformerEncoder

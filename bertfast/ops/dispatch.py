@@ -9,8 +9,14 @@ import functools
 import importlib
 
 import torch
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    _get_function_stack_at,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import maybe_current_level
+from torch.utils._device import DeviceContext
 
 BACKENDS = ("torch", "triton", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,7 +108,7 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
+        or (_len_torch_function_stack() and not _only_a_default_device())
         or _get_tracing_state() is not None
     ):
         return False
@@ -110,6 +116,12 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def _only_a_default_device() -> bool:
+    """Whether the mode of torch.set_default_device is all there is: it acts on functions that make
+    tensors and are given no device, and all of ours are."""
+    return _len_torch_function_stack() == 1 and type(_get_function_stack_at(0)) is DeviceContext
 
 
 def distinct(tensors) -> list[torch.Tensor | None]:
