@@ -405,17 +405,17 @@ def test_a_module_that_draws_once_a_row_sees_rows(norm_first):
 
 def test_new_modules_of_the_converted_classes():
     """They run torch's code until they are optimized themselves."""
-    model = converted(make())
+    model, x = converted(make()), inputs().float()
     layer = type(model.layers[0])(WIDTH, HEADS, INNER, batch_first=True).eval()
     new = type(model)(layer, 2).eval()
-    want = nn.TransformerEncoder.forward(new, inputs().float(), src_key_padding_mask=RIGHT)
-    assert torch.equal(new(inputs().float(), src_key_padding_mask=RIGHT), want)
+    want = nn.TransformerEncoder.forward(new, x, src_key_padding_mask=RIGHT)
+    assert torch.equal(new(x, src_key_padding_mask=RIGHT), want)
     assert [row.reason for row in bertfast.report(new)] == ["not converted"] * 2
     model.layers[1] = layer.double()
     assert "TransformerEncoderLayer that is not converted" in str(bertfast.report(model))
     model(inputs(), src_key_padding_mask=RIGHT)
     bertfast.optimize(new, strict=True)
     torch.testing.assert_close(
-        new(inputs().float(), src_key_padding_mask=RIGHT)[~RIGHT], want[~RIGHT], rtol=0, atol=1e-5
+        new(x, src_key_padding_mask=RIGHT)[~RIGHT], want[~RIGHT], rtol=0, atol=1e-5
     )
     assert type(bertfast.revert(new)) is nn.TransformerEncoder
