@@ -14,23 +14,24 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .hooks import sees_layout
 
 _CLASSES: tuple[type, ...] = (
-    *(nn.Linear, NonDynamicallyQuantizableLinear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
-    *(nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.Identity),
+    *(nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
+    *(nn.Dropout, nn.AlphaDropout, nn.Identity),
     *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU),
-    *(nn.PReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardswish, nn.LogSigmoid),
+    *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardswish),
     *(nn.Module, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential),
+)
+# PEFT's methods. Not among them: poly and xlora, which route or scale each row by itself.
+_PEFT = (
+    *("lora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "hra", "hira", "glora", "gralora"),
+    *("delora", "randlora", "vera", "vblora", "fourierft", "waveft", "c3a", "miss", "shira", "osf"),
+    *("ln_tuning", "trainable_tokens", "lycoris_utils", "tuners_utils", "_buffer_dict"),
 )
 # Packages whose modules do: by the beginning of the class's module.
 _PACKAGES = (
-    "transformers.activations",
-    "peft.tuners.",
-    "torch.ao.nn.",
-    "torchao.",
-    "bitsandbytes.nn.",
+    *("transformers.activations", "torch.ao.nn.", "torchao.", "bitsandbytes.nn."),
     "optimum.quanto.",
+    *(f"peft.tuners.{method}" for method in _PEFT),
 )
-# But those of PEFT that route or scale each row by itself.
-_NOT = ("peft.tuners.poly.", "peft.tuners.xlora.")
 
 _known: dict[type, bool] = dict.fromkeys(_CLASSES, True)
 
@@ -44,7 +45,7 @@ def _acts_per_token(kind: type) -> bool:
 
 def _is_listed(kind: type) -> bool:
     if kind.__module__.startswith(_PACKAGES):
-        return not kind.__module__.startswith(_NOT)
+        return True
     # What torch derives from a class while it parametrizes or shards its weights.
     derived = kind.__name__.startswith(("Parametrized", "FSDP")) and len(kind.__mro__) > 2
     return derived and any(_acts_per_token(base) for base in kind.__mro__[1:3])

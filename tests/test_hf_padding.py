@@ -186,6 +186,43 @@ def test_what_is_known_to_act_on_each_token_is_packed(change):
     close(fused(**inputs)[0][real], stock(**inputs)[0][real])
 
 
+PEFT = {
+    "LoraConfig": dict(use_dora=True),
+    "AdaLoraConfig": dict(total_step=9),
+    "IA3Config": dict(feedforward_modules=[]),
+    **dict.fromkeys(("LoHaConfig", "LoKrConfig", "HRAConfig", "RandLoraConfig"), {}),
+    "OFTConfig": dict(oft_block_size=4, r=0),
+    "BOFTConfig": dict(boft_block_size=4),
+    "C3AConfig": dict(block_size=8),
+    "FourierFTConfig": dict(n_frequency=9),
+    "MissConfig": dict(r=4),
+    "ShiraConfig": dict(r=2),
+}
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_listed_methods_of_peft_act_on_each_token(name):
+    """Also in training: what they draw there is not drawn once a row."""
+    peft = pytest.importorskip("peft", reason="its layers are tested")
+    from bertfast.per_token import why_rows_are_seen
+
+    if not hasattr(peft, name):
+        pytest.skip("this version of peft doesn't have it")
+    net = nn.ModuleDict({"a": nn.Linear(16, 16)})
+    net.config = {"model_type": "none"}
+    net = peft.inject_adapter_in_model(getattr(peft, name)(target_modules=["a"], **PEFT[name]), net)
+    assert type(net["a"]) is not nn.Linear and why_rows_are_seen(net["a"]) is None
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    x, order = torch.randn(3, 5, 16), torch.randperm(15)
+    for mode in (True, False):
+        expected = net.train(mode)["a"](x).flatten(0, 1)
+        mixed = net["a"](x.flatten(0, 1)[order][None])[0]
+        torch.testing.assert_close(mixed, expected[order], rtol=0, atol=1e-5)
+
+
 def test_hooks_of_a_user_by_way_of_accelerate_see_rows():
     hooks = pytest.importorskip("accelerate.hooks", reason="its hooks are tested")
     seen = []
