@@ -6,12 +6,13 @@ class can't be asked whether it does, so those that don't are listed here; aroun
 batch stays padded.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .hooks import sees_layout
+from .linear import is_hooked
 
 _CLASSES: tuple[type, ...] = (
     *(nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
@@ -36,6 +37,22 @@ _PACKAGES = (
 _known: dict[type, bool] = dict.fromkeys(_CLASSES, True)
 
 
+def why_rows_are_seen(module: nn.Module, own: Collection[type] = ()) -> str | None:
+    """Why tokens must not change places around this module, in words that follow "in ..."; None if
+    they may. own: further classes that act on each token alone, the module's and its parts'."""
+    left = [module]
+    while left:
+        module = left.pop()
+        kind = type(module)
+        if not (_known.get(kind) or kind in own or _acts_per_token(kind)):
+            return f"a {kind.__name__} may act on rows"
+        if is_hooked(module) and sees_layout(module):
+            return f"a hook on a {kind.__name__} sees its rows"
+        if module._modules:
+            left += _parts(module)
+    return None
+
+
 def _acts_per_token(kind: type) -> bool:
     known = _known.get(kind)
     if known is None:
@@ -51,18 +68,11 @@ def _is_listed(kind: type) -> bool:
     return derived and any(_acts_per_token(base) for base in kind.__mro__[1:3])
 
 
-def why_rows_are_seen(module: nn.Module, own: Collection[type] = ()) -> str | None:
-    """Why tokens must not change places around this module, in words that follow "in ..."; None if
-    they may. own: further classes that act on each token alone, the module's and its parts'."""
-    kind = type(module)
-    if kind not in own and not _acts_per_token(kind):
-        return f"a {kind.__name__} may act on rows"
-    if sees_layout(module):
-        return f"a hook on a {kind.__name__} sees its rows"
-    for name, child in module._modules.items():
-        if child is None or name == "parametrizations":  # those act on weights
-            continue
-        reason = why_rows_are_seen(child, own)
-        if reason is not None:
-            return reason
-    return None
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    """The modules inside, in their order, but for those that act on weights."""
+    parts = module._modules
+    if None not in parts.values() and "parametrizations" not in parts:
+        return reversed(parts.values())
+    return [
+        part for name, part in parts.items() if part is not None and name != "parametrizations"
+    ][::-1]
