@@ -62,7 +62,12 @@ def test_a_plain_call_leaves_out_the_dispatcher(tensors):
 
 
 def test_whatever_acts_on_a_whole_op_still_sees_it(tensors):
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    class FunctionMode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
 
     class Subclass(torch.Tensor):
         pass
@@ -76,8 +81,12 @@ def test_whatever_acts_on_a_whole_op_still_sees_it(tensors):
     assert not dispatch.plain_call(torch.complex(x, x).conj().imag)  # memory holds -x
     with Mode():
         assert not dispatch.plain_call(x)
-    with torch.device("cpu"):  # a TorchFunctionMode
+    with FunctionMode():
         assert not dispatch.plain_call(x)
+        with torch.device("cpu"):
+            assert not dispatch.plain_call(x)
+    with torch.device("cpu"):  # a mode too, but one that acts on no op of ours
+        assert dispatch.plain_call(x)
 
 
 @pytest.mark.host
