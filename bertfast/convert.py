@@ -58,7 +58,8 @@ def optimize(
     if strict and (unknown or not found):
         raise ValueError(f"bertfast knows no module of {type(model).__name__}: {report(model)}")
     for reason in unknown:
-        warn_once(f"runs the original code wherever there is a mask: {reason}")
+        where = "" if isinstance(_hf(), str) else " wherever there is a mask"
+        warn_once(f"runs the original code{where}: {reason}")
     return model
 
 

@@ -27,7 +27,13 @@ class Weights(NamedTuple):
 
 def untouched(module: nn.Module, kind: type) -> bool:
     """Whether the module is exactly of this class and nothing hangs on its call."""
-    return type(module) is kind and not is_hooked(module)
+    return type(module) is kind and not is_hooked(module) and has_own_forward(kind)
+
+
+def has_own_forward(kind: type) -> bool:
+    """Whether the class has the forward that was written with it, and nobody has put another there:
+    that one has to be called."""
+    return kind.forward.__module__ == kind.__module__
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from . import packing
 from .batch import Batch
 from .hooks import has_user_hooks, sees_layout
-from .linear import Weights, plain
+from .linear import Weights, has_own_forward, plain
 from .nn import Parts, can_look_at, gelu_form, layout, run_layer
 from .notice import warn_once
 from .per_token import why_rows_are_seen
@@ -100,6 +100,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         attention = self.self_attn
         if type(attention) is not nn.MultiheadAttention:
             return f"its self_attn is a {type(attention).__name__}, not a plain MultiheadAttention"
+        for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
+            if not has_own_forward(kind):
+                return f"the forward of {kind.__name__} was replaced"
         if not attention._qkv_same_embed_dim:
             return "its keys or values have a width of their own (kdim, vdim)"
         if attention.bias_k is not None or attention.bias_v is not None:

@@ -223,6 +223,35 @@ def test_forwards_replaced_on_the_instance_are_reported():
     torch.testing.assert_close(stock(**inputs)[0], expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("family", ["Bert", "Electra", "DistilBert"])
+@pytest.mark.parametrize("part", ["SelfAttention", "Layer", "Linear", "LayerNorm"])
+def test_forwards_replaced_on_the_class_are_called(family, part, monkeypatch):
+    """As who looks into attention does, before or after the conversion."""
+    stock, inputs = tiny(family + "Model"), batch()
+    early, late = bertfast.optimize(copy.deepcopy(stock)), copy.deepcopy(stock)
+    names = {"SelfAttention": "DistilBertSelfAttention", "Layer": "TransformerBlock"}
+    if part in ("Linear", "LayerNorm"):
+        kind = getattr(nn, part)
+    else:
+        name = names[part] if family == "DistilBert" else family + part
+        kind = getattr(sys.modules[type(stock).__module__], name)
+    original, calls = kind.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        out = original(self, *args, **kwargs)
+        return (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+
+    monkeypatch.setattr(kind, "forward", forward)
+    expected = stock(**inputs)[0]
+    real, count = inputs["attention_mask"].bool(), len(calls)
+    for model in (early, bertfast.optimize(late)):
+        calls.clear()
+        torch.testing.assert_close(model(**inputs)[0][real], expected[real], rtol=1e-4, atol=1e-4)
+        assert len(calls) == count
+        assert not packs(model, inputs)  # what was put there may act on rows
+
+
 @pytest.mark.parametrize(
     "arguments, error",
     [

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..batch import Batch
 from ..hooks import has_user_hooks, is_replaced
+from ..linear import has_own_forward
 from ..nn import Parts, run_layer
 from ..notice import warn_once
 from ..per_token import why_rows_are_seen
@@ -77,11 +78,15 @@ class Layer:
 
     def why_not(self) -> str | None:
         """Why this layer runs its original code, whatever the call; None if it needn't."""
+        if not has_own_forward(self._original):
+            return f"the forward of {self._original.__name__} was replaced"
         for module, kind in zip(self.containers(), self._container_kinds, strict=True):
             if type(module) is not kind:
                 return f"its {kind.__name__} is a {type(module).__name__}"
             if has_user_hooks(module):
                 return f"a hook on its {kind.__name__} has to be called"
+            if not has_own_forward(kind):
+                return f"the forward of {kind.__name__} was replaced"
         if is_replaced(self):
             return "its forward was replaced on the instance"
         return None
