@@ -17,12 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bertfast.bench.compare import PM, Ratio, Unit, baseline, grouped, is_ours, verdicts  # noqa: E402
 from bertfast.bench.lengths import MIXES  # noqa: E402
-from bertfast.bench.record import Row  # noqa: E402
-from bertfast.bench.tables import baseline, duration, grouped  # noqa: E402
+from bertfast.bench.record import Environment, Row  # noqa: E402
+from bertfast.bench.tables import by_op, percent  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
+SPREAD = f"{PM}: half the range from the 20th to the 80th percentile of the repeats."
 # The README's GPU tables: (model, shape or mix, pass), whatever was measured.
 MODEL_CASES = [
     ("BERT-base", "32x512", "forward"),
@@ -70,6 +72,10 @@ class Run:
     path: Path
     rows: list[Row]
     facts: dict[str, str]  # the environment's columns
+
+    @property
+    def environment(self) -> Environment:
+        return Environment(**{field.name: self.facts[field.name] for field in fields(Environment)})
 
     @property
     def gpu(self) -> bool:
@@ -120,49 +126,68 @@ def find(run: Run | None, op: str, shape: str, pass_: str, dropout=None) -> list
     return []
 
 
-def best_of_ours(rows: list[Row]) -> Row | None:
-    ours = [row for row in rows if row.provider.startswith("bertfast")]
-    return min(ours, key=lambda row: row.median_us, default=None)
+def best(rows: list[Row], ours: bool) -> Row | None:
+    those = [row for row in rows if is_ours(row) == ours]
+    return min(those, key=lambda row: row.median_us, default=None)
+
+
+class Times:
+    """A column of medians with their spread, in one unit."""
+
+    def __init__(self, rows: list[Row | None]):
+        there = [row for row in rows if row is not None]
+        self.unit = Unit.of([row.median_us for row in there]) if there else None
+        texts = iter(self.unit.column(there, align=False) if there else ())
+        self.cells = [NOT_MEASURED if row is None else next(texts) for row in rows]
+
+    def heading(self, name: str) -> str:
+        return f"{name}, {self.unit.name}" if self.unit else name
 
 
 def models(run: Run | None) -> str:
     """Our time and floor, and how many times as fast as each of the others."""
+    cases = [find(run, *case) for case in MODEL_CASES]
+    ours = [best(rows, ours=True) for rows in cases]
+    times = Times(ours)
     lines = []
-    for model, shape, pass_ in MODEL_CASES:
-        rows = find(run, model, shape, pass_)
-        ours, others = best_of_ours(rows), {row.provider: row for row in rows}
-        cells = [f"{model} {shape}, {pass_}"]
-        cells += [duration(ours.median_us), _percent(ours)] if ours else [NOT_MEASURED] * 2
-        for name in OTHERS:
-            other = others.get(name)
-            ratio = f"{other.median_us / ours.median_us:.2f}" if ours and other else NOT_MEASURED
-            cells.append(ratio)
-        lines.append(cells)
-    return table(["", "bertfast", "% of floor", *(f"over {name}" for name in OTHERS)], lines)
+    for (model, shape, pass_), rows, row, time in zip(
+        MODEL_CASES, cases, ours, times.cells, strict=True
+    ):
+        others = {other.provider: other for other in rows}
+        cells = [f"{model} {shape}, {pass_}", time, _percent(row)]
+        lines.append(cells + [_ratio(row, others.get(name)) for name in OTHERS])
+    heading = ["", times.heading("bertfast"), "% of floor", *(f"over {name}" for name in OTHERS)]
+    return table(heading, lines)
 
 
 def ops(run: Run | None) -> str:
     """Percent of the floor: ours and the best of the others."""
+    cases = [find(run, *case) for case in OP_CASES]
+    ours, others = ([best(rows, ours=which) for rows in cases] for which in (True, False))
+    times, other_times = Times(ours), Times(others)
     lines = []
-    for op, shape, pass_, dropout in OP_CASES:
-        rows = find(run, op, shape, pass_, dropout)
-        ours = best_of_ours(rows)
-        others = [row for row in rows if not row.provider.startswith("bertfast")]
-        other = min(others, key=lambda row: row.median_us, default=None)
+    for number, (op, shape, pass_, dropout) in enumerate(OP_CASES):
+        other = others[number]
+        name = "" if other is None else f"{other.provider}, "
         lines.append(
             [
                 f"{op} {shape}, {pass_}" + (f", dropout {dropout:g}" if dropout else ""),
-                duration(ours.median_us) if ours else NOT_MEASURED,
-                _percent(ours),
-                f"{other.provider}, {duration(other.median_us)}" if other else NOT_MEASURED,
+                times.cells[number],
+                _percent(ours[number]),
+                name + other_times.cells[number],
                 _percent(other),
             ]
         )
-    return table(["", "bertfast", "% of floor", "the best other", "% of floor"], lines)
+    heading = ["", times.heading("bertfast"), "% of floor", other_times.heading("the best other")]
+    return table([*heading, "% of floor"], lines)
+
+
+def _ratio(ours: Row | None, other: Row | None) -> str:
+    return NOT_MEASURED if ours is None or other is None else str(Ratio.of(ours, other))
 
 
 def _percent(row: Row | None) -> str:
-    return NOT_MEASURED if row is None else f"{row.percent_of_floor:.0f}"
+    return NOT_MEASURED if row is None else percent(row.percent_of_floor)
 
 
 def cpu(run: Run | None) -> str:
@@ -175,14 +200,13 @@ def cpu(run: Run | None) -> str:
         if ours is None or stock is None or ours.tokens_per_s is None:
             continue
         waste = ours.padded_tokens_per_s / ours.tokens_per_s
-        speed_up = stock.median_us / ours.median_us
         lines.append(
             [
                 f"{op} {shape}, {pass_}, {dtype}",
                 f"{ours.tokens_per_s:,.0f}",
                 f"{stock.tokens_per_s:,.0f}",
-                f"{speed_up:.2f}",
-                f"{other.median_us / ours.median_us:.2f}" if other else NOT_MEASURED,
+                _ratio(ours, stock),
+                _ratio(ours, other),
                 f"{waste:.2f}",
                 _percent(ours),
                 f"{ours.error:.1e}",
@@ -192,7 +216,16 @@ def cpu(run: Run | None) -> str:
         return NOT_MEASURED
     heading = ["", "bertfast tokens/s", "HF SDPA tokens/s", "over HF SDPA"]
     heading += ["over nn.TransformerEncoder", "padded to real tokens", "% of floor", "error"]
-    return table(heading, lines)
+    return f"{table(heading, lines)}\n\n{comparison(run)}"
+
+
+def comparison(run: Run) -> str:
+    """How bertfast compares over all cases of a model: a list of sentences."""
+    sentences = []
+    for op, cases in by_op(row for row in run.rows if row.tokens_per_s).items():
+        for line in verdicts(cases):
+            sentences.append(f"; {line.strip()}" if line.startswith(" ") else f"\n- {op}: {line}")
+    return "".join(sentences).strip()
 
 
 def parts(found: list[Run]) -> dict[str, str]:
@@ -201,11 +234,14 @@ def parts(found: list[Run]) -> dict[str, str]:
     host = next((run for run in found if not run.gpu), None)
     on_gpu = f"Not measured: no GPU has run bertfast yet. {WAITING}"
     if gpu is not None:
-        on_gpu = f"Measured on {gpu.where}.\n\n{models(gpu)}\n\n{ops(gpu)}{images(gpu)}"
+        on_gpu = (
+            f"Measured on {gpu.where}. {SPREAD}\n\n{models(gpu)}\n\n{comparison(gpu)}\n\n{ops(gpu)}"
+        )
+        on_gpu += images(gpu)
     on_cpu = NOT_MEASURED
     if host is not None:
         how = f"one thread, processor time, load {host.facts['load']} when it began"
-        on_cpu = f"Measured on {host.where}; {how}.\n\n{cpu(host)}{images(host)}"
+        on_cpu = f"Measured on {host.where}; {how}. {SPREAD}\n\n{cpu(host)}{images(host)}"
     return {"gpu": on_gpu, "cpu": on_cpu}
 
 
@@ -238,7 +274,11 @@ def filled(text: str, found: list[Run]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit status 1 if the README's tables are not those of the CSV files",
+    )
     options = parser.parse_args(arguments)
     readme = ROOT / "README.md"
     found = runs()
@@ -251,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bertfast.bench import plots
 
     for run in found:
-        for path in plots.draw(run.rows, run.facts["device"], run.path.parent):
+        for path in plots.draw(run.rows, run.environment, run.path.parent):
             print(path.relative_to(ROOT))
     readme.write_text(filled(text, found))
     return 0

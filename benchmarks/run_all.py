@@ -43,6 +43,7 @@ UNTIL = {
     "compilers": 0.85,
     "autotune": 1.0,
 }
+BUILD_NEEDS = ("setuptools", "pybind11", "ninja")
 SHAPES = {
     "1x128": (1, 128),
     "8x128": (8, 128),
@@ -323,23 +324,33 @@ def measurements(run: Run, recorder, machine) -> None:
 
 
 def summary(run: Run, rows: list) -> str:
-    """One line a case: each provider's median, with the percentage of the floor."""
-    from bertfast.bench.tables import duration, grouped
+    """The tables of everything that was timed, and what wasn't."""
+    from bertfast.bench.compare import verdicts
+    from bertfast.bench.tables import by_op, legend, op_table
 
     text = []
-    for (op, pass_, shape, dtype, dropout), found in grouped(rows).items():
-        if op in ("copy", "matmul", "launch gap"):
-            continue
-        cells = []
-        for row in sorted(found, key=lambda row: row.median_us or float("inf")):
-            share = f" {row.percent_of_floor:.0f}%" if row.percent_of_floor else ""
-            took = "-" if row.median_us is None else duration(row.median_us) + share
-            cells.append(f"{row.provider} {took}")
-        text.append(f"{op} {pass_} {shape} {dtype} p={dropout:g}: {'; '.join(cells)}")
-    text = text or ["nothing was timed"]
+    for op, cases in by_op(rows).items():
+        text += [line for line, _ in op_table(op, cases).lines()]
+        text += ["", *verdicts(cases), ""]
+    text.append(legend() if text else "nothing was timed")
     text += [f"left out: {line}" for line in run.left_out]
     text += [f"FAULT: {line}" for line in run.faults]
     return "\n".join(text)
+
+
+def check_needs(dry: bool) -> None:
+    """Raises UserError, with the way to get it, where something is missing that a step needs."""
+    from bertfast.errors import UserError, install_hint, need
+    from bertfast.kernels.sass import MissingTool, tool
+
+    need("run_all.py", ("pytest",) if dry else ("pytest", *BUILD_NEEDS), "test")
+    if not dry:
+        try:
+            tool("nvcc")
+        except MissingTool as missing:
+            raise UserError(f"run_all.py builds the kernels, and {missing}") from None
+    elif importlib.util.find_spec("bertfast._host") is None:
+        print(f"bertfast._host isn't built, its kernels are left out: {install_hint('test')}")
 
 
 def attempt(run: Run, step: Callable, *args):
@@ -359,8 +370,12 @@ def attempt(run: Run, step: Callable, *args):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="the whole run ends after this many; default: 9"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every step on a CPU in a minute, with tiny shapes"
+    )
     options = parser.parse_args(arguments)
     start = time.monotonic()
     import torch
@@ -371,7 +386,15 @@ def main(arguments: list[str] | None = None) -> int:
     # Triton reads it at import; a GPU machine compiles.
     os.environ["TRITON_INTERPRET"] = "1" if dry else "0"
     from bertfast.bench import record
+    from bertfast.errors import UserError, writable_directory
 
+    try:
+        check_needs(dry)
+        if options.out is not None:
+            writable_directory("--out", options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if dry:
         torch.set_num_threads(1)  # threads that wait for each other would be all one sees
     environment = record.environment("cpu" if dry else "cuda")

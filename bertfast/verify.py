@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from .ops import available, dispatch
+from .terminal import BAD, GOOD, Column, Progress, Table, console, paragraph
 from .testing import Finding, compare, worst
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HOST_PLACES = {"torch": "cpu", "triton": "interpreter", "cuda": "host build"}
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -49,7 +48,7 @@ def where(backend: str, device: str) -> str:
     """What runs the backend's kernels on this device, for people."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return {"torch": "cpu", "triton": "interpreter", "cuda": "host"}[backend]
+    return HOST_PLACES[backend]
 
 
 def check(op: str, backend: str, device: str) -> list[Row]:
@@ -107,83 +106,99 @@ def _check_in_process(op: str, backend: str, device: str) -> tuple[list[Row], st
 
 
 def verify(op: str | None = None, backend: str | None = None, as_json: bool = False) -> int:
-    """Prints the table; returns the exit code: 1 if any number is outside its budget."""
-    console = Console(highlight=False)
+    """Prints a table for each op as soon as it is done; returns the exit code: 1 if any number is
+    outside its budget."""
+    out = console()
     ops = [op] if op else list(dispatch.AUTO_ORDER)
     backends = [backend] if backend else list(dispatch.BACKENDS)
-    for given, known in ((ops, dispatch.AUTO_ORDER), (backends, dispatch.BACKENDS)):
-        for name in given:
-            if name not in known:
-                print(f"expected one of {', '.join(known)}, got {name!r}", file=sys.stderr)
-                return 2
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[Row] = []
-    left_out: list[str] = []
+    left_out: list[tuple[str, str, str]] = []  # op, where, why
     failed: list[str] = []
-    for name in ops:
-        for device in devices:
-            for one in backends:
-                label = f"{name} on {one} ({where(one, device)})"
-                try:
-                    new, reason = _check_in_process(name, one, device)
-                except RuntimeError as error:
-                    failed.append(f"{label}: {error}")
-                    continue
-                rows += new
-                if reason:
-                    left_out.append(f"{label}: {reason}")
+    with Progress(len(ops) * len(devices) * len(backends)) as progress:
+        for name in ops:
+            found: list[Row] = []
+            faults: list[str] = []
+            for device in devices:
+                for one in backends:
+                    place = f"{one} ({where(one, device)})"
+                    progress.show(f"{name} on {place}")
+                    try:
+                        new, reason = _check_in_process(name, one, device)
+                    except RuntimeError as error:
+                        faults.append(f"{name} on {place}: {error}")
+                    else:
+                        found += new
+                        if reason:
+                            left_out.append((name, place, reason))
+                    progress.step()
+            rows += found
+            failed += faults
+            if not as_json:
+                progress.clear()
+                _print_op(out, name, found, faults)
     ok = bool(rows) and not failed and all(row.ok for row in rows)
     if as_json:
-        record = {"ok": ok, "rows": [asdict(r) for r in rows]}
-        print(json.dumps(record | {"left_out": left_out, "failed": failed}, indent=1))
+        lines = [f"{name} on {place}: {reason}" for name, place, reason in left_out]
+        record = {"ok": ok, "rows": [asdict(r) for r in rows], "left_out": lines, "failed": failed}
+        print(json.dumps(record, indent=1))
     else:
-        _print(console, rows, left_out, failed)
+        _print_end(out, rows, left_out)
     return 0 if ok else 1
 
 
-def _print(console: Console, rows: list[Row], left_out: list[str], failed: list[str]) -> None:
-    """One table an op, one line a backend and dtype: the tensor nearest to its budget."""
-    tables: dict[str, Table] = {}
+def _print_op(out: Console, op: str, rows: list[Row], faults: list[str]) -> None:
+    """A line for each backend and dtype: the tensor nearest to its budget."""
+    table = Table(
+        [
+            *(Column(heading, left=True) for heading in ("backend", "dtype", "tensor")),
+            *(Column(heading) for heading in ("error", "allowed", "torch's")),
+            Column("", left=True),
+        ],
+        f"{op}: error against float64, and what rounding alone allows",
+    )
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.op, row.backend, row.where, row.dtype), []).append(row)
-    for (op, backend, place, dtype), group in groups.items():
-        if op not in tables:
-            title = f"{op}: error against float64, and what rounding alone allows"
-            tables[op] = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
-            for heading in ("backend", "dtype", "tensor"):
-                tables[op].add_column(heading, no_wrap=True)
-            for heading in ("error", "allowed", "torch's"):
-                tables[op].add_column(heading, justify="right", no_wrap=True)
-            tables[op].add_column("")
+        groups.setdefault((row.backend, row.where, row.dtype), []).append(row)
+    for (backend, place, dtype), group in groups.items():
         row = max(group, key=lambda r: float("inf") if r.share != r.share else r.share)
-        tables[op].add_row(
-            f"{backend} ({place})",
-            SHORT[dtype],
-            row.tensor,
-            f"{row.max_error:.1e}",
-            f"{row.max_budget:.1e}",
-            f"{row.torch_max_error:.1e}",
-            "[green]right[/]" if all(r.ok for r in group) else "[red]WRONG[/]",
-        )
-    for table in tables.values():
-        console.print(table)
+        ok = all(r.ok for r in group)
+        numbers = (f"{e:.1e}" for e in (row.max_error, row.max_budget, row.torch_max_error))
+        place = place if place in HOST_PLACES.values() else "GPU"
+        verdict = "right" if ok else "WRONG"
+        cells = (f"{backend} ({place})", SHORT[dtype], row.tensor, *numbers, verdict)
+        table.add(*cells, style=GOOD if ok else BAD)
     if rows:
-        console.print(
-            "Each line is the output or gradient that came nearest to its budget, with its\n"
-            "largest error (the root mean square has a budget of its own) and, last, the\n"
-            "error of stock torch in that dtype."
-        )
+        table.print(out)
     for row in rows:
         if not row.ok:
             finding = Finding(
                 row.tensor, row.max_error, row.max_budget, row.rms_error, row.rms_budget
             )
-            console.print(f"[red]WRONG[/] {row.backend} {row.dtype} {row.case}: {finding}")
-    for line in failed:
-        console.print("[red]FAILED[/]", escape(line))
-    for line in left_out:
-        console.print("left out:", escape(line))
+            text = f"WRONG {row.backend} {row.dtype} {row.case}: {finding}"
+            out.print(paragraph(text, indent=2), style=BAD)
+    for line in faults:
+        out.print(f"FAILED {line}", style=BAD)
+
+
+def _print_end(out: Console, rows: list[Row], left_out: list[tuple[str, str, str]]) -> None:
+    if torch.cuda.is_available():
+        out.print(f"GPU: {torch.cuda.get_device_name()}")
+    if rows:
+        out.print(
+            paragraph(
+                "Each line is the output or gradient that came nearest to its budget, with its "
+                "largest error (the root mean square has a budget of its own) and, last, the error "
+                "of stock torch in that dtype."
+            )
+        )
+    else:
+        out.print("nothing could be checked", style=BAD)
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for op, place, reason in left_out:
+        by_reason.setdefault((place, reason), []).append(op)
+    for (place, reason), ops in by_reason.items():
+        out.print(paragraph(f"left out: {', '.join(ops)} on {place}: {reason}", indent=2))
 
 
 def _main(op: str, backend: str, device: str) -> None:

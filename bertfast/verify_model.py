@@ -6,17 +6,18 @@ Dropout is off: its masks are not the stock model's, whatever the seed.
 
 import copy
 import json
-import sys
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from . import saved
 from .convert import optimize, report
+from .errors import UserError
+from .ops import dispatch
+from .terminal import BAD, GOOD, Column, Progress, Table, console
 from .testing.budget import worst
 from .testing.model import beside_stock
 
@@ -34,10 +35,15 @@ class Row:
 
 
 def check(
-    model: torch.nn.Module, texts: list[str], tokenizer=None, backend: str = "auto"
+    model: torch.nn.Module,
+    texts: list[str],
+    tokenizer=None,
+    backend: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     rows = []
     for label, inputs in _inputs(model, texts, tokenizer):
+        say(label)
         real = inputs["attention_mask"].bool() if inputs["attention_mask"].ndim == 2 else None
         found = beside_stock(model, lambda m: optimize(m, backend=backend), inputs, real)
         errors = {finding.name: stock for finding, stock in found}
@@ -84,37 +90,44 @@ def _inputs(model, texts, tokenizer) -> Iterator[tuple[str, dict[str, torch.Tens
 
 def load(directory: str) -> torch.nn.Module:
     """The model of a directory, of the class that it was saved from, in eval."""
+    config = saved.config(directory)
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
     kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-    return kind.from_pretrained(directory, local_files_only=True, dtype=torch.float32).eval()
+    return saved.load(kind, directory, dtype=torch.float32).eval()
+
+
+def read_texts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--texts: {str(path)!r} can't be read: {error}") from None
+    if not lines:
+        raise UserError(f"--texts must have a line of text, {str(path)!r} has none")
+    return lines
 
 
 def verify_model(
-    directory: str, texts: str | None = None, backend: str | None = None, as_json: bool = False
+    directory: str, texts: Path | None = None, backend: str | None = None, as_json: bool = False
 ) -> int:
     """Prints the table; returns the exit code: 1 if any number is outside its budget."""
-    if not (Path(directory) / "config.json").is_file():
-        print(f"--model must be a directory with a config.json, got {directory!r}", file=sys.stderr)
-        return 2
-    lines = []
-    if texts is not None:
-        lines = [line for line in Path(texts).read_text().splitlines() if line.strip()]
-        if not lines:
-            print(f"--texts must have a line of text, {texts!r} has none", file=sys.stderr)
-            return 2
-    model = load(directory)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = None
-    if lines:
-        import transformers
+    lines = [] if texts is None else read_texts(texts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in dispatch.AUTO_ORDER if backend else ():
+        if reason := dispatch.unsupported_reason(op, backend, device, torch.float32):
+            raise UserError(f"--backend {backend} can't run a float32 model's {op} here: {reason}")
+    with Progress(0) as progress:
+        progress.show(f"loading {directory}")
+        model = load(directory).to(device)
+        tokenizer = None
+        if lines:
+            import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    layers = report(optimize(copy.deepcopy(model), backend=backend or "auto"))
-    fused = sum(row.reason is None for row in layers)
-    rows = check(model, lines, tokenizer, backend or "auto") if fused else []
+            tokenizer = saved.load(transformers.AutoTokenizer, directory)
+        layers = report(optimize(copy.deepcopy(model), backend=backend or "auto"))
+        fused = sum(row.reason is None for row in layers)
+        rows = check(model, lines, tokenizer, backend or "auto", progress.show) if fused else []
     ok = bool(rows) and all(row.ok for row in rows)
     if as_json:
         reasons = {row.name: row.status for row in layers}
@@ -125,31 +138,30 @@ def verify_model(
     return 0 if ok else 1
 
 
+def short(name: str) -> str:
+    """A parameter's name without what is the same for all layers."""
+    return re.sub(r"\b(?:\w+\.)*layers?\.(\d+)\.", r"layer \1: ", name)
+
+
 def _print(directory, model, layers, fused, rows: list[Row]) -> None:
-    console = Console(highlight=False)
-    console.print(f"{type(model).__name__} in {directory}: {fused} of {len(layers)} layers fused")
+    out = console()
+    out.print(f"{type(model).__name__}, {fused} of {len(layers)} layers fused: {directory}")
     if fused < len(layers) or not rows:
-        console.print(str(layers), markup=False)
+        out.print(str(layers))
     if not rows:
-        console.print("[red]nothing to compare[/]: no layer is fused")
+        out.print("nothing to compare: no layer is fused", style=BAD)
         return
     table = Table(
-        title="error against the stock model in float64, and what is allowed",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        [*map(Column, ("error", "allowed", "stock's")), *(Column(h, True) for h in ("", "tensor"))],
+        "\nerror against the stock model in float64, and what is allowed",
+        "Real tokens only. allowed: twice the stock model's own error (for a gradient at least its "
+        "worst relative one) and one rounding. Of the gradients, d ..., the one nearest to its "
+        "budget, and each that is outside.",
     )
-    table.add_column("inputs")
-    table.add_column("tensor", overflow="fold")
-    for heading in ("error", "allowed", "stock's"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
-    for row in rows:
-        verdict = "[green]right[/]" if row.ok else "[red]WRONG[/]"
+    for number, row in enumerate(rows):
+        if number == 0 or rows[number - 1].inputs != row.inputs:
+            table.add(row.inputs)
         numbers = (f"{value:.1e}" for value in (row.error, row.allowed, row.stock_error))
-        table.add_row(row.inputs, row.tensor, *numbers, verdict)
-    console.print(table)
-    console.print(
-        "Real tokens only. allowed: twice the stock model's own error (for a gradient at least\n"
-        "its worst relative one) and one rounding. Of the gradients, d ..., the one nearest to\n"
-        "its budget, and each that is outside."
-    )
+        verdict = "right" if row.ok else "WRONG"
+        table.add(*numbers, verdict, short(row.tensor), style=GOOD if row.ok else BAD)
+    table.print(out)

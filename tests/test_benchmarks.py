@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bertfast import errors
 from bertfast.bench import cases, ceilings, measure, record, timing
 from bertfast.ops import available
 
@@ -186,11 +187,33 @@ def test_overhead_suites_run_every_op():
         assert case.fused(*tensors).numel() == case.stock(*tensors).numel()
 
 
-def test_a_case_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
+@pytest.fixture
+def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("bertfast_run_all", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_a_run_needs_is_told_before_it_starts(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "missing", lambda modules: [m for m in modules if m == "pytest"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert script.main(["--dry-run", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("run_all.py needs pytest: pip install ") and "[test]" in said.err
+    assert said.err.count("\n") == 1 and said.out == "" and not (tmp_path / "out").exists()
+
+
+def test_every_option_has_a_help_text(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    said = capsys.readouterr().out
+    for option in ("--minutes MINUTES", "--dry-run", "--out OUT"):
+        assert re.search(rf"{option} +[a-z]", said)
+
+
+def test_a_case_that_raises_does_not_end_the_run(script, tmp_path):
     measured = []
 
     def measure(case):

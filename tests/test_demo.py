@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bertfast import demo
+from bertfast.bench.timing import Sample
+from bertfast.errors import UserError
 
 NEEDED = all(importlib.util.find_spec(name) for name in demo.PACKAGES)
 needs_extra = pytest.mark.skipif(not NEEDED, reason="the extra `demo` is not installed")
@@ -56,8 +58,34 @@ def test_a_nan_is_far_apart():
     assert not same.ok(torch.float32)
 
 
-def test_what_is_missing_is_named(capsys, monkeypatch):
+def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(demo, "PACKAGES", ("transformers", "no_such_package"))
-    assert demo.demo() == 2
-    said = capsys.readouterr().err
-    assert "no_such_package" in said and "pip install 'bertfast[demo]'" in said
+    with pytest.raises(UserError, match=r"demo needs no_such_package: pip install .*demo"):
+        demo.demo()
+
+
+@needs_extra
+def test_the_plot_shows_padding_speed_up_and_spread(tmp_path, monkeypatch):
+    from matplotlib.colors import to_rgba
+
+    saved = []
+    monkeypatch.setattr(demo.style, "save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(demo.style.need_matplotlib(), "close", lambda figure: None)
+    work = {"as they come": [demo.Batch({"attention_mask": torch.tensor([[1, 1], [1, 0]])})]}
+    times = {
+        ("as they come", "before"): Sample(3e6, 2.9e6, 3.1e6),
+        ("as they come", "after"): Sample(2e6, 1.9e6, 2.1e6),
+    }
+    demo.draw(tmp_path / "plot.png", times, work, "a CPU", "fp32; torch 2")
+    left, right = saved[0].axes
+    (tick,) = (text.get_text() for text in left.get_xticklabels())
+    assert tick == "as they come\n25 % padding\n1.50 times as fast"
+    blue = to_rgba(demo.style.OURS)
+    before, after = (bar.get_facecolor() for bar in left.patches[:2])
+    assert after == blue != before
+    assert all(bar.get_facecolor() != blue for bar in right.patches)  # blue is bertfast
+    assert any("fp32; torch 2" in text.get_text() for text in left.texts)
+    assert left.get_ylim()[0] == 0
+    table = demo._table(times, work)
+    said = "\n".join(table.line(cells) for cells, _ in table.rows)
+    assert "3.00 ± 0.10" in said and "2.00 ± 0.10" in said

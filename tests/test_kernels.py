@@ -3,11 +3,14 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import threading
 from pathlib import Path
 
 import pytest
 
 import bertfast.kernels as kernels
+from bertfast.errors import UserError
 from bertfast.kernels import Reading, budget, cuda_modules, sass, triton_aot
 from bertfast.kernels.rows import Row, aot_modules, narrowest
 from bertfast.ops.aot import Case
@@ -90,6 +93,16 @@ def planted(**rules):
     return {"kernels": {"cuda": {"layer_norm_forward_kernel": {"forms": forms}}}}
 
 
+def reading(found):
+    """Stands for kernels.read."""
+
+    def read(archs, op, done, say):
+        done(found.rows)
+        return found
+
+    return read
+
+
 def texts(row, limits=None, allowance=0.0):
     return [v.text for v in budget.check(limits or planted(), [row], allowance)]
 
@@ -153,7 +166,7 @@ def test_what_is_within_the_budget_passes():
         ({"stack": 8}, "stack 8 bytes, budget 0"),
         ({"load_bits": 64}, "64-bit loads of row data, budget 128"),
         ({"store_bits": 32}, "32-bit stores of row data, budget 128"),
-        ({"instructions_per_element": 16.6}, "16.6 instructions an element, budget 16.5"),
+        ({"instructions_per_element": 16.6}, "16.6 instructions per element, budget 16.5"),
         ({"kernel": "rms_norm_kernel"}, "no budget line; enter it with --update-budget"),
         ({"dtypes": "float64"}, "no budget line; enter it with --update-budget"),
     ],
@@ -161,24 +174,28 @@ def test_what_is_within_the_budget_passes():
 def test_each_excess_is_named_and_exits_1(change, said, monkeypatch, capsys):
     row = dataclasses.replace(ROW, **change)
     assert texts(row) == [said]
-    monkeypatch.setattr(kernels, "read", lambda archs, op: Reading([row]))
+    monkeypatch.setattr(kernels, "read", reading(Reading([row])))
     monkeypatch.setattr(budget, "load", planted)
     assert kernels.kernels() == 1
     out = capsys.readouterr().out
+    assert "  1 over\n" in out
     assert f"FAIL cuda {row.kernel}, 768, {row.dtypes}, sm_90a: {said}" in out
     assert "PASS" not in out
 
 
 def test_within_the_budget_exits_0_and_says_what_is_left_out(monkeypatch, capsys):
-    reading = Reading([ROW], left_out=["triton sm_80: Triton is not installed"])
-    monkeypatch.setattr(kernels, "read", lambda archs, op: reading)
+    found = Reading([ROW], left_out=["triton sm_80: Triton is not installed"])
+    monkeypatch.setattr(kernels, "read", reading(found))
     monkeypatch.setattr(budget, "load", planted)
     assert kernels.kernels() == 0
-    assert "left out: triton sm_80: Triton is not installed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: triton sm_80: Triton is not installed" in said
+    # kernels, registers, spills, the nearest to its budget beside it
+    assert re.search(r"layer_norm +cuda +sm_90a +1 +64 +0 +16.00 of 16.50 +within\n", said)
     assert kernels.kernels(as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rows"][0]["registers"] == 64
-    assert report["left_out"] == reading.left_out
+    assert report["left_out"] == found.left_out
 
 
 def test_matrix_kernels_need_tensor_cores():
@@ -230,9 +247,76 @@ def test_updating_says_what_changed_and_writes_what_was_measured(tmp_path):
     assert any(line.startswith("gone") and "1024" in line for line in changes)
 
 
-def test_an_unknown_op_is_an_error(capsys):
-    assert kernels.kernels(op="nonsense") == 2
-    assert "layer_norm" in capsys.readouterr().out
+def test_nothing_to_read_is_no_success(monkeypatch):
+    found = Reading([], left_out=["triton sm_80: Triton is not installed"])
+    monkeypatch.setattr(kernels, "read", lambda archs, op, done, say: found)
+    with pytest.raises(UserError, match="nothing could be read .*Triton is not installed"):
+        kernels.kernels()
+
+
+def test_an_op_is_told_as_soon_as_all_its_kernels_are_there(monkeypatch):
+    """While its compiler goes on: the last row waits until the first op was told."""
+    told = threading.Event()
+
+    def triton(arch, modules, seen):
+        for op in ("layer_norm", "layer_norm", "bias_gelu"):
+            seen(dataclasses.replace(ROW, source="triton", op=op))
+        assert told.wait(10)
+        seen(dataclasses.replace(ROW, source="triton", op="bias_gelu"))
+        return [], []
+
+    def cuda(arch, op):
+        raise cuda_modules.LeftOut("no nvcc")
+
+    monkeypatch.setattr(triton_aot, "read", triton)
+    monkeypatch.setattr(cuda_modules, "read", cuda)
+    events, counts = [], []
+
+    def done(rows):
+        events.append((rows[0].op, len(rows)))
+        told.set()
+
+    found = kernels.read(["sm_90a"], None, done, lambda text, ended: counts.append(text))
+    assert events == [("layer_norm", 2), ("bias_gelu", 2)]
+    assert counts[-1].startswith("4 kernels")
+    assert found.left_out == ["cuda sm_90a: no nvcc"] and len(found.rows) == 4
+
+
+def test_a_failure_of_a_compiler_is_a_fault_and_another_error_is_raised(monkeypatch):
+    monkeypatch.setattr(cuda_modules, "read", lambda arch, op: [ROW])
+
+    def fails(error):
+        def read(arch, modules, seen):
+            raise error
+
+        monkeypatch.setattr(triton_aot, "read", read)
+        return kernels.read(["sm_90a"])
+
+    assert fails(RuntimeError("nvdisasm failed")).failures == ["triton sm_90a: nvdisasm failed"]
+    with pytest.raises(KeyError):
+        fails(KeyError("a bug"))
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_tables_have_80_columns(monkeypatch, capsys, every):
+    """All forms of the committed budget, on four architectures."""
+    sizes = dict(registers=255, shared=231424, shared_accesses=1234, mufu=123, tensor_core=512)
+    rows = [
+        dataclasses.replace(
+            ROW, source=source, kernel=kernel, label=label, dtypes=dtypes, arch=arch, **sizes
+        )
+        for source, known in budget.load()["kernels"].items()
+        for kernel, entry in known.items()
+        for label, cells in entry["forms"].items()
+        for dtypes in cells
+        for arch in kernels.DEFAULT_ARCHS
+    ]
+    monkeypatch.setattr(kernels, "read", reading(Reading(rows)))
+    kernels.kernels(every=every)
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if not line.startswith("FAIL")]
+    assert max(map(len, lines)) <= 80 and said.isascii()
+    assert (len(lines) < 20) != every
 
 
 def test_every_triton_case_names_its_kernels_parameters():

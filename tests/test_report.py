@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bertfast import terminal
+from bertfast.bench import compare, plots, style, tables
+from bertfast.bench.baselines import MODEL_PROVIDERS
+from bertfast.bench.layer_baselines import LAYER_PROVIDERS
 from bertfast.bench.record import COLUMNS, Environment, Recorder, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,8 +51,9 @@ def write(directory, environment, rows):
 
 
 def row(provider, op, shape, us, pass_="forward", dtype="bf16", **more):
-    found = Row(provider, op, pass_, shape, dtype, median_us=us, p20_us=us, p80_us=us, **more)
+    found = Row(provider, op, pass_, shape, dtype, median_us=us, **more)
     if us is not None:
+        found.p20_us, found.p80_us = 0.99 * us, 1.01 * us
         found.percent_of_floor = 100 * 50.0 / us
     return found
 
@@ -82,12 +87,16 @@ def test_tables_of_rows(report, tmp_path):
     (line,) = (x for x in parts["gpu"].splitlines() if "BERT-base squad, forward |" in x)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # The fastest of ours; a provider without a time is not measured, and neither is an absent one.
-    assert cells[1:5] == ["80 us", "62", "not measured", "3.00"]
+    assert cells[1:5] == ["80.0 ± 0.8", "62", "not measured", "3.00 ± 0.04"]
     assert cells[6] == "not measured"
     (line,) = (x for x in parts["gpu"].splitlines() if "layer_norm 16384x768, forward" in x)
-    assert "62.5 us | 80 | torch eager, 125 us | 40" in line
+    assert "62.5 ± 0.6 | 80 | torch eager, 125 ± 1 | 40" in line
+    heading = "|  | bertfast, us | % of floor | the best other, us | % of floor |"
+    assert heading in parts["gpu"]
     (line,) = (x for x in parts["cpu"].splitlines() if "MiniLM-L6 squad" in x)
-    assert "2.50 | not measured | 2.00 | 50 | 1.0e-03" in line
+    assert "2.50 ± 0.04 | not measured | 2.00 | 50 | 1.0e-03" in line
+    assert "- MiniLM-L6: bertfast is 2.50 ± 0.04 times as fast as HF SDPA\n" in parts["cpu"] + "\n"
+    assert "- BERT-base: bertfast is 2.40 ± 0.03 times as fast as HF SDPA" in parts["gpu"]
 
 
 def test_nothing_measured_is_said(report, tmp_path):
@@ -114,19 +123,141 @@ def test_only_what_is_between_the_markers_changes(report, tmp_path):
         report.filled("nothing", [])
 
 
-def test_plots_of_rows(report, tmp_path):
-    pytest.importorskip("matplotlib")
-    from bertfast.bench import plots
+LAYER = [
+    row(provider, f"BERT-base layer {kind}", "32x512", factor * 9000.0)
+    for provider, factor in (("bertfast", 1.2), ("HF SDPA", 1.0))
+    for kind in style.KINDS
+]
+MANY = [
+    *(
+        row(provider, "BERT-base", "squad 64x384", us, tokens_per_s=1e6, padded_tokens_per_s=2e6)
+        for provider, us in (("bertfast", 2e5), ("bertfast padded", 3e5), ("HF SDPA", 1.8e5))
+    ),
+    row("bertfast triton", "layer_norm", "16384x768", 62.5),
+    row("torch eager", "layer_norm", "16384x768", 50.5),
+    *LAYER,
+]
 
-    more = {"tokens_per_s": 1e6}
-    rows = [
-        row("bertfast", "BERT-base", "32x512", 100.0, **more),
-        row("HF SDPA", "BERT-base", "32x512", 240.0, **more),
-        row("bertfast triton", "layer_norm", "16384x768", 62.5),
-        row("torch eager", "layer_norm", "16384x768", 125.0),
-        *(row("bertfast", f"BERT-base layer {k}", "32x512", 9.0) for k in plots.KINDS),
-    ]
-    paths = plots.draw(rows, "NVIDIA X", tmp_path)
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """What was drawn, by the files' names."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.stem: figure}))
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plots.draw(MANY, GPU, tmp_path)
+    return drawn
+
+
+def colours(axes):
+    from matplotlib.colors import to_hex
+
+    return {to_hex(bar.get_facecolor()) for bar in axes.patches}
+
+
+def said(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plots.draw(MANY, GPU, tmp_path)
     assert [path.name for path in paths] == ["speed-up.png", "floor.png", "layer.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    assert plots.draw([], "NVIDIA X", tmp_path) == []
+    first = [path.read_bytes() for path in paths]
+    assert all(data.startswith(b"\x89PNG") for data in first)
+    plots.draw(MANY, GPU, tmp_path)
+    assert [path.read_bytes() for path in paths] == first
+    assert plots.draw([], GPU, tmp_path) == []
+
+
+def test_each_provider_has_one_colour_and_blue_is_ours(figures):
+    known = {
+        name for cases in (MODEL_PROVIDERS, LAYER_PROVIDERS) for p in cases for name in [p.name]
+    }
+    assert known <= set(style.PROVIDERS)
+    for name, colour in style.PROVIDERS.items():
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        assert (blue > max(red, green) + 50) == name.startswith("bertfast"), name
+    (axes,) = figures["speed-up"].axes
+    assert colours(axes) == {style.PROVIDERS[p] for p in ("bertfast", "bertfast padded", "HF SDPA")}
+    (axes,) = figures["layer"].axes
+    assert colours(axes) == set(style.KINDS.values())
+
+
+def test_plots_begin_at_zero_and_show_losses_spread_and_what_they_were_measured_with(figures):
+    for name, loss in (
+        ("speed-up", "0.90 ± 0.01 (slower)"),
+        ("floor", "80 %  bertfast triton (slower)"),
+        ("layer", "32.4 ms (slower)"),
+    ):
+        (axes,) = figures[name].axes
+        assert axes.get_xlim()[0] == 0
+        assert loss in said(axes)
+        assert axes.containers and axes.collections  # error bars
+        caption = said(axes)[-1].replace("\n", " ")
+        for text in ("NVIDIA X", "GPU time", "bf16", "torch 2.13.0", "commit abc", "Thin bars"):
+            assert text in caption
+        # What is written stands where no bar and no line is.
+        for text in axes.texts[:-1]:
+            assert text.get_position()[0] > 1
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+    (axes,) = figures["speed-up"].axes
+    (tick,) = axes.get_yticklabels()
+    assert tick.get_text() == "BERT-base  squad 64x384, 50 % padding\nforward"
+    (axes,) = figures["layer"].axes
+    assert axes.get_xlim()[1] > 120  # bertfast's bar is as long as it is
+
+
+def test_tables_have_80_columns_one_unit_and_no_zero_that_rounding_made():
+    rows = [
+        row(
+            name,
+            "BERT-large",
+            "wikipedia 64x512",
+            us,
+            "forward+backward",
+            tokens_per_s=123456.0,
+            padded_tokens_per_s=2e5,
+            peak_memory_mb=65536.0,
+            error=1.2e-3,
+            dropout=0.1,
+        )
+        for name, us in (("bertfast", 1234567.0), ("nn.TransformerEncoder", 1345678.0))
+    ]
+    rows += [
+        row("HF SDPA", "BERT-large", "1x128", 412.0, tokens_per_s=1e5, padded_tokens_per_s=1e5),
+        row("bertfast", "BERT-large", "1x128", 512.0, tokens_per_s=1e5, padded_tokens_per_s=1e5),
+        row("torch compile", "BERT-large", "1x128", None, note="not timed: " + "it failed " * 20),
+    ]
+    rows[-2].p20_us, rows[-2].p80_us = 511.999, 512.001
+    ((op, cases),) = tables.by_op(rows).items()
+    table = tables.op_table(op, cases)
+    table.fit()
+    lines = [line for cells, _ in table.rows for line in table.line(cells).splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert table.columns[1].heading == "median ms"
+    text = "\n".join(lines)
+    assert "1234.567 ± 12.346" in text and "0.512 ± <0.001" in text
+    assert "1x128, forward, bf16\n  HF SDPA" in text and "torch compile: not timed" in text
+    losing = next(style for cells, style in table.rows if "0.80" in cells)
+    assert losing == terminal.BAD
+    assert "50 % padding" not in text and "38 % padding" in text
+
+
+def test_a_sentence_compares_and_tells_the_worst_case():
+    rows = [
+        row(name, "layer_norm", shape, us)
+        for shape, times in {"1x128": (100, 95, 300), "32x512": (100, 190, 600)}.items()
+        for name, us in zip(("bertfast cuda", "torch eager", "Liger"), times, strict=True)
+    ]
+    rows += [row("bertfast triton", "layer_norm", "1x128", 200.0)]
+    lines = compare.verdicts(compare.grouped(rows))
+    assert lines == [
+        # sqrt(0.95 * 1.9); each spread is 1 %, four of them over two cases
+        "bertfast cuda is 1.34 ± 0.01 times as fast as torch eager",
+        "  geometric mean of 2; worst 0.95 ± 0.01: 1x128, forward",
+        "bertfast cuda is 4.24 ± 0.04 times as fast as Liger",
+        "  geometric mean of 2; worst 3.00 ± 0.04: 1x128, forward",
+        "bertfast triton is 0.47 ± 0.01 times as fast as torch eager",
+    ]

@@ -11,5 +11,6 @@ models    the encoders and batches that are measured
 baselines, layer_baselines   bertfast and everybody else, running a model or a layer
 encoder   one layer's or model's case, checked and timed in the same way
 parts     the kinds of work in a layer, timed apart
-command, tables, plots       `bertfast bench`
+compare   medians with spread in one unit, and how many times as fast
+command, tables, plots, style   `bertfast bench`
 """

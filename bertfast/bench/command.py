@@ -1,26 +1,26 @@
-"""`bertfast bench`: what is measured by default, the progress bar, the tables, the files."""
+"""`bertfast bench`: what is measured by default, what can't go together, the tables, the files."""
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..errors import UserError, one_of, writable_directory, writable_file
+from ..saved import need_transformers
+from ..terminal import BAD, Progress, console, paragraph
 from . import cases, models
 from .baselines import MODEL_PROVIDERS
 from .ceilings import Machine
+from .compare import verdicts
 from .encoder import PASSES, EncoderBench, EncoderCase
 from .encoder import cases as encoder_cases
 from .layer_baselines import LAYER_PROVIDERS
 from .measure import Bench
 from .models import MODELS, Model, Tokens
 from .parts import measure_parts
-from .record import Recorder, Row, environment
-from .tables import case_table, grouped
+from .record import Recorder, environment
+from .tables import by_op, legend, op_table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROVIDERS = {"layer": LAYER_PROVIDERS, "model": MODEL_PROVIDERS}
@@ -33,30 +33,26 @@ def bench(
     *,
     model: str | None = None,
     shapes: str | None = None,
-    mix: str | None = None,
+    mix: Sequence[str] | None = None,
     rows: int | None = None,
-    passes: str | None = None,
-    dtype: str | None = None,
+    passes: Sequence[str] | None = None,
+    dtype: Sequence[str] | None = None,
     provider: Sequence[str] = (),
     csv: Path | None = None,
     plot: Path | None = None,
 ) -> int:
-    """Measures and prints; returns the exit code: 1 if a number was wrong, 2 for a bad argument."""
+    """Measures and prints; returns the exit code: 1 if a number was wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        plan = _plan(what, device, model, shapes, mix, rows, passes, dtype)
-        if what != "ops":
-            known = [one.name for one in PROVIDERS[what]]
-            for name in provider:
-                if name not in known:
-                    raise ValueError(f"--provider must be of {', '.join(known)}, got {name!r}")
-        if plot is not None:
-            from . import plots
+    plan = _plan(what, device, model, shapes, mix, rows, passes, dtype)
+    for name in provider:
+        one_of("--provider", name, _provider_names(what, plan, device))
+    if csv is not None:
+        writable_file("--csv", csv)
+    if plot is not None:
+        from . import plots
 
-            plots.need_matplotlib()
-    except (ValueError, ImportError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        plots.need_matplotlib()
+        writable_directory("--plot", plot)
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -66,119 +62,86 @@ def bench(
         torch.set_num_threads(threads)
 
 
+def _provider_names(what: str, plan: list, device: str) -> list[str]:
+    if what != "ops":
+        return [one.name for one in PROVIDERS[what]]
+    return list(dict.fromkeys(name for case in plan for name in case.providers(device)))
+
+
 def _plan(what, device, model, shapes, mix, rows, passes, dtype) -> list:
     """The cases."""
-    if what not in WHAT:
-        raise ValueError(f"what to measure must be one of {', '.join(WHAT)}, got {what!r}")
     gpu = device == "cuda"
-    dtypes = _chosen("dtype", dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
+    dtypes = dtype or ["bf16" if gpu else "fp32"]
     if what == "ops":
-        for name, value in (("model", model), ("shapes", shapes), ("mix", mix), ("pass", passes)):
+        given = {"model": model, "shapes": shapes, "mix": mix, "rows": rows, "pass": passes}
+        for name, value in given.items():
             if value is not None:
-                raise ValueError(
-                    f"--{name} is for a layer or a model: ops have shapes of their own"
-                )
+                raise UserError(f"--{name} is for a layer or a model: ops have shapes of their own")
         found = cases.all_cases() if gpu else cases.cpu_cases()
         if dtype is not None:
             found = [case for case in found if case.dtype in [DTYPES[name] for name in dtypes]]
         if not found:
-            raise ValueError(f"no case of the ops has dtype {dtype} on this device")
+            raise UserError(f"--dtype: no case of the ops has {', '.join(dtypes)} on this device")
         return found
-    _need_transformers()
-    chosen_passes = _chosen(
-        "pass", passes or ("forward,forward+backward" if gpu else "forward"), PASSES
-    )
-    if gpu and passes is None:
-        chosen_passes = list(PASSES)
+    if rows is not None and not mix:
+        raise UserError("--rows is for --mix: --shapes says how many sequences a batch has")
+    need_transformers(f"bench {what}")
+    chosen = passes or (PASSES if gpu else ("forward",))
     batches = _batches(what, gpu, shapes, mix, rows)
-    found = list(
-        encoder_cases(
-            _models(model, gpu),
-            batches,
-            chosen_passes,
-            [DTYPES[name] for name in dtypes],
-            layer=what == "layer",
-        )
-    )
-    if not found:
-        raise ValueError("nothing to measure: latency is that of one sequence, such as 1x128")
+    measured = _models(model, gpu, layer=what == "layer")
+    for one in measured if what == "model" else ():
+        for tokens in batches:
+            if tokens.longest > one.positions:
+                raise UserError(
+                    f"{tokens.name} is longer than the {one.positions} positions of {one.name}"
+                )
+    layer = what == "layer"
+    found = list(encoder_cases(measured, batches, chosen, [DTYPES[n] for n in dtypes], layer))
+    if "latency" in (passes or ()) and all(len(tokens.lengths) > 1 for tokens in batches):
+        raise UserError("--pass: latency is that of one sequence, such as --shapes 1x128")
     return found
 
 
 def _batches(what: str, gpu: bool, shapes, mix, rows) -> list[Tokens]:
-    names = mix.replace(" ", "").split(",") if mix else []
-    if what == "layer" and names:
-        raise ValueError("--mix is for a model: packing happens there, once for all layers")
-    found = models.parse_shapes(shapes) if shapes else []
-    if rows is not None and rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {rows}")
-    found += models.parse_mixes(names, rows or (64 if gpu else 16))
+    if what == "layer" and mix:
+        raise UserError("--mix is for a model: packing happens there, once for all layers")
+    found = models.parse_shapes(shapes) if shapes is not None else []
+    found += models.mixed_batches(mix or (), rows or (64 if gpu else 16))
     if found:
         return found
     if what == "layer":
         return models.parse_shapes(FULL_SHAPES if gpu else "1x128,8x128")
     if not gpu:
-        return models.parse_shapes("1x128") + models.parse_mixes(("queries", "squad"), 16)
-    return models.parse_shapes(FULL_SHAPES) + models.parse_mixes(
+        return models.parse_shapes("1x128") + models.mixed_batches(("queries", "squad"), 16)
+    return models.parse_shapes(FULL_SHAPES) + models.mixed_batches(
         ("squad", "queries", "wikipedia", "passages"), 64
     )
 
 
-def _models(directory: str | None, gpu: bool) -> list[Model]:
-    if directory in MODELS:
-        return [MODELS[directory]]
-    if directory is not None:
-        if not os.path.isdir(directory):
-            known = ", ".join(MODELS)
-            raise ValueError(f"--model must be a directory or one of {known}, got {directory!r}")
-        return [models.saved(directory)]
-    return list(MODELS.values()) if gpu else [MODELS["MiniLM-L6"]]
-
-
-def _chosen(name: str, text: str, known: Sequence[str]) -> list[str]:
-    names = text.replace(" ", "").split(",")
-    for one in names:
-        if one not in known:
-            raise ValueError(f"--{name} must be of {', '.join(known)}, got {one!r}")
-    return names
-
-
-def _need_transformers() -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"layers and models are compared with Hugging Face's, and transformers is missing: "
-            f"pip install 'bertfast[bench]' ({error})"
-        ) from None
+def _models(given: str | None, gpu: bool, layer: bool) -> list[Model]:
+    if given is None:
+        return list(MODELS.values()) if gpu else [MODELS["MiniLM-L6"]]
+    if Path(given).is_dir():
+        return [models.saved(given, layer)]
+    return [MODELS[one_of("--model, where it is no directory,", given, MODELS)]]
 
 
 def _run(
     plan: list, device: str, wanted: Sequence[str], csv: Path | None, plot: Path | None
 ) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     facts = environment(device)
     recorder = Recorder(csv, facts)
-    console.print(
-        f"{facts.device}, torch {facts.torch}, transformers {facts.transformers}, "
-        f"bertfast {facts.bertfast_commit}, load {facts.load}"
+    out.print(
+        paragraph(
+            f"{facts.device}, torch {facts.torch}, transformers {facts.transformers}, "
+            f"bertfast {facts.bertfast_commit}, load {facts.load}"
+        )
     )
     if device == "cpu":
-        console.print("One thread, processor time. Kernels and CUDA graphs need a GPU.")
-    columns = (
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    # It is drawn when something is said: a thread that draws would be in the processor time.
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("ceilings", total=len(plan))
-
-        def show(text: str) -> None:
-            progress.update(task, description=escape(text), refresh=True)
-
-        progress.refresh()
+        out.print("One thread, processor time. Kernels and CUDA graphs need a GPU.")
+    with Progress(len(plan)) as progress:
+        progress.show("ceilings")
         machine = Machine(device, recorder.add)
         ops = Bench(machine, recorder, repeats=15 if device == "cuda" else 7, say=lambda text: None)
         encoders = EncoderBench(
@@ -187,7 +150,7 @@ def _run(
             providers=wanted or None,
             slow=device == "cuda" or bool(wanted),
             say=lambda text: None,
-            progress=show,
+            progress=progress.show,
         )
         for case in plan:
             if isinstance(case, EncoderCase):
@@ -195,24 +158,27 @@ def _run(
                 if case.layer and case.pass_ == "forward" and not wanted:
                     measure_parts(machine, recorder, case.model, case.tokens, case.dtype)
             else:
-                show(f"{case.op} {case.pass_} {case.shape}")
-                ops.measure(case, _op_providers(case, device, wanted))
-            progress.advance(task)
-    _print(console, recorder, machine)
+                progress.show(f"{case.op} {case.pass_} {case.shape}")
+                if providers := _op_providers(case, device, wanted):
+                    ops.measure(case, providers)
+            progress.step()
+    if not by_op(recorder.rows):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in encoders.left_out.items())
+        raise UserError(f"nothing was measured: {reasons}")
+    _print(out, recorder)
     absent = encoders.left_out | {line.split(":")[0]: line for line in ops.left_out}
     for name, reason in absent.items():
-        console.print(f"left out: {escape(name)}: {escape(reason)}")
+        out.print(paragraph(f"left out: {name}: {reason}", indent=2))
     faults = ops.faults + encoders.faults
     for fault in faults:
-        console.print("[red]FAULT[/]", escape(fault))
+        out.print(paragraph(f"FAULT {fault}", indent=2), style=BAD)
     if csv is not None:
-        console.print(f"{len(recorder.rows)} rows in {csv}")
+        out.print(f"{len(recorder.rows)} rows in {csv}")
     if plot is not None:
         from . import plots
 
-        plot.mkdir(parents=True, exist_ok=True)
-        for path in plots.draw(recorder.rows, facts.device, plot):
-            console.print(f"plot: {path}")
+        for path in plots.draw(recorder.rows, facts, plot):
+            out.print(f"plot: {path}")
     return 1 if faults else 0
 
 
@@ -227,24 +193,14 @@ def _op_providers(case, device: str, wanted: Sequence[str]) -> dict:
     return {name: call for name, call in found.items() if name not in slow}
 
 
-def _print(console: Console, recorder: Recorder, machine: Machine) -> None:
+def _print(out: Console, recorder: Recorder) -> None:
     for row in recorder.rows:
         if row.op == "copy":
-            console.print(f"copy: {row.gb_per_s:.3g} GB/s, read plus written")
+            out.print(f"copy: {row.gb_per_s:.3g} GB/s, read plus written")
         if row.op == "matmul":
-            console.print(f"product {row.shape} {row.dtype}: {row.tflop_per_s:.3g} TFLOP/s")
-    for key, rows in grouped(recorder.rows).items():
-        if not _is_ceiling(rows[0]):
-            console.print(case_table(key, rows))
-    console.print(
-        "speed-up: over HF SDPA, or stock torch\n"
-        "spread: from the 20th to the 80th percentile, in percent of the median\n"
-        "floor: the least possible time, from the ceilings above, by the time taken; work on\n"
-        "       padding counts as waste\n"
-        "error: the relative error against float64, measured before the time\n"
-        "tokens/s counts real tokens, padded/s the padding to the batch's longest as well"
-    )
-
-
-def _is_ceiling(row: Row) -> bool:
-    return row.op in ("copy", "matmul", "launch gap")
+            out.print(f"product {row.shape} {row.dtype}: {row.tflop_per_s:.3g} TFLOP/s")
+    out.print()
+    for op, found in by_op(recorder.rows).items():
+        op_table(op, found).print(out)
+        out.print("\n".join((*verdicts(found), "")))
+    out.print(legend())

@@ -101,8 +101,10 @@ class Bench:
     def measure(self, case, providers: dict[str, Callable] | None = None) -> None:
         """Rows for one case. A provider that fails or is wrong gets a row that says so."""
         torch._dynamo.reset()  # else the limit on recompilations is reached, and eager is timed
+        if providers is None:
+            providers = case.providers(self.device, self.compile_backend)
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-            self._measure(case, providers or case.providers(self.device, self.compile_backend))
+            self._measure(case, providers)
 
     def _measure(self, case, providers: dict[str, Callable]) -> None:
         count, cache = input_sets(case.bytes, self.device)

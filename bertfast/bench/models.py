@@ -7,11 +7,12 @@ that an implementation that forgets one is found out before it is timed.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from .. import saved as saved_model
+from ..errors import UserError
 from .floor import Size
 from .lengths import MIXES
 
@@ -24,6 +25,7 @@ class Model:
     layers: int
     heads: int
     directory: str | None = None  # None: random weights
+    positions: int = 512  # the longest sequence
 
     @property
     def size(self) -> Size:
@@ -34,9 +36,7 @@ class Model:
         if self.directory is not None:
             from transformers import AutoModel
 
-            model = AutoModel.from_pretrained(
-                self.directory, local_files_only=True, attn_implementation="sdpa"
-            )
+            model = saved_model.load(AutoModel, self.directory, attn_implementation="sdpa")
             return model.to(device, dtype).eval()
         from transformers import BertConfig, BertModel
 
@@ -45,6 +45,7 @@ class Model:
             intermediate_size=self.inner,
             num_hidden_layers=layers or self.layers,
             num_attention_heads=self.heads,
+            max_position_embeddings=self.positions,
             attn_implementation="sdpa",
         )
         with torch.device(device):
@@ -62,23 +63,22 @@ MODELS = {
 }
 
 
-def saved(directory: str) -> Model:
-    """The model that `save_pretrained` wrote into a directory."""
-    from transformers import AutoConfig
-
-    if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json: it must hold a saved Hugging Face model")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
+def saved(directory: str, layer: bool = False) -> Model:
+    """The model that `save_pretrained` wrote into a directory. layer: one layer is measured."""
+    config = saved_model.config(directory)
+    inner = getattr(config, "intermediate_size", None)
     if inner is None:
-        raise ValueError(f"the model in {directory} ({config.model_type}) is no BERT-like encoder")
+        if layer:
+            raise UserError(f"a {config.model_type} layer isn't measured alone: bench model does")
+        inner = config.hidden_dim
     return Model(
-        Path(directory).resolve().name,
+        saved_model.name(directory),
         config.hidden_size,
         inner,
         config.num_hidden_layers,
         config.num_attention_heads,
         directory,
+        saved_model.positions(config),
     )
 
 
@@ -145,13 +145,10 @@ def parse_shapes(text: str) -> list[Tokens]:
     for part in text.replace(" ", "").split(","):
         rows, times, length = part.partition("x")
         if not (times and rows.isdigit() and length.isdigit() and int(rows) and int(length)):
-            raise ValueError(f"a shape must read ROWSxLENGTH, such as 32x128, got {part!r}")
+            raise UserError(f"--shapes must be ROWSxLENGTH, such as 32x128, got {part!r}")
         batches.append(full_batch(int(rows), int(length)))
     return batches
 
 
-def parse_mixes(names: Sequence[str], rows: int) -> list[Tokens]:
-    for name in names:
-        if name not in MIXES:
-            raise ValueError(f"a mix must be one of {', '.join(MIXES)}, got {name!r}")
+def mixed_batches(names: Sequence[str], rows: int) -> list[Tokens]:
     return [mixed_batch(name, rows) for name in names]

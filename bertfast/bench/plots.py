@@ -1,142 +1,248 @@
 """Plots of rows: speed-up over stock torch, percent of the floor, where a layer's time goes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .record import Row
-from .tables import baseline, grouped
+from .compare import PM, Key, Ratio, Unit, baseline, grouped, half_range, is_ours, padding
+from .record import Environment, Row
+from .style import (
+    COLUMNS,
+    ERROR_BAR,
+    INK,
+    KINDS,
+    LOSS,
+    OURS,
+    PALE,
+    PARAMETERS,
+    caption,
+    color,
+    legend,
+    need_matplotlib,
+    save,
+)
 
-OURS, OTHERS = "#1f77b4", ("#b8bec7", "#8d96a3", "#6b7480", "#d5b48c", "#a8c5a0", "#c9a9c6")
-KINDS = ("products", "attention", "memory")
+WIDTH = 8.0  # inches
+CLOCKS = {
+    "process": "processor time of one thread",
+    "device": "GPU time without launches",
+    "call": "time until the GPU is done",
+}
+SPREAD = "Thin bars: from the 20th to the 80th percentile of the repeats."
+
+SUM_SPREAD = "Thin bars: the spread of the sum."
 
 
-def need_matplotlib():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'bertfast[bench]'") from None
-    matplotlib.use("Agg")  # files, no window
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def draw(rows: Sequence[Row], device: str, directory: Path) -> list[Path]:
+def draw(rows: Sequence[Row], facts: Environment, directory: Path) -> list[Path]:
     """Every plot that the rows allow; the files."""
     plt = need_matplotlib()
     found = []
-    for name, figure in (
-        ("speed-up", _speed_up(plt, rows, device)),
-        ("floor", _floor(plt, rows, device)),
-        ("layer", _layer(plt, rows, device)),
-    ):
-        if figure is not None:
-            path = directory / f"{name}.png"
-            figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
-            plt.close(figure)
-            found.append(path)
+    for name, make in (("speed-up", _speed_up), ("floor", _floor), ("layer", _layer)):
+        with plt.rc_context(PARAMETERS):
+            figure = make(plt, rows, facts)
+            if figure is not None:
+                found.append(directory / f"{name}.png")
+                save(figure, found[-1])
+                plt.close(figure)
     return found
+
+
+def measured_with(rows: Sequence[Row], facts: Environment, *notes: str) -> str:
+    """The caption: device, dtypes, clock, versions, and what else must be said."""
+    device = facts.device.removeprefix("cpu: ")
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in rows))
+    clocks = " and ".join(dict.fromkeys(CLOCKS[row.clock] for row in rows))
+    versions = [
+        f"{name} {version}"
+        for name in ("torch", "triton", "transformers", "cuda", "driver")
+        if (version := getattr(facts, name)) not in ("", "absent")
+    ]
+    text = f"{device}, {clocks}, {dtypes}; {', '.join(versions)}; commit {facts.bertfast_commit}."
+    return " ".join((text, *notes))
 
 
 def _is_encoder(row: Row) -> bool:
     return row.tokens_per_s is not None
 
 
-def _color(provider: str, others: list[str]) -> str:
-    return OURS if provider == "bertfast" else OTHERS[others.index(provider) % len(OTHERS)]
+def _rows_of(groups: dict[Key, list[Row]]) -> list[Row]:
+    return [row for rows in groups.values() for row in rows]
 
 
-def _speed_up(plt, rows: Sequence[Row], device: str):
+def _label(key: Key, rows: Sequence[Row], one_dtype: bool) -> str:
+    op, pass_, shape, dtype, dropout = key
+    share = next((padding(row) for row in rows if padding(row) is not None), None)
+    name = f"{op}  {shape}" + (f", {100 * share:.0f} % padding" if share else "")
+    more = [pass_] + ([] if one_dtype else [dtype]) + ([f"dropout {dropout:g}"] if dropout else [])
+    return f"{name}\n{', '.join(more)}"
+
+
+def _frame(plt: Any, height: float, labels: Sequence[str], title: str, rows: int) -> tuple:
+    """Axes with a case a line, a title far enough above for a legend of so many rows."""
+    figure, axes = plt.subplots(figsize=(WIDTH, height))
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.set_title(title, pad=14 + 14 * rows)
+    axes.grid(axis="x", color=PALE, linewidth=0.6)
+    return figure, axes
+
+
+def _aside(axes: Any, y: float, text: str, slower: bool = False, bold: bool = True) -> None:
+    """In the margin on the right, where no bar and no line comes."""
+    axes.text(
+        1.01,
+        y,
+        text,
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        fontsize=8,
+        color=LOSS if slower else OURS if bold else INK,
+        fontweight="bold" if bold else None,
+    )
+
+
+def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     """Bars a case: how many times as fast as stock SDPA."""
-    cases = {
-        key: {row.provider: baseline(group).median_us / row.median_us for row in group}
+    groups = {
+        key: [row for row in group if row.median_us is not None]
         for key, group in grouped(row for row in rows if _is_encoder(row)).items()
         if baseline(group) is not None
     }
-    if not cases:
+    if not groups:
         return None
-    providers = list(dict.fromkeys(name for found in cases.values() for name in found))
-    others = [name for name in providers if name != "bertfast"]
+    everything = _rows_of(groups)
+    providers = list(dict.fromkeys(row.provider for row in everything))
+    one_dtype = len({row.dtype for row in everything}) == 1
     bar = 0.8 / len(providers)
-    figure, axes = plt.subplots(figsize=(8, 0.6 + len(cases) * max(0.45, 0.16 * len(providers))))
-    for place, found in enumerate(cases.values()):
-        for number, name in enumerate(providers):
-            if name in found:
-                y = place + (number - (len(providers) - 1) / 2) * bar
-                axes.barh(y, found[name], bar * 0.92, color=_color(name, others))
-                if name == "bertfast":
-                    axes.text(found[name], y, f" {found[name]:.2f}", va="center", fontsize=8)
-    for name in providers:
-        axes.barh(0, 0, color=_color(name, others), label=name)
-    axes.set_yticks(range(len(cases)), [_label(key) for key in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as HF SDPA")
-    axes.set_title(device, fontsize=9, loc="left")
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0))
-    axes.spines[["top", "right"]].set_visible(False)
+    labels = [_label(key, group, one_dtype) for key, group in groups.items()]
+    stock = baseline(everything).provider
+    figure, axes = _frame(
+        plt,
+        0.5 + len(groups) * max(0.45, 0.145 * len(providers)),
+        labels,
+        f"Times as fast as {stock}",
+        -(-len(providers) // COLUMNS),
+    )
+    for place, group in enumerate(groups.values()):
+        usual = baseline(group)
+        for row in group:
+            y = place + (providers.index(row.provider) - (len(providers) - 1) / 2) * bar
+            value = usual.median_us / row.median_us
+            reach = [[value - usual.median_us / row.p80_us], [usual.median_us / row.p20_us - value]]
+            axes.barh(
+                y,
+                value,
+                bar * 0.9,
+                xerr=reach,
+                color=color(row.provider),
+                error_kw=ERROR_BAR,
+            )
+            if row.provider == "bertfast":
+                slower = " (slower)" if value < 1 else ""
+                _aside(axes, y, f"{Ratio.of(row, usual)}{slower}", value < 1)
+    axes.axvline(1, color=INK, linewidth=1.0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"longer is faster; 1 is {stock}")
+    legend(axes, providers, [color(name) for name in providers])
+    note = f"On the right: bertfast, {PM} the spreads of both."
+    caption(axes, measured_with(everything, facts, SPREAD, note))
     return figure
 
 
-def _label(key) -> str:
-    op, pass_, shape, dtype, _ = key
-    return f"{op} {shape}\n{pass_} {dtype}"
-
-
-def _floor(plt, rows: Sequence[Row], device: str):
-    """Bars an op's case: percent of the floor, bertfast's best and the best of the others."""
-    cases = {}
+def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
+    """Two bars an op's case: percent of the floor, of bertfast's best and of the best other."""
+    best: dict[Key, list[Row | None]] = {}
     for key, group in grouped(row for row in rows if not _is_encoder(row)).items():
         timed = [row for row in group if row.percent_of_floor and " layer " not in row.op]
-        best = {"bertfast": 0.0, "best other": 0.0}
-        for row in timed:
-            name = "bertfast" if row.provider.startswith("bertfast") else "best other"
-            best[name] = max(best[name], row.percent_of_floor)
-        if best["bertfast"]:
-            cases[key] = best
-    if not cases:
+        ours = [row for row in timed if is_ours(row)]
+        others = [row for row in timed if not is_ours(row)]
+        if ours:
+            best[key] = [
+                min(those, key=lambda row: row.median_us, default=None) for those in (ours, others)
+            ]
+    if not best:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.42 * len(cases)))
-    for place, best in enumerate(cases.values()):
-        axes.barh(place - 0.2, best["bertfast"], 0.36, color=OURS)
-        axes.barh(place + 0.2, best["best other"], 0.36, color=OTHERS[0])
-    axes.barh(0, 0, color=OURS, label="bertfast")
-    axes.barh(0, 0, color=OTHERS[0], label="the best other")
-    axes.set_yticks(
-        range(len(cases)), [_label(key).replace("\n", " ") for key in cases], fontsize=7
-    )
-    axes.invert_yaxis()
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_xlabel("percent of the floor (100: as fast as the ceilings allow)")
-    axes.set_title(device, fontsize=9, loc="left")
-    axes.legend(fontsize=8, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
+    everything = [row for pair in best.values() for row in pair if row is not None]
+    one_dtype = len({row.dtype for row in everything}) == 1
+    labels = [_label(key, (), one_dtype).replace("\n", ", ") for key in best]
+    title = "Percent of the floor: the least possible time by the time taken"
+    figure, axes = _frame(plt, 0.6 + 0.42 * len(best), labels, title, 1)
+    for place, (ours, other) in enumerate(best.values()):
+        for row, y, shade in ((ours, place - 0.19, OURS), (other, place + 0.19, color("HF SDPA"))):
+            if row is None:
+                continue
+            value = row.percent_of_floor
+            low, high = (value * row.median_us / us for us in (row.p80_us, row.p20_us))
+            reach = [[value - low], [high - value]]
+            axes.barh(y, value, 0.34, xerr=reach, color=shade, error_kw=ERROR_BAR)
+            slower = row is ours and other is not None and other.median_us < ours.median_us
+            text = f"{value:.0f} %  {row.provider}" + (" (slower)" if slower else "")
+            _aside(axes, y, text, slower, bold=row is ours)
+    axes.axvline(100, color=INK, linewidth=1.0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("longer is faster; 100 is as fast as the machine's measured ceilings allow")
+    legend(axes, ("bertfast's best", "the best other"), (OURS, color("HF SDPA")))
+    caption(axes, measured_with(everything, facts, SPREAD))
     return figure
 
 
-def _layer(plt, rows: Sequence[Row], device: str):
-    """Stacked bars: the time of a layer's parts, of both implementations."""
-    cases: dict[tuple[str, str, str], dict[str, float]] = {}
+def _layer(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
+    """Stacked bars: the time of a layer's parts, beside that of what stock torch calls."""
+    cases: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         op, _, kind = row.op.rpartition(" ")
         if kind in KINDS and op.endswith(" layer") and row.median_us is not None:
-            cases.setdefault((op, row.shape, row.provider), {})[kind] = row.median_us
+            found = cases.setdefault((op.removesuffix(" layer"), row.shape, row.dtype), {})
+            found.setdefault(row.provider, {})[kind] = row
     if not cases:
         return None
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.35 * len(cases)))
-    for place, found in enumerate(cases.values()):
+    bars = [(key, provider) for key, found in cases.items() for provider in found]
+    everything = [r for found in cases.values() for kinds in found.values() for r in kinds.values()]
+    totals = {
+        (key, provider): sum(row.median_us for row in kinds.values())
+        for key, found in cases.items()
+        for provider, kinds in found.items()
+    }
+    unit = Unit.of(list(totals.values()))
+    one_dtype = len({row.dtype for row in everything}) == 1
+    names = {key: " ".join(key[: 2 if one_dtype else 3]) for key in cases}
+    # The bars of a case stand close, its name once in front of them.
+    places, place = {}, 0.0
+    for number, bar in enumerate(bars):
+        if number:
+            place += 1.0 if bars[number - 1][0] == bar[0] else 1.5
+        places[bar] = place
+    figure, axes = _frame(plt, 0.8 + 0.3 * (place + 1), [], "Where a layer's time goes", 1)
+    axes.set_ylim(place + 0.7, -0.7)
+    axes.set_yticks(
+        list(places.values()),
+        [
+            provider if number and bars[number - 1][0] == key else f"{names[key]}   {provider}"
+            for number, (key, provider) in enumerate(bars)
+        ],
+        fontsize=8,
+    )
+    for (key, provider), y in places.items():
+        whole = totals.get((key, "HF SDPA")) or totals[key, provider]
         start = 0.0
-        total = sum(found.values())
-        for kind, color in zip(KINDS, (OURS, "#e39b4e", OTHERS[0]), strict=True):
-            share = 100 * found.get(kind, 0.0) / total
-            axes.barh(place, share, left=start, color=color, label=kind if not place else None)
-            start += share
-        axes.text(101, place, f"{total:.4g} us", va="center", fontsize=7)
-    axes.set_yticks(range(len(cases)), [" ".join(key) for key in cases], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 115)
-    axes.set_xlabel("percent of a layer's parts")
-    axes.set_title(device, fontsize=9, loc="left")
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0))
-    axes.spines[["top", "right"]].set_visible(False)
+        for kind, shade in KINDS.items():
+            if row := cases[key][provider].get(kind):
+                share = 100 * row.median_us / whole
+                axes.barh(y, share, 0.82, left=start, color=shade)
+                start += share
+        spread = math.hypot(*map(half_range, cases[key][provider].values()))
+        axes.errorbar(start, y, xerr=100 * spread / whole, fmt="none", **ERROR_BAR)
+        slower = provider == "bertfast" and start > 100
+        text = f"{unit.text(totals[key, provider])} {unit.name}" + (" (slower)" if slower else "")
+        _aside(axes, y, text, slower, bold=provider == "bertfast")
+    for tick, (_, provider) in zip(axes.get_yticklabels(), bars, strict=True):
+        if provider == "bertfast":
+            tick.set(color=OURS, fontweight="bold")
+    axes.axvline(100, color=INK, linewidth=1.0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("time, in percent of all parts of HF SDPA's layer; shorter is faster")
+    legend(axes, list(KINDS), list(KINDS.values()))
+    notes = ("Each part is timed apart: what lies between them isn't in the sum.", SUM_SPREAD)
+    caption(axes, measured_with(everything, facts, *notes))
     return figure

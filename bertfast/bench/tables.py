@@ -1,81 +1,91 @@
-"""Rows as tables for people: one line a case, one column a provider."""
+"""Rows as tables for people: one table per op, one line per provider in each of its cases."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from rich import box
-from rich.table import Table
-
+from ..terminal import BAD, HEAD, OURS, Column, Table, paragraph
+from .compare import Key, Ratio, Unit, baseline, case_name, grouped, is_ours, padding
 from .record import Row
 
-Key = tuple[str, str, str, str, float]
+CEILINGS = ("copy", "matmul", "launch gap")
 
 
-def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
-    """Timed rows by (op, pass, shape, dtype, dropout), in the order in which they came."""
-    found: dict[Key, list[Row]] = {}
-    for row in rows:
-        if row.clock != "launch" and (row.median_us is not None or row.note):
-            key = (row.op, row.pass_, row.shape, row.dtype, row.dropout)
-            found.setdefault(key, []).append(row)
+def by_op(rows: Iterable[Row]) -> dict[str, dict[Key, list[Row]]]:
+    """The cases of each op, without the ceilings."""
+    found: dict[str, dict[Key, list[Row]]] = {}
+    for key, group in grouped(rows).items():
+        if key[0] not in CEILINGS:
+            found.setdefault(key[0], {})[key] = group
     return found
 
 
-def duration(us: float) -> str:
-    """Three digits and a unit."""
-    for factor, unit in ((1e6, "s"), (1e3, "ms")):
-        if us >= factor:
-            return (
-                f"{us / factor:.3g} {unit}" if us < 1000 * factor else f"{us / factor:.0f} {unit}"
+def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
+    """All cases of an op; in each the fastest provider first."""
+    everything = [row for rows in cases.values() for row in rows]
+    timed = [row for row in everything if row.median_us is not None]
+    usual = list(dict.fromkeys(s.provider for rows in cases.values() if (s := baseline(rows))))
+    columns = [Column("", left=True)]
+    cells: list[dict[int, str]] = []  # a column's, by the row's id
+    if timed:
+        unit = Unit.of([row.median_us for row in timed])
+        pairs = zip(timed, unit.column(timed), strict=True)
+        columns.append(Column(f"median {unit.name}"))
+        cells.append({id(row): text for row, text in pairs})
+    for heading, column in _more_columns(cases):
+        if column:
+            columns.append(Column(heading))
+            cells.append(column)
+    title = f"{op}; speed-up over {' or '.join(usual)}" if usual else op
+    table = Table(columns, title)
+    for key, rows in cases.items():
+        table.add(_heading(key, rows), style=HEAD)
+        stock = baseline(rows)
+        for row in sorted(rows, key=lambda row: row.median_us or float("inf")):
+            if row.median_us is None:
+                table.add(paragraph(f"  {row.provider}: {row.note}", indent=4), style=BAD)
+                continue
+            slower = stock is not None and row.median_us > stock.median_us
+            style = (BAD if slower else OURS) if is_ours(row) else ""
+            table.add(
+                f"  {row.provider}", *(column.get(id(row), "") for column in cells), style=style
             )
-    return f"{us:.3g} us"
-
-
-def count(number: float) -> str:
-    """Three digits with k or M."""
-    for factor, unit in ((1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def baseline(rows: list[Row]) -> Row | None:
-    """What speed-ups are counted from: the usual way of running it with stock torch."""
-    for name in ("HF SDPA", "torch sdpa", "torch eager"):
-        for row in rows:
-            if row.provider == name and row.median_us is not None:
-                return row
-    return None
-
-
-def case_table(key: Key, rows: list[Row]) -> Table:
-    """All providers of one case, the fastest first."""
-    op, pass_, shape, dtype, dropout = key
-    title = f"{op}, {shape}, {pass_}, {dtype}" + (f", dropout {dropout:g}" if dropout else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("provider")  # the only one that may wrap
-    columns = ["median", "spread", "speed-up", "floor", "error"]
-    tokens = any(row.tokens_per_s for row in rows)
-    memory = any(row.peak_memory_mb for row in rows)
-    columns += (["tokens/s", "padded/s"] if tokens else []) + (["memory"] if memory else [])
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    stock = baseline(rows)
-    timed = sorted((row for row in rows if row.median_us is not None), key=lambda r: r.median_us)
-    for row in timed:
-        cells = [
-            duration(row.median_us),
-            f"{100 * (row.p80_us - row.p20_us) / row.median_us:.0f}%",
-            f"{stock.median_us / row.median_us:.2f}" if stock else "",
-            f"{row.percent_of_floor:.0f}%" if row.percent_of_floor else "",
-            f"{row.error:.0e}" if row.error is not None else "",
-        ]
-        if tokens:
-            cells += [count(row.tokens_per_s or 0), count(row.padded_tokens_per_s or 0)]
-        if memory:
-            cells.append(f"{row.peak_memory_mb:.0f} MB" if row.peak_memory_mb else "")
-        style = "bold green" if row.provider.startswith("bertfast") else None
-        table.add_row(row.provider, *cells, style=style)
-    for row in rows:
-        if row.median_us is None:
-            table.add_row(row.provider, row.note[:60], *[""] * (len(columns) - 1), style="red")
     return table
+
+
+def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, str]]]:
+    """Headings and cells; a column that has none is left out."""
+    timed = [row for rows in cases.values() for row in rows if row.median_us is not None]
+    ratios = {}
+    for rows in cases.values():
+        if stock := baseline(rows):
+            ratios |= {
+                id(row): f"{Ratio.of(row, stock).value:.2f}" for row in rows if row.median_us
+            }
+    yield "speed-up", ratios
+    yield "% floor", {id(r): percent(r.percent_of_floor) for r in timed if r.percent_of_floor}
+    memory = {id(row): f"{row.peak_memory_mb:,.0f}" for row in timed if row.peak_memory_mb}
+    rates = {id(row): f"{row.tokens_per_s:,.0f}" for row in timed if row.tokens_per_s}
+    # 80 columns have room for one of the two, in a layer's table for the first alone.
+    is_layer = any(row.op.endswith(" layer") for row in timed)
+    yield ("MB", memory) if memory or is_layer else ("tokens/s", rates)
+    yield "error", {id(row): f"{row.error:.1e}" for row in timed if row.error is not None}
+
+
+def percent(share: float) -> str:
+    return f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+
+
+def _heading(key: Key, rows: list[Row]) -> str:
+    share = next((padding(row) for row in rows if padding(row) is not None), None)
+    return case_name(key) + (f": {100 * share:.0f} % padding" if share else "")
+
+
+def legend() -> str:
+    return "\n".join(
+        (
+            "median: of the repeats, \u00b1 half the range from the 20th to the 80th percentile",
+            "% floor: the least possible time, from the ceilings above, in percent of the",
+            "         time taken; work on padding counts as waste",
+            "tokens/s: real tokens. MB: the peak of memory that a call takes",
+            "error: relative, against float64, measured before the time",
+        )
+    )

@@ -5,20 +5,20 @@ Reads the machine code of the Triton kernels (compiled ahead of time) and of the
 """
 
 import json
+import queue
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from rich.console import Console
-
+from ..errors import UserError, one_of, writable_file
+from ..terminal import BAD, GOOD, Progress, console, paragraph
 from . import budget as budgets
 from . import cuda_modules, triton_aot
-from .report import print_table
-from .rows import Row, aot_modules
-from .sass import MissingTool
+from .report import NOTE, Summary, print_every
+from .rows import Row, aot_names
+from .sass import MissingTool, capability
 
-WIDTH = 180  # of the tables, also where the terminal is narrower
 DEFAULT_ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
 
 
@@ -32,37 +32,95 @@ class Reading:
     complete_sources: list[str] = field(default_factory=list)
 
 
-def read(archs: list[str], op: str | None = None) -> Reading:
-    """The kernels of one op or of all, compiled for each architecture."""
-    modules = [module.__name__ for name, module in aot_modules().items() if op in (None, name)]
-    readers: dict[str, Callable[[str], tuple[list[Row], list[str]]]] = {
-        "triton": lambda arch: triton_aot.read(arch, modules),
-        "cuda": lambda arch: (cuda_modules.read(arch, op), []),
-    }
+def read(
+    archs: list[str],
+    op: str | None = None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
+    say: Callable[[str, int], None] = lambda text, ended: None,
+) -> Reading:
+    """The kernels of one op or of all, compiled for each architecture.
+
+    done: called, in this thread, with the rows of each op for an architecture when all are there.
+    say: called with a line on how far it is, and the number of compilers' runs that are over.
+    """
+    modules = [module for name, module in aot_names().items() if op in (None, name)]
+
+    def triton(arch: str, seen: Callable[[Row], None]) -> list[str]:
+        return triton_aot.read(arch, modules, seen)[1]
+
+    def cuda(arch: str, seen: Callable[[Row], None]) -> list[str]:
+        for row in sorted(cuda_modules.read(arch, op), key=lambda row: row.op):
+            seen(row)
+        return []
+
+    readers = {"triton": triton, "cuda": cuda}
+    jobs = [(source, arch) for source in readers for arch in archs]
+    found: dict[tuple[str, str], list[Row]] = {job: [] for job in jobs}
+    ends: dict[tuple[str, str], list[str] | Exception] = {}
+    for job, what in _events(readers, jobs):
+        rows = found[job]
+        if isinstance(what, Row):
+            if rows and rows[-1].op != what.op:
+                done([row for row in rows if row.op == rows[-1].op])
+            rows.append(what)
+        else:
+            if rows:
+                done([row for row in rows if row.op == rows[-1].op])
+            ends[job] = what
+        say(f"{sum(map(len, found.values()))} kernels, {job[0]} for {job[1]}", len(ends))
+    return _reading(jobs, found, ends, whole=op is None)
+
+
+def _events(readers: dict[str, Callable], jobs: list[tuple[str, str]]) -> Iterator[tuple]:
+    """Each job's rows as they come, and at its end what failed to compile or why it can't be read.
+
+    Two at a time; each works in a process of its own.
+    """
+    events: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work(job: tuple[str, str]) -> None:
+        source, arch = job
+        try:
+            events.put((job, readers[source](arch, lambda row: events.put((job, row)))))
+        except Exception as error:
+            events.put((job, error))
+
+    pool = ThreadPoolExecutor(2)
+    try:
+        for job in jobs:
+            pool.submit(work, job)
+        ended = 0
+        while ended < len(jobs):
+            event = events.get()
+            ended += not isinstance(event[1], Row)
+            yield event
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing more is begun
+
+
+def _reading(
+    jobs: list[tuple[str, str]],
+    found: dict[tuple[str, str], list[Row]],
+    ends: dict[tuple[str, str], list[str] | Exception],
+    whole: bool,
+) -> Reading:
     reading = Reading()
-    # Two at a time; each works in a process of its own.
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {
-            (source, arch): pool.submit(reader, arch)
-            for source, reader in readers.items()
-            for arch in archs
-        }
-    for source in readers:
-        reasons: dict[str, list[str]] = {}
-        for arch in archs:
-            try:
-                rows, failures = jobs[source, arch].result()
-            except (triton_aot.LeftOut, cuda_modules.LeftOut, MissingTool) as reason:
-                reasons.setdefault(str(reason), []).append(arch)
-            except RuntimeError as error:
-                reading.failures.append(f"{source} {arch}: {error}")
-            else:
-                reading.rows += rows
-                reading.failures += failures
-                if rows and source not in reading.complete_sources:
-                    reading.complete_sources.append(source)
-        reading.left_out += [f"{source} {', '.join(on)}: {why}" for why, on in reasons.items()]
-    if op is not None or reading.failures:  # parts are missing: nothing can be called stale
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for job in jobs:
+        (source, arch), end = job, ends[job]
+        if isinstance(end, (triton_aot.LeftOut, cuda_modules.LeftOut, MissingTool)):
+            reasons.setdefault((source, str(end)), []).append(arch)
+        elif isinstance(end, RuntimeError):
+            reading.failures.append(f"{source} {arch}: {end}")
+        elif isinstance(end, Exception):
+            raise end
+        else:
+            reading.rows += found[job]
+            reading.failures += end
+            if found[job] and source not in reading.complete_sources:
+                reading.complete_sources.append(source)
+    reading.left_out = [f"{source} {', '.join(on)}: {why}" for (source, why), on in reasons.items()]
+    if not whole or reading.failures:  # parts are missing: nothing can be called stale
         reading.complete_sources = []
     reading.rows.sort(key=lambda row: (row.source, row.kernel, _natural(row.label), row.dtypes))
     return reading
@@ -83,8 +141,7 @@ def check(reading: Reading, budget: dict, present: dict[str, str | None]) -> lis
     lines = [f"FAIL {failure}" for failure in reading.failures]
     for source in dict.fromkeys(row.source for row in reading.rows):
         rows = [row for row in reading.rows if row.source == source]
-        same = present[source] == budget.get("measured_with", {}).get(source)
-        allowance = 0.0 if same else budget.get("allowance_for_other_compilers", 0.0)
+        allowance = _allowance(source, budget, present)
         for verdict in budgets.check(budget, rows, allowance):
             row = verdict.row
             assert row is not None
@@ -96,21 +153,55 @@ def check(reading: Reading, budget: dict, present: dict[str, str | None]) -> lis
     return lines
 
 
+def _allowance(source: str, budget: dict, present: dict[str, str | None]) -> float:
+    """The part by which instructions may exceed a budget that another compiler has measured."""
+    same = present[source] == budget.get("measured_with", {}).get(source)
+    return 0.0 if same else budget.get("allowance_for_other_compilers", 0.0)
+
+
+def parse_archs(text: str | None) -> list[str]:
+    """ "sm_80,sm_90a" -> its parts."""
+    if text is None:
+        return DEFAULT_ARCHS
+    known = [f"sm_{number}" for number in budgets.CAPABILITIES]
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for arch in chosen:
+        if not re.fullmatch(r"sm_\d+[af]?", arch) or capability(arch) not in budgets.CAPABILITIES:
+            one_of("--archs, but for an a or f at the end,", arch, known)
+    return chosen
+
+
 def kernels(
-    archs: list[str] | None = None,
-    as_json: bool = False,
+    archs: str | None = None,
     op: str | None = None,
+    *,
+    every: bool = False,
+    as_json: bool = False,
     update_budget: bool = False,
 ) -> int:
-    """Prints the report; 0 if nothing that could be read exceeds the budget."""
-    console = Console(soft_wrap=True)
-    console.width = max(console.width, WIDTH)
-    known = aot_modules()
-    if op is not None and op not in known:
-        console.print(f"op must be one of {', '.join(known)}, got {op}", style="red")
-        return 2
-    chosen = list(dict.fromkeys(archs or DEFAULT_ARCHS))
-    reading, present, budget = read(chosen, op), compilers(), budgets.load()
+    """Prints the report; returns the exit code: 1 if a kernel exceeds the budget."""
+    if every and as_json:
+        raise UserError("--all is for the tables: --json has every kernel in any case")
+    if update_budget:
+        writable_file("--update-budget", budgets.PATH)
+    out = console()
+    chosen = parse_archs(archs)
+    present, budget = compilers(), budgets.load()
+    with Progress(2 * len(chosen)) as progress:
+        summary = Summary(out, list(aot_names()), chosen)
+
+        def done(rows: list[Row]) -> None:
+            if not as_json:
+                progress.clear()
+                summary.add(rows, budget, _allowance(rows[0].source, budget, present))
+
+        def say(text: str, ended: int) -> None:
+            progress.done = ended
+            progress.show(text)
+
+        reading = read(chosen, op, done, say)
+    if not reading.rows and not reading.failures:
+        raise UserError(f"nothing could be read on this machine: {'; '.join(reading.left_out)}")
     changes: list[str] = []
     if update_budget:
         budget, changes = budgets.update(budget, reading.rows, reading.complete_sources)
@@ -129,23 +220,25 @@ def kernels(
         }
         print(json.dumps(report, indent=1))
         return int(bool(failures))
-    print_table(reading.rows, chosen, console)
+    out.print()
+    if every:
+        print_every(reading.rows, chosen, out)
+    else:
+        out.print(paragraph(NOTE))
     for source, version in present.items():
         if any(row.source == source for row in reading.rows):
             was = budget.get("measured_with", {}).get(source)
             other = "" if version == was else f" (the budget was measured with {was})"
             compiler = {"triton": "Triton", "cuda": "nvcc"}[source]
-            console.print(f"{source}: compiled by {compiler} {version}{other}", highlight=False)
+            out.print(f"{source}: compiled by {compiler} {version}{other}")
     for line in changes:
-        console.print(f"budget: {line}", highlight=False, markup=False)
+        out.print(f"budget: {line}")
     for line in reading.left_out:
-        console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
+        out.print(paragraph(f"left out: {line}", indent=2), style="yellow")
     for line in failures:
-        console.print(line, style="red", highlight=False, markup=False)
-    if not reading.rows:
-        console.print("nothing could be read on this machine", style="yellow")
-    elif not failures:
+        out.print(line, style=BAD)
+    if not failures:
         forms = len({row.form for row in reading.rows})
         text = f"PASS {forms} kernels in {len(reading.rows)} compilations are within the budget"
-        console.print(text, style="green", highlight=False)
+        out.print(text, style=GOOD)
     return int(bool(failures))

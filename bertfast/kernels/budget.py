@@ -1,9 +1,9 @@
 """The committed limits of every kernel, and what exceeds them.
 
 kernels_budget.json, beside this package: source -> kernel -> rules and forms. A form (a
-configuration) has a cell for each dtype: the most instructions an element on any architecture (null
-where a kernel has no such figure), or an object with that and with what the form is allowed beyond
-its kernel's rules.
+configuration) has a cell for each dtype: the most instructions per element on any architecture
+(null where a kernel has no such figure), or an object with that and with what the form is allowed
+beyond its kernel's rules.
 
     stack                       most bytes a thread may spill
     load_bits, store_bits       least width of a load and a store of row data
@@ -36,6 +36,7 @@ MATRIX_KERNELS = ("attention",)  # how the names of kernels start that need tens
 _CAPACITY = {80: (2048, 164), 86: (1536, 100), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228)}
 _CAPACITY |= {103: (2048, 228), 120: (1536, 100), 121: (1536, 100)}
 _REGISTERS = 65536
+CAPABILITIES = tuple(_CAPACITY)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Ver
                 fail(row, f"{bits}-bit {name}s of row data, budget {limit[what]}")
         most, is_ = limit["instructions"], row.instructions_per_element
         if most is not None and is_ is not None and is_ > most * (1 + allowance):
-            fail(row, f"{is_} instructions an element, budget {most}")
+            fail(row, f"{is_} instructions per element, budget {most}")
         # Tensor cores would multiply float32 as TF32.
         if limit["tensor_cores"] and row.tensor_core == 0 and row.dtypes != "float32":
             fail(row, "no tensor-core instruction")

@@ -1,35 +1,103 @@
-"""The table of all kernels, for a person."""
+"""The tables of kernels, for a person: a summary, and every kernel in every form."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from ..terminal import BAD, GOOD, HEAD, Column, Table, paragraph
+from . import budget as budgets
 from .rows import Row
 
-HEADINGS = ["instr/\nelement", "load\nbits", "store\nbits", "stack\nbytes", "shared\nbytes"]
-HEADINGS += ["LDS,\nSTS", "MUFU", "MMA"]
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def print_table(rows: list[Row], archs: list[str], console: Console) -> None:
+class Summary:
+    """A line for each op, source and architecture, printed as soon as it is known."""
+
+    def __init__(self, out: Console, ops: Sequence[str], archs: Sequence[str]):
+        self.out = out
+        self.table = Table(
+            [
+                Column("op", left=True, width=max(map(len, (*ops, "op")))),
+                Column("source", left=True),
+                Column("arch", left=True, width=max(map(len, archs))),
+                Column("kernels"),
+                Column("registers"),
+                Column("spills"),
+                Column("per element", width=14),
+                Column("verdict", left=True),
+            ]
+        )
+        self.begun = False
+
+    def add(self, rows: list[Row], budget: dict, allowance: float) -> None:
+        """The rows are those of one op and source, for one architecture."""
+        if not self.begun:
+            self.begun = True
+            self.table.fit()
+            for line, style in self.table.head():
+                self.out.print(Text(line, style=style))
+        over = len({v.row.form for v in budgets.check(budget, rows, allowance) if v.row})
+        first = rows[0]
+        cells = (
+            first.op,
+            first.source,
+            first.arch,
+            str(len(rows)),
+            str(max(row.registers for row in rows)),
+            str(sum(row.stack > 0 for row in rows)),
+            _nearest(rows, budget),
+            f"{over} over" if over else "within",
+        )
+        self.out.print(Text(self.table.line(cells), style=BAD if over else GOOD))
+
+
+NOTE = (
+    "registers: the most that a thread has. spills: kernels that keep a thread's values in "
+    "memory. per element, in attention per score: the instructions of the kernel that is "
+    "nearest to its budget, and that budget. --all shows every kernel."
+)
+
+
+def _nearest(rows: list[Row], budget: dict) -> str:
+    """Instructions per element and the budget, where the part taken is the largest."""
+    shares = []
+    for row in rows:
+        limit = budgets.limits(budget, row)
+        is_, most = row.instructions_per_element, limit and limit["instructions"]
+        if is_ is not None and most is not None:
+            shares.append((is_ / most, is_, f"{is_:.2f} of {most:.2f}"))
+    return max(shares)[-1] if shares else "-"
+
+
+def print_every(rows: list[Row], archs: Sequence[str], out: Console) -> None:
     """A table for each kernel: a line for each form and dtype, the worst over the architectures."""
-    kernels: dict[tuple[str, str], dict[tuple[str, str], dict[str, Row]]] = {}
+    kernels: dict[tuple[str, str], dict[str, dict[str, dict[str, Row]]]] = {}
     for row in rows:
         forms = kernels.setdefault((row.source, row.kernel), {})
-        forms.setdefault((row.label, row.dtypes), {})[row.arch] = row
+        forms.setdefault(row.label, {}).setdefault(row.dtypes, {})[row.arch] = row
+    here = [arch for arch in archs if any(row.arch == arch for row in rows)]
     for (source, kernel), forms in kernels.items():
-        table = Table(title=f"{source}: {kernel}", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("form", no_wrap=True)
-        table.add_column("dtype", no_wrap=True)
-        for name in HEADINGS:
-            table.add_column(name, justify="right")
-        for arch in archs:
-            table.add_column(f"regs\n{arch}", justify="right")
-        for (label, dtypes), by_arch in forms.items():
-            registers = [str(by_arch[a].registers) if a in by_arch else "-" for a in archs]
-            table.add_row(label, dtypes, *_figures(list(by_arch.values())), *registers)
-        console.print(table)
+        table = Table([Column(h, left=h in ("", "registers")) for h in HEADINGS])
+        table.title = f"{source}: {kernel}"
+        for label, by_dtype in forms.items():
+            table.add(label, style=HEAD)
+            for dtypes, by_arch in by_dtype.items():
+                registers = (str(by_arch[a].registers) if a in by_arch else "-" for a in here)
+                name = ">".join(SHORT.get(part, part) for part in dtypes.split("->"))
+                table.add(f" {name}", *_figures(list(by_arch.values())), " ".join(registers))
+        table.print(out)
+    out.print(LEGEND)
+    out.print(paragraph(f"registers: a thread's, on {', '.join(here)}"))
+
+
+HEADINGS = ("", "instr", "load", "store", "stack", "shared", "LDS", "MUFU", "MMA", "registers")
+LEGEND = """\
+instr: instructions per element, in attention per score
+load, store: bits of the narrowest access to row data
+stack: bytes that a thread spills; shared: bytes of a block
+LDS: accesses to shared memory; MUFU: special functions; MMA: tensor cores"""
 
 
 def _figures(rows: list[Row]) -> list[str]:

@@ -90,15 +90,15 @@ def narrowest(accesses: dict[int, int], scalars: int) -> int | None:
     return None
 
 
-def aot_modules() -> dict[str, ModuleType]:
-    """The ops' descriptions of their kernels: op -> bertfast.ops.<op>.aot."""
+def aot_names() -> dict[str, str]:
+    """The ops that describe their kernels: op -> the module, which imports Triton."""
     names = {
         info.name: f"{ops.__name__}.{info.name}.aot"
         for info in pkgutil.iter_modules(ops.__path__)
         if info.ispkg
     }
-    return {
-        op: importlib.import_module(name)
-        for op, name in names.items()
-        if importlib.util.find_spec(name) is not None
-    }
+    return {op: name for op, name in names.items() if importlib.util.find_spec(name) is not None}
+
+
+def aot_modules() -> dict[str, ModuleType]:
+    return {op: importlib.import_module(name) for op, name in aot_names().items()}

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -39,29 +39,42 @@ def version() -> str | None:
     return triton.__version__
 
 
-def read(arch: str, modules: list[str]) -> tuple[list[Row], list[str]]:
-    """The rows of the modules' Triton kernels for an architecture, and what failed to compile."""
+def read(
+    arch: str, modules: list[str], seen: Callable[[Row], None] = lambda row: None
+) -> tuple[list[Row], list[str]]:
+    """The rows of the modules' Triton kernels for an architecture, and what failed to compile.
+
+    seen: called with each row as soon as it is there.
+    """
     if version() is None:
         raise LeftOut("Triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     package = str(Path(bertfast.__file__).parent.parent)
     env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
-    result = subprocess.run(
-        [sys.executable, "-m", __name__, arch, *modules],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line.partition(TAG) for line in result.stdout.splitlines()]
-    said = [json.loads(after) for before, tag, after in lines if tag and not before]
-    complaints = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+    command = [sys.executable, "-m", __name__, arch, *modules]
+    said, rows = [], []
+    # Its errors go into a file: nobody reads that pipe while the other one is read.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        for line in process.stdout:
+            before, tag, after = line.partition(TAG)
+            if tag and not before:
+                said.append(json.loads(after))
+                if "row" in said[-1]:
+                    rows.append(_row(said[-1]["row"]))
+                    seen(rows[-1])
+        status = process.wait()
+        errors.seek(0)
+        complaints = errors.read().strip().splitlines() or [f"exit status {status}"]
     end = next((line for line in complaints if "fatal" in line), complaints[-1])
     if {"knows": arch} not in said:
         raise LeftOut(f"Triton {version()} can't compile for {arch}: {end}")
-    rows = [_row(line["row"]) for line in said if "row" in line]
     failures = [line["failed"] for line in said if "failed" in line]
-    if result.returncode != 0:
+    if status != 0:
         failures.append(f"the compiling process ended after {len(rows)} kernels: {end}")
     return rows, failures
 
