@@ -158,6 +158,7 @@ def _gpu_clock() -> float:
 def demo(count: int = 200, plot: Path = Path("bertfast-demo.png"), seconds: float = 30.0) -> int:
     """Runs it; the exit code is 1 if the numbers are not the same."""
     need("bertfast demo", PACKAGES, "demo")
+    saved.need_transformers("bertfast demo")
     check_plot(plot)
     threads = torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,12 @@ _GENERIC = ("model", "models", "saved", "encoder", "transformer", "0_Transformer
 
 
 def need_transformers(what: str) -> None:
+    """Raises UserError where transformers isn't here, or is too old."""
     need(what, ("transformers",), "hf")
+    try:
+        from . import hf  # noqa: F401
+    except ImportError as error:
+        raise UserError(str(error)) from error
 
 
 def load(kind: Any, directory: str, **options: Any) -> Any:

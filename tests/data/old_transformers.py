@@ -3,6 +3,8 @@
 With a newer one this pretends.
 """
 
+import contextlib
+import io
 import sys
 
 import torch
@@ -55,3 +57,11 @@ bertfast.revert(model)
 assert TEXT in raised(ValueError, lambda: bertfast.optimize(Both(), strict=True))
 assert raised(ImportError, import_hf) == TEXT
 bertfast.optimize(Both().plain, strict=True)
+
+from bertfast import cli  # noqa: E402
+
+for command in (["demo"], ["bench", "--shapes", "1x8"], ["bench", "layer", "--shapes", "1x8"]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert raised(SystemExit, lambda command=command: cli.main(command)) == "2", command
+    assert said.getvalue() == f"bertfast: {TEXT}\n", (command, said.getvalue())
