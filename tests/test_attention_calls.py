@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 import torch._dynamo
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from bertfast.ops import attention, attention_qkv
+from bertfast.ops import attention, attention_qkv, layer_norm
 from bertfast.testing import attention as table
 from bertfast.testing.attention import Case
 
@@ -144,3 +145,26 @@ def test_explicit_backend_never_falls_back(target, need):
     with pytest.raises(ValueError, match=re.escape(text)):
         attention(q, q, q, backend=backend)
     assert attention(q, q, q).shape == q.shape
+
+
+def test_numbers_that_stand_for_others_pass_the_checks():
+    """Lengths, epsilons and scales are SymInts and SymFloats where something is traced."""
+
+    def padded(x, weight, factor):
+        x = layer_norm(x, weight, weight, eps=factor * 1e-5, dropout_p=0.0)
+        q = x.unflatten(-1, (2, 8))[None]
+        return attention(q, q, q, scale=factor / x.shape[1])[0]
+
+    def packed(x, weight, factor):
+        q, length = x.unflatten(-1, (2, 8)), x.shape[0]
+        cu = torch.tensor([0, length], dtype=torch.int32)
+        return attention(q, q, q, cu_seqlens=cu, max_seqlen=length, scale=factor / x.shape[1])
+
+    torch._dynamo.reset()
+    traced = make_fx(padded, tracing_mode="symbolic")(torch.randn(5, 16), torch.ones(16), 3.0)
+    for f in (padded, packed):
+        compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=True)
+        for length, factor in ((5, 3.0), (7, 4.0), (9, 5.0)):
+            x, weight = torch.randn(length, 16), torch.ones(16)
+            assert (compiled(x, weight, factor) - f(x, weight, factor)).abs().max() < 1e-5
+            assert (traced(x, weight, 3.0) - padded(x, weight, 3.0)).abs().max() < 1e-5

@@ -59,7 +59,8 @@ def unsupported_reason(op: str, backend: str, *case) -> str | None:
 @torch.compiler.assume_constant_result
 def choose(op: str, backend: str, device_type: str, *case) -> str:
     """The backend that runs this case. An explicit one never falls back: it raises ValueError."""
-    checks.check_choice("backend", backend, CHOICES)
+    if type(backend) is not str:
+        checks.check_choice("backend", backend, CHOICES)
     key = (op, backend, device_type, *case)
     chosen = _chosen.get(key)
     if chosen is None:
@@ -68,6 +69,7 @@ def choose(op: str, backend: str, device_type: str, *case) -> str:
 
 
 def _choose(op: str, backend: str, device_type: str, *case) -> str:
+    checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
         order = AUTO_ORDER[op].get(device_type, ("torch",))
         return next(b for b in order if unsupported_reason(op, b, device_type, *case) is None)

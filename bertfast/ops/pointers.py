@@ -47,7 +47,11 @@ def row_stride(rows: torch.Tensor | None, width: int) -> int:
 
 def row_pointer(rows: torch.Tensor | None, width: int) -> tuple[int, int]:
     """Address and row stride; (0, width) for None."""
-    return (0, width) if rows is None else (rows.data_ptr(), row_stride(rows, width))
+    if rows is None:
+        return 0, width
+    if rows.is_contiguous():
+        return rows.data_ptr(), width
+    return rows.data_ptr(), row_stride(rows, width)
 
 
 def head_strides(x: torch.Tensor) -> tuple[int, int, int]:
