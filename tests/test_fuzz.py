@@ -5,7 +5,10 @@
 makes 2000 other calls of each op and backend. A failure prints the line that repeats it.
 """
 
+import random
+
 import pytest
+import torch
 from support import fuzz
 
 from bertfast.ops import dispatch
@@ -36,3 +39,53 @@ def test_calls_give_float64s_result_or_name_the_bad_argument(op, backend, reques
         if len(failures) == TOLD:
             break
     assert not failures, "\n" + "\n".join(failures)
+
+
+def _wrong(bad: str | None, error: Exception | None) -> fuzz.Call:
+    def run() -> None:
+        if error is not None:
+            raise error
+
+    return fuzz.Call("a call", run, bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (_wrong(None, AssertionError("y: max error 1")), "a call raised AssertionError('y: max er"),
+        (_wrong(None, ValueError("x must be")), "a call raised ValueError('x must be')"),
+        (_wrong("x", None), "a call was accepted"),
+        (_wrong("x", ValueError("max_x must be")), "a call didn't name x: ValueError('max_x must"),
+        (_wrong("x", StopIteration()), "a call raised StopIteration()"),
+        (_wrong("x", RuntimeError("x")), "a call raised RuntimeError('x')"),
+        (_wrong("x", ValueError("x must be")), None),
+        (_wrong(None, None), None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_wrong_with_a_call_is_told(call, said, monkeypatch):
+    monkeypatch.setitem(fuzz.CALLS, "toy", lambda rng, backend: call)
+    told = fuzz.attempt("toy", "torch", 0, 0)
+    assert told is None if said is None else told.startswith(said)
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_a_wrong_result_is_seen(op, monkeypatch):
+    """Outputs a hundredth too large: every valid call of every op must fail."""
+    for name in ("layer_norm", "bias_gelu", "attention", "attention_qkv"):
+        for module in (fuzz, fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table):
+            if (right := getattr(module, name, None)) is not None:
+
+                def wrong(*args, right=right, **kwargs):
+                    y = right(*args, **kwargs)
+                    return y if y.dtype == torch.float64 else y * 1.01
+
+                monkeypatch.setattr(module, name, wrong)
+    seen = [fuzz.attempt(op, "torch", 0, number) for number in range(40)]
+    assert sum(told is not None and "max error" in told for told in seen) >= 10, seen
+
+
+def test_a_call_is_made_from_its_numbers_alone():
+    for op, make in fuzz.CALLS.items():
+        texts = [[make(random.Random(f"{n}"), "torch").text for n in range(9)] for _ in "ab"]
+        assert texts[0] == texts[1] and len(set(texts[0])) > 1, op

@@ -127,7 +127,7 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     shape = _shape(rng, backend, TORCH_LEAST_WIDTH if backend == "torch" else 1)
     residual = rng.random() < 0.5
     p = rng.choice((0.0, 0.0, 0.1, 0.5, 0.999, 1.0, rng.random()))
-    # An error of the mean is shared by its row: over a few rows the model's own is a fair yardstick.
+    # An error of the mean is shared by its row: over some rows the model's is a fair yardstick.
     many = math.prod(shape[:-1]) >= 8 and p <= 0.5
     values = rng.choice(("normal", "normal", "tiny", "near constant", *["offset"] * many))
     # What is constant, or nearly so, is divided by sqrt(eps): with 1e-12 float16 overflows, and
