@@ -195,13 +195,13 @@ def check_bounds(bounds: list[int], max_seqlen: int, total: int | None, name: st
         raise ValueError(f"cu_seqlens must begin with 0, got {bounds[0]}")
     if min(lengths, default=0) < 0:
         raise ValueError("cu_seqlens must not decrease")
+    if total is not None and total != bounds[-1]:
+        raise ValueError(f"cu_seqlens must end at {total}, {name}, got {bounds[-1]}")
     longest = max(lengths, default=0)
     if longest > max_seqlen:
         raise ValueError(
             f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
         )
-    if total is not None and total != bounds[-1]:
-        raise ValueError(f"cu_seqlens must end at {total}, {name}, got {bounds[-1]}")
 
 
 class Run(NamedTuple):

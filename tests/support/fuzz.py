@@ -39,9 +39,16 @@ ZERO_SCALE_IN_TRITON = False
 # torch's own float32 kernels err more than the budget of ours: the exp of a CPU's attention by 20
 # units in the last place, and layer_norm's gradients are differences of values a hundred times as
 # large ("offset"). What is looked for there is a wrong mask or layout, which errs by the values'
-# size. A row of one value gives rounding errors times 1/sqrt(eps), where ours are exactly zero.
+# size. A row of one or two values has gradients that cancel entirely: torch gives rounding errors,
+# for one value times 1/sqrt(eps), where our kernels give zeros.
 TORCH_FLOAT32_SHARE = 128.0
-TORCH_LEAST_WIDTH = 2
+TORCH_LEAST_WIDTH = 3
+
+# The budget measures with one drawing of the model's rounding errors. Few of them may by luck all
+# be small: where a tensor has few values; or in float32 few rows, as a row shares its mean's and
+# rstd's. (In 16 bits the output's own rounding, which is always allowed, is larger.) In 12,000
+# calls the kernels' shares were up to 2.7 there. Elsewhere 1 holds.
+FEW_VALUES, FEW_ROWS, FEW_SHARE = 32, 64, 8.0
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INVALID_SHARE = 0.4
@@ -114,8 +121,13 @@ def _shape(rng: random.Random, backend: str, least_width: int) -> tuple[int, ...
 
 def _hold(table: ModuleType, backend: str, inputs: dict, actual: dict) -> None:
     finding = nearest_to_budget(table, inputs, actual)
-    dtypes = {tensor.dtype for tensor in actual.values()}
-    share = TORCH_FLOAT32_SHARE if (backend, dtypes) == ("torch", {torch.float32}) else 1.0
+    output, share = next(iter(actual.values())), 1.0
+    single = output.dtype == torch.float32
+    rows = output.shape[:-1].numel()
+    if (single and rows < FEW_ROWS) or min(t.numel() for t in actual.values()) < FEW_VALUES:
+        share = FEW_SHARE
+    if single and backend == "torch":
+        share = TORCH_FLOAT32_SHARE
     assert finding.share <= share, str(finding)
 
 
@@ -129,7 +141,8 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     p = rng.choice((0.0, 0.0, 0.1, 0.5, 0.999, 1.0, rng.random()))
     # An error of the mean is shared by its row: over some rows the model's is a fair yardstick.
     many = math.prod(shape[:-1]) >= 8 and p <= 0.5
-    values = rng.choice(("normal", "normal", "tiny", "near constant", *["offset"] * many))
+    values = ["normal", "normal", "near constant", *["offset"] * many]
+    values = rng.choice(values + ["tiny"] * (dtype != torch.float16))  # its gradients overflow
     # What is constant, or nearly so, is divided by sqrt(eps): with 1e-12 float16 overflows, and
     # the values' own rounding, times a million, is all that is left.
     varies = values in ("normal", "offset") and (p <= 0.5 or residual)
@@ -177,7 +190,8 @@ def _bias_gelu(rng: random.Random, backend: str) -> Call:
         shape=shape,
         bias=bias,
         approximate=rng.choice(("none", "tanh")),
-        values=rng.choice(("normal", "wide", "tiny", "tail", "zero")),
+        # 1 + erf cancels in the tail, in torch too: there its size is a yardstick for many only.
+        values=rng.choice(("normal", "wide", "tiny", "zero", *["tail"] * (math.prod(shape) > 99))),
         x_is_16_bit=bias and dtype == torch.float32 and rng.random() < 0.2,
     )
     inputs = gelu_table.make_inputs(case, dtype, rng.getrandbits(32))
