@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import cpu_linear, ops
+from . import checks, cpu_linear, ops
 from .batch import Batch
 from .batch import pack as pack_batch
 from .linear import Weights, product, readable_linear, readable_norm, untouched
@@ -289,8 +289,16 @@ class EncoderLayer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        for name, size in (("width", width), ("heads", heads), ("inner", inner)):
+            checks.check_int(name, size, 1)
         if width % heads:
             raise ValueError(f"width must be a multiple of heads ({heads}), got {width}")
+        checks.check_number("dropout", dropout, 0, 1)
+        checks.check_number("attention_dropout", attention_dropout, 0, 1)
+        checks.check_number("eps", eps, least=0)
+        checks.check_choice("approximate", approximate, APPROXIMATE)
+        checks.check_choice("backend", backend, dispatch.CHOICES)
+        self.width = width
         self.attention = nn.Module()
         self.attention.self = _SelfAttention(width, heads, attention_dropout)
         self.attention.output = _Output(width, width, eps, dropout)
@@ -303,6 +311,9 @@ class EncoderLayer(nn.Module):
         self._joined = JoinedWeights((attention.query, attention.key, attention.value))
 
     def forward(self, x: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:
+        _check_tokens(x, self.width)
+        if batch is not None and not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a bertfast.batch.Batch, got {checks.kind(batch)}")
         return run_layer(bert_parts(self), x, batch or Batch(), self._joined, self.backend)
 
 
@@ -314,26 +325,45 @@ class Encoder(nn.Module):
     last, where it repeats its row's first token.
     """
 
-    def __init__(self, layers: int, *args, packed: bool = True, backend: str = "auto", **kwargs):
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        inner: int,
+        *,
+        packed: bool = True,
+        backend: str = "auto",
+        **options,
+    ):
         super().__init__()
+        checks.check_int("layers", layers, 1)
+        checks.check_bool("packed", packed)
         self.layer = nn.ModuleList(
-            EncoderLayer(*args, backend=backend, **kwargs) for _ in range(layers)
+            EncoderLayer(width, heads, inner, backend=backend, **options) for _ in range(layers)
         )
+        self.width = width
         self.packed = packed
         self.backend = backend
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            raise ValueError(
-                f"mask must be bool with shape {list(x.shape[:2])}, "
-                f"got {mask.dtype} with shape {list(mask.shape)}"
-            )
+        _check_tokens(x, self.width)
+        if mask is not None:
+            checks.check_mask("mask", mask, x.shape[:2], None)
+            if mask.device.type != "cpu":  # one on a CPU saves the wait for what it holds
+                checks.check_place("mask", mask, x.device, "x")
         batch = layout(mask, self.packed, x.device, self.backend, not self.training)
         if batch.packed:
             x = batch.pack(x)
         for layer in self.layer:
             x = layer(x, batch)
         return batch.unpack(x) if batch.packed else x
+
+
+def _check_tokens(x: torch.Tensor, width: int) -> None:
+    checks.check_float("x", x)
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"x must have shape [rows, length, {width}], got {checks.shape(x)}")
 
 
 def layout(

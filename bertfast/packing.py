@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import checks
+
 SMALL_TILE, TILE = 32, 64
 STEP = 32  # keys (or queries) at a time at a sequence's end
 
@@ -37,7 +39,8 @@ class Plan:
     tile: int
     sequences: int
     max_seqlen: int
-    # On a CPU: the runs of sequences of one length, and the cu_seqlens that they come from.
+    total: int | None = None  # number of tokens, where it is known
+    # On a CPU: the runs of sequences of one length, and a copy of the cu_seqlens behind them.
     runs: "tuple[Run, ...] | None" = None
     bounds: torch.Tensor | None = None
 
@@ -45,8 +48,11 @@ class Plan:
         tiles, count = (t.to(device, non_blocking=non_blocking) for t in (self.tiles, self.count))
         return replace(self, tiles=tiles, count=count, runs=None, bounds=None)
 
-    def check(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
-        """That this can be the plan of a batch; on a GPU the lengths can't be looked at."""
+    def check(
+        self, cu_seqlens: torch.Tensor, max_seqlen: int, tokens: int, name: str = "q"
+    ) -> None:
+        """That this can be the plan of a batch, whose tensors (`name`) have so many tokens; on a
+        GPU the lengths can't be looked at."""
         if self.sequences != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"plan must be made from cu_seqlens: it has {self.sequences} sequences, "
@@ -61,7 +67,11 @@ class Plan:
                 f"plan must be on {cu_seqlens.device} (where cu_seqlens is), "
                 f"got {self.tiles.device}"
             )
-        if readable(cu_seqlens) and self.bounds is not None and self.bounds is not cu_seqlens:
+        if self.total is not None and self.total != tokens:
+            raise ValueError(
+                f"plan must be made for {tokens} tokens ({name}'s), got one for {self.total}"
+            )
+        if self.bounds is not None and readable(cu_seqlens):
             if not torch.equal(self.bounds, cu_seqlens):
                 raise ValueError("plan must be made from cu_seqlens: it has other lengths")
 
@@ -73,15 +83,24 @@ def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) ->
     tensors' first size. Without it the list has room for sequences of max_seqlen each, whose empty
     part costs a little, and the tiles' size goes by max_seqlen alone.
     """
+    checks.check_cu_seqlens(cu_seqlens)
+    checks.check_max_seqlen(max_seqlen)
+    if total is not None:
+        checks.check_int("total", total, 0, checks.INT32_MAX)
+    known, runs, bounds = total, None, None
+    if readable(cu_seqlens):
+        values = cu_seqlens.tolist()
+        check_bounds(values, max_seqlen, total, "total")
+        known, runs, bounds = values[-1], equal_runs(values), cu_seqlens.clone()
     batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
     tile = tile_size(batch, max_seqlen, total)
     room = batch * (-(-max_seqlen // tile))
-    if total is not None:
-        room = min(room, -(-total // tile) + batch)
+    if known is not None:
+        room = min(room, -(-known // tile) + batch)
     if room == 0:
         tiles = torch.zeros((0, 3), dtype=torch.int32, device=device)
         count = torch.zeros(1, dtype=torch.int32, device=device)
-        return Plan(tiles, count, tile, batch, max_seqlen)
+        return Plan(tiles, count, tile, batch, max_seqlen, known, runs, bounds)
     cu = cu_seqlens.to(torch.int64)
     index = torch.arange(batch + 1, device=device)
 
@@ -106,12 +125,8 @@ def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) ->
     inside = slot < ends[-1]
     columns = (owner, (slot - before) * tile, after[owner] - owner)
     tiles = torch.stack([torch.where(inside, column, 0) for column in columns], 1)
-    runs, bounds = (None, None)
-    if readable(cu_seqlens):
-        bounds = cu_seqlens
-        runs = equal_runs(check_bounds(cu_seqlens.tolist(), max_seqlen))
     tiles, count = tiles.to(torch.int32), ends[-1:].to(torch.int32)
-    return Plan(tiles, count, tile, batch, max_seqlen, runs, bounds)
+    return Plan(tiles, count, tile, batch, max_seqlen, known, runs, bounds)
 
 
 def lay_out(
@@ -119,7 +134,13 @@ def lay_out(
 ) -> tuple[torch.Tensor, Plan]:
     """cu_seqlens and the plan of a batch whose lengths the host knows: made there, and brought to
     the device in one copy, where `plan` would launch some fifty small kernels."""
+    lengths, device = (
+        checks.check_ints("lengths", lengths, 0),
+        checks.check_device("device", device),
+    )
     bounds = [0, *itertools.accumulate(lengths)]
+    if bounds[-1] > checks.INT32_MAX:
+        raise ValueError(f"lengths must add up to 2**31 - 1 or less, got {bounds[-1]}")
     batch, longest = len(lengths), max(lengths, default=0)
     tile = tile_size(batch, longest, bounds[-1])
     tiles: list[int] = []
@@ -137,9 +158,9 @@ def lay_out(
     everything = torch.tensor(numbers, dtype=torch.int32, device="cpu")
     everything = everything.to(device, non_blocking=True)
     cu_seqlens, count = everything[: batch + 1], everything[at : at + 1]
-    made = Plan(everything[at + 4 :].view(-1, 3), count, tile, batch, longest)
+    made = Plan(everything[at + 4 :].view(-1, 3), count, tile, batch, longest, bounds[-1])
     if everything.device.type == "cpu":
-        made = replace(made, runs=equal_runs(bounds), bounds=cu_seqlens)
+        made = replace(made, runs=equal_runs(bounds), bounds=cu_seqlens.clone())
     return cu_seqlens, made
 
 
@@ -168,19 +189,20 @@ def readable(cu_seqlens: torch.Tensor) -> bool:
     )
 
 
-def check_bounds(bounds: list[int], max_seqlen: int) -> list[int]:
-    """cu_seqlens' values, if they can be such."""
+def check_bounds(bounds: list[int], max_seqlen: int, total: int | None, name: str) -> None:
+    """That these can be cu_seqlens' values. total: where they must end, and `name` what says so."""
     lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {bounds[0]}")
     if min(lengths, default=0) < 0:
         raise ValueError("cu_seqlens must not decrease")
+    if total is not None and total != bounds[-1]:
+        raise ValueError(f"cu_seqlens must end at {total}, {name}, got {bounds[-1]}")
     longest = max(lengths, default=0)
     if longest > max_seqlen:
         raise ValueError(
             f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
         )
-    return bounds
 
 
 class Run(NamedTuple):

@@ -25,6 +25,13 @@ ON_GPU = [
 KERNELS = [HOST, *ON_GPU] if GPU else [TRITON, HOST]
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("bertfast")
+    group.addoption("--fuzz-seed", type=int, default=0, help="where test_fuzz.py's calls come from")
+    group.addoption("--fuzz-first", type=int, default=0, help="the number of its first call")
+    group.addoption("--fuzz-calls", type=int, help="how many, of each op on each backend")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -34,7 +41,7 @@ def _seed():
 def _one_thread(request):
     """The models of these tests are too small for threads to help."""
     threads = torch.get_num_threads()
-    if request.path.name.startswith(("test_hf_", "test_torch_nn")):
+    if request.path.name.startswith(("test_hf_", "test_torch_nn", "test_fuzz")):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

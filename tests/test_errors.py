@@ -9,10 +9,16 @@ from bertfast.ops import available, bias_gelu, dropout_keep_mask, layer_norm
 
 X, W, B = torch.randn(2, 3, 8), torch.ones(8), torch.zeros(8)
 SEED = torch.tensor([1])
+NESTED = torch.nested.nested_tensor([X[0], X[1, :2]])
+JAGGED = torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)
 
 BAD = [
     (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
-    (dict(x=X.long()), TypeError, "x must have a floating-point dtype, got torch.int64"),
+    (
+        dict(x=X.long()),
+        TypeError,
+        "x must have dtype float64, float32, float16 or bfloat16, got torch.int64",
+    ),
     (dict(x=torch.tensor(1.0)), ValueError, "x must have a last dimension of 1 or more, got []"),
     (dict(x=X[..., :0]), ValueError, "x must have a last dimension of 1 or more, got [2, 3, 0]"),
     (dict(weight=torch.ones(4)), ValueError, "weight must have shape [8], got [4]"),
@@ -60,6 +66,30 @@ BAD = [
         ValueError,
         "backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'cudnn'",
     ),
+    (dict(backend=["torch"]), ValueError, "backend must be one of 'auto', 'torch', 'triton', 'cu"),
+    (dict(eps="1e-5"), TypeError, "eps must be a number, got str"),
+    (dict(eps=None), TypeError, "eps must be a number, got NoneType"),
+    (dict(eps=True), TypeError, "eps must be a number, got bool"),
+    (dict(eps=-1e-5), ValueError, "eps must be 0 or more and finite in float32, got -1e-05"),
+    (dict(eps=float("nan")), ValueError, "eps must be 0 or more and finite in float32, got nan"),
+    (dict(eps=float("inf")), ValueError, "eps must be 0 or more and finite in float32, got inf"),
+    (dict(eps=10**400), ValueError, "eps must be 0 or more and finite in float32, got an int of 1"),
+    (dict(dropout_p=True), TypeError, "dropout_p must be a number, got bool"),
+    (dict(site=True), TypeError, "site must be an int, got bool"),
+    (dict(x=X.to_sparse()), TypeError, "x must be a dense tensor, got one of layout torch.sparse_"),
+    (dict(x=X.to_mkldnn()), TypeError, "x must be a dense tensor, got one of layout torch._mkldnn"),
+    (dict(x=NESTED), TypeError, "x must be a dense tensor, got a nested one"),
+    (dict(x=JAGGED), TypeError, "x must be a dense tensor, got a nested one"),
+    (dict(x=X.to(torch.float8_e5m2)), TypeError, "x must have dtype float64, float32, float16 or "),
+    (dict(residual=X.to_sparse()), TypeError, "residual must be a dense tensor, got one of layout"),
+    (dict(residual=NESTED), TypeError, "residual must be a dense tensor, got a nested one"),
+    (dict(weight=W.to_sparse()), TypeError, "weight must be a dense tensor, got one of layout tor"),
+    (dict(seed=SEED.to_sparse()), TypeError, "seed must be a dense tensor, got one of layout torc"),
+    (
+        dict(row_index=torch.arange(6).to_sparse()),
+        TypeError,
+        "row_index must be a dense tensor, got one of layout torch.sparse_coo",
+    ),
 ]
 
 
@@ -72,7 +102,11 @@ def test_error_text(change, error, text):
 
 BAD_GELU = [
     (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
-    (dict(x=X.int()), TypeError, "x must have a floating-point dtype, got torch.int32"),
+    (
+        dict(x=X.int()),
+        TypeError,
+        "x must have dtype float64, float32, float16 or bfloat16, got torch.int32",
+    ),
     (
         dict(x=torch.tensor(1.0)),
         ValueError,
@@ -88,6 +122,10 @@ BAD_GELU = [
         "approximate must be one of 'none', 'tanh', got 'erf'",
     ),
     (dict(approximate=None), ValueError, "approximate must be one of 'none', 'tanh', got None"),
+    (dict(approximate=["tanh"]), ValueError, "approximate must be one of 'none', 'tanh', got list"),
+    (dict(x=X.to_sparse()), TypeError, "x must be a dense tensor, got one of layout torch.sparse_"),
+    (dict(x=NESTED), TypeError, "x must be a dense tensor, got a nested one"),
+    (dict(bias=B.to_sparse()), TypeError, "bias must be a dense tensor, got one of layout torch.s"),
     (
         dict(backend="cudnn"),
         ValueError,
@@ -145,11 +183,27 @@ def test_dropout_keep_mask_errors():
         ((SEED, 0, (2, 8), 0.1, "rows"), ValueError, "kind must be one of 'row', 'attention'"),
         ((SEED, 0, (2, 8), 0.1, "attention"), ValueError, "(batch, heads, queries, keys)"),
         ((SEED, 0, (), 0.1, "row"), ValueError, "at least one dimension"),
-        ((SEED, 0, (2, 8), -0.1, "row"), ValueError, "dropout_p must be between 0 and 1, got -0.1"),
+        ((SEED, 0, (2, 8), -0.1, "row"), ValueError, "p must be between 0 and 1, got -0.1"),
+        ((SEED, 0, (2, 8), True, "row"), TypeError, "p must be a number, got bool"),
+        ((SEED, 0, (2, 8), 0.1, ["row"]), ValueError, "kind must be one of 'row', 'attention', go"),
+        ((SEED, 1.0, (2, 8), 0.1, "row"), TypeError, "site must be an int, got float"),
+        ((SEED, 0, (2, -8), 0.1, "row"), ValueError, "shape must have ints of 0 or more, got -8"),
+        ((SEED, 0, (2, 8.0), 0.1, "row"), TypeError, "shape must be a tuple or list of ints, got "),
+        ((SEED, 0, (2, True), 0.1, "row"), TypeError, "shape must be a tuple or list of ints, got"),
+        ((SEED, 0, 8, 0.1, "row"), TypeError, "shape must be a tuple or list of ints, got int"),
+        ((SEED, 0, None, 0.1, "row"), TypeError, "shape must be a tuple or list of ints, got None"),
+        ((SEED, 0, (1, 1, 2, -1), 0.1, "attention"), ValueError, "shape must have ints of 0 or mo"),
         ((3, 0, (2, 8), 0.1, "row"), TypeError, "seed must be an int64 tensor"),
     ]:
         with pytest.raises(error, match=re.escape(text)):
             dropout_keep_mask(*arguments)
+
+
+@pytest.mark.parametrize("device", ["nonsense", None, 1.5, ["cpu"]], ids=str)
+def test_available_names_a_bad_device(device):
+    text = "device must be a torch.device or the name of one, got "
+    with pytest.raises(ValueError, match=re.escape(text)):
+        available(device)
 
 
 @pytest.mark.host

@@ -18,7 +18,10 @@ from torch._C import (
 from torch._C._functorch import maybe_current_level
 from torch.utils._device import DeviceContext
 
+from .. import checks
+
 BACKENDS = ("torch", "triton", "cuda")
+CHOICES = ("auto", *BACKENDS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Op -> device type -> backends in the order in which "auto" tries them. A device that is not named
@@ -62,6 +65,8 @@ def unsupported_reason(op: str, backend: str, *case) -> str | None:
 @torch.compiler.assume_constant_result
 def choose(op: str, backend: str, device_type: str, *case) -> str:
     """The backend that runs this case. An explicit one never falls back: it raises ValueError."""
+    if type(backend) is not str:
+        checks.check_choice("backend", backend, CHOICES)
     key = (op, backend, device_type, *case)
     chosen = _chosen.get(key)
     if chosen is None:
@@ -70,12 +75,10 @@ def choose(op: str, backend: str, device_type: str, *case) -> str:
 
 
 def _choose(op: str, backend: str, device_type: str, *case) -> str:
+    checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
         order = AUTO_ORDER[op].get(device_type, ("torch",))
         return next(b for b in order if unsupported_reason(op, b, device_type, *case) is None)
-    if backend not in BACKENDS:
-        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
     reason = unsupported_reason(op, backend, device_type, *case)
     if reason is not None:
         raise ValueError(f"backend {backend!r} can't run {op} here: {reason}")
@@ -84,7 +87,7 @@ def _choose(op: str, backend: str, device_type: str, *case) -> str:
 
 def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     """For each op and backend: None if it works on this device, or the reason why not."""
-    device_type = torch.device(device).type
+    device_type = checks.check_device("device", device).type
     return {
         op: {backend: unsupported_reason(op, backend, device_type) for backend in BACKENDS}
         for op in AUTO_ORDER

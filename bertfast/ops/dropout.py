@@ -18,6 +18,7 @@ torch); the kernels compute the same bits in 32-bit registers.
 
 import torch
 
+from .. import checks
 from . import dispatch
 
 ROUNDS = 7
@@ -137,11 +138,11 @@ def dropout_keep_mask(
     seed: one int64 element; the mask lies on its device. kind "row" takes any shape whose last
     dimension is the row's width; kind "attention" takes (batch, heads, queries, keys).
     """
-    from .checks import check_dropout, check_seed
-
-    check_dropout(p, site)
-    check_seed(seed, seed.device if isinstance(seed, torch.Tensor) else None)
-    shape = tuple(shape)
+    checks.check_seed(seed)
+    checks.check_int("site", site, 0, checks.INT32_MAX)
+    checks.check_number("p", p, 0, 1)
+    checks.check_choice("kind", kind, KINDS)
+    shape = checks.check_ints("shape", shape, 0)
     if kind == "row":
         if not shape:
             raise ValueError("shape must have at least one dimension for kind 'row', got ()")
@@ -151,10 +152,8 @@ def dropout_keep_mask(
             count *= size
         rows = torch.arange(count, device=seed.device)
         return row_keep_mask(seed, site, rows, width, threshold(p)).view(shape)
-    if kind == "attention":
-        if len(shape) != 4:
-            raise ValueError(
-                f"shape must be (batch, heads, queries, keys) for kind 'attention', got {shape}"
-            )
-        return attention_keep_mask(seed, site, shape, threshold(p))
-    raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if len(shape) != 4:
+        raise ValueError(
+            f"shape must be (batch, heads, queries, keys) for kind 'attention', got {shape}"
+        )
+    return attention_keep_mask(seed, site, shape, threshold(p))

@@ -65,8 +65,3 @@ def _cuda_multiprocessors(device: int) -> int:
 
 def multiprocessors(tensor: torch.Tensor) -> int:
     return _cuda_multiprocessors(tensor.device.index) if tensor.is_cuda else HOST_MULTIPROCESSORS
-
-
-def pointer(tensor: torch.Tensor | None) -> int:
-    """The tensor's address; 0, which the kernels take as absent, for None."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -12,10 +12,3 @@ def as_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def row_stride(rows: torch.Tensor | None, width: int) -> int:
-    """From one row to the next, in elements, for what `as_rows` returns."""
-    if rows is None or rows.is_contiguous():
-        return width
-    return rows.stride(0)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .pointers import dense
 from .triton_lib import round_to
 
 BLOCK_P = 32
@@ -56,10 +57,10 @@ def column_sums(partial: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """Fills outs, one to three tensors of one dtype, from partial (len(outs), programs, width)."""
     sums, programs, width = partial.shape
     column_sum_kernel[(triton.cdiv(width, BLOCK_N), sums)](
-        partial,
-        outs[0],
-        outs[min(1, sums - 1)],
-        outs[-1],
+        dense(partial),
+        dense(outs[0]),
+        dense(outs[min(1, sums - 1)]),
+        dense(outs[-1]),
         programs,
         width,
         BLOCK_P=BLOCK_P,

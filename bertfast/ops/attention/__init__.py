@@ -9,9 +9,9 @@ import operator
 
 import torch
 
-from ... import packing
-from .. import checks, dispatch, dropout
-from . import check, reference, registered
+from ... import checks, packing
+from .. import dispatch, dropout
+from . import check, limits, reference, registered
 
 
 def attention(
@@ -52,12 +52,14 @@ def attention(
     device_type = q.device.type
     autocast = q.dtype != torch.float64 and dispatch.autocast_enabled(device_type)
     check.check_qkv(q, k, v, None if autocast else q.dtype)
-    if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check.check_layout("q", q, q.shape[:-2], key_mask, cu_seqlens, max_seqlen, plan)
-    seed, threshold, scale = _scalars("q", q, dropout_p, seed, site, scale)
-    backend = _choose("attention", backend, q)
+    scale = _check_scalars("q", q, dropout_p, seed, site, scale)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else q.dtype
+    backend = _choose("attention", backend, q, dtype, key_mask, cu_seqlens, max_seqlen)
+
+    if autocast:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    seed, threshold = _draws(q, dropout_p, seed)
     if backend == "torch" or dispatch.in_functorch_transform():
         runs = None if plan is None else plan.runs
         return reference.forward(
@@ -96,11 +98,15 @@ def attention_qkv(
     """
     check.check_one_buffer(qkv)
     device_type = qkv.device.type
-    if qkv.dtype != torch.float64 and dispatch.autocast_enabled(device_type):
-        qkv = qkv.to(torch.get_autocast_dtype(device_type))
+    autocast = qkv.dtype != torch.float64 and dispatch.autocast_enabled(device_type)
     check.check_layout("qkv", qkv, qkv.shape[:-3], key_mask, cu_seqlens, max_seqlen, plan)
-    seed, threshold, scale = _scalars("qkv", qkv, dropout_p, seed, site, scale)
-    backend = _choose("attention_qkv", backend, qkv)
+    scale = _check_scalars("qkv", qkv, dropout_p, seed, site, scale)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else qkv.dtype
+    backend = _choose("attention_qkv", backend, qkv, dtype, key_mask, cu_seqlens, max_seqlen)
+
+    if autocast:
+        qkv = qkv.to(dtype)
+    seed, threshold = _draws(qkv, dropout_p, seed)
     if backend == "torch" or dispatch.in_functorch_transform():
         parts = qkv.unbind(-3)
         return reference.forward(
@@ -125,21 +131,32 @@ def attention_qkv(
     return infer(qkv, *layout, *constants)
 
 
-def _scalars(name, x, dropout_p, seed, site, scale):
-    """The seed if there is dropout, its threshold, and the scale."""
+def _check_scalars(name, x, dropout_p, seed, site, scale) -> float:
+    """The scale."""
     checks.check_dropout(dropout_p, site)
-    threshold = dropout.threshold(dropout_p)
     if seed is not None:
         checks.check_seed(seed, x.device, like=name)
-    elif threshold:
-        seed = dropout.draw_seed(x.device)
     if scale is None:
-        scale = 1.0 / math.sqrt(operator.index(x.shape[-1]))
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    return seed if threshold else None, threshold, float(scale)
+        return 1.0 / math.sqrt(operator.index(x.shape[-1]))
+    checks.check_number("scale", scale)
+    return float(scale)
 
 
-def _choose(op: str, backend: str, x: torch.Tensor) -> str:
+def _draws(x, dropout_p, seed) -> tuple[torch.Tensor | None, int]:
+    """The seed if there is dropout, and its threshold."""
+    threshold = dropout.threshold(dropout_p)
+    if not threshold:
+        return None, 0
+    return dropout.draw_seed(x.device) if seed is None else seed, threshold
+
+
+def _choose(op: str, backend: str, x, dtype, key_mask, cu_seqlens, max_seqlen) -> str:
     # Under torch.compile(dynamic=True) too, the head dimension is a constant.
-    return dispatch.choose(op, backend, x.device.type, x.dtype, operator.index(x.shape[-1]))
+    case = (x.device.type, dtype, operator.index(x.shape[-1]))
+    if torch.compiler.is_compiling():  # a size that is looked at is a size that can't change
+        return dispatch.choose(op, backend, *case)
+    sequences, length = x.shape[:2]
+    if cu_seqlens is not None:
+        sequences, length = cu_seqlens.shape[0] - 1, min(max_seqlen, x.shape[0])
+    size = limits.unusual(sequences, x.shape[-2], length, key_mask is not None)
+    return dispatch.choose(op, backend, *case, size)

@@ -2,8 +2,7 @@
 
 import torch
 
-from ... import packing
-from .. import checks
+from ... import checks, packing
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -47,58 +46,24 @@ def check_layout(name, x, batch_shape, key_mask, cu_seqlens, max_seqlen, plan) -
         ):
             if value is not None:
                 raise ValueError(
-                    f"{other} must be None where {name} is padded, got {type(value).__name__}; "
+                    f"{other} must be None where {name} is padded, got {checks.kind(value)}; "
                     f"{name} has shape {checks.shape(x)}"
                 )
         if key_mask is not None:
-            _check_key_mask(key_mask, batch_shape, device, name)
+            checks.check_mask("key_mask", key_mask, batch_shape, device, name)
         return
     if key_mask is not None:
         raise ValueError(f"key_mask must be None where {name} is packed, got a tensor")
-    _check_cu_seqlens(cu_seqlens, device, name)
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be 0 or more, got {max_seqlen}")
+    checks.check_cu_seqlens(cu_seqlens)
+    checks.check_place("cu_seqlens", cu_seqlens, device, name)
+    checks.check_max_seqlen(max_seqlen)
     if plan is not None:
-        plan.check(cu_seqlens, max_seqlen)
-    if packing.readable(cu_seqlens):
-        if plan is None or plan.bounds is None:  # else its making has looked
-            packing.check_bounds(cu_seqlens.tolist(), max_seqlen)
-        last = cu_seqlens[-1].item()
-        if last != batch_shape[0]:
-            raise ValueError(
-                f"cu_seqlens must end at {batch_shape[0]}, {name}'s tokens, got {last}"
+        if not isinstance(plan, packing.Plan):
+            raise TypeError(
+                f"plan must be what bertfast.packing.plan returns, got {checks.kind(plan)}"
             )
-
-
-def _check_key_mask(key_mask, batch_shape, device, name) -> None:
-    if not isinstance(key_mask, torch.Tensor):
-        raise TypeError(f"key_mask must be a bool tensor, got {type(key_mask).__name__}")
-    if key_mask.dtype != torch.bool:
-        raise TypeError(
-            f"key_mask must have dtype torch.bool (True = attend), got {key_mask.dtype}"
-        )
-    if tuple(key_mask.shape) != tuple(batch_shape):
-        expected = ", ".join(map(str, batch_shape))
-        raise ValueError(f"key_mask must have shape [{expected}], got {checks.shape(key_mask)}")
-    if key_mask.device != device:
-        raise ValueError(f"key_mask must be on {device} (where {name} is), got {key_mask.device}")
-
-
-def _check_cu_seqlens(cu_seqlens, device, name) -> None:
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(
-            f"cu_seqlens must be an int32 tensor where {name} is packed, "
-            f"got {type(cu_seqlens).__name__}"
-        )
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"cu_seqlens must have shape [sequences + 1], got {checks.shape(cu_seqlens)}"
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(
-            f"cu_seqlens must be on {device} (where {name} is), got {cu_seqlens.device}"
-        )
+        plan.check(cu_seqlens, max_seqlen, batch_shape[0], name)
+        if plan.bounds is not None:
+            return  # its making has looked at the lengths
+    if packing.readable(cu_seqlens):
+        packing.check_bounds(cu_seqlens.tolist(), max_seqlen, batch_shape[0], f"{name}'s tokens")

@@ -61,7 +61,7 @@ class _Line:
     """A line serves what all its conditions allow; the first that does is taken."""
 
     config: Config | None
-    length: int = 8192  # up to this many tokens in the longest sequence
+    length: int | None = None  # up to this many tokens in the longest sequence; None: any number
     width: int = 128  # up to this head dimension
     dropout: bool | None = None  # with it, without it, or either
     tile: int | None = None  # of the plan, 0: none; or any
@@ -70,7 +70,7 @@ class _Line:
     def serves(self, arch: int, length: int, width: int, dropout: bool, tile: int) -> bool:
         return (
             self.arch in (None, arch)
-            and length <= self.length
+            and (self.length is None or length <= self.length)
             and width <= self.width
             and self.dropout in (None, dropout)
             and self.tile in (None, tile)

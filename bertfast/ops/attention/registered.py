@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from ..rows import as_rows
 
 _LAYOUT = "Tensor? key_mask, Tensor? cu_seqlens, Tensor? tiles, int tile, Tensor? seed, "
 _REST = _LAYOUT + "SymInt max_seqlen, float scale, int threshold, int site, str backend"
@@ -16,7 +17,18 @@ _SAVED = "Tensor out, Tensor lse, "
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x with a dense last dimension, and offsets inside a tile that fit 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(-3) < 2**22 else x.contiguous()
+    if x.stride(-1) == 1 and x.stride(-3) < 2**22:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() keeps a size of 1's stride
+
+
+def _layout(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, *constants):
+    """A batch's layout as the kernels read it, which see no strides but those between the mask's
+    rows. No sequence is longer than all of them."""
+    if cu_seqlens is not None:
+        cu_seqlens, max_seqlen = cu_seqlens.contiguous(), min(max_seqlen, q.shape[0])
+        tiles = None if tiles is None else tiles.contiguous()
+    return as_rows(key_mask), cu_seqlens, tiles, tile, seed, max_seqlen, *constants
 
 
 def _new_out(q):
@@ -34,7 +46,7 @@ def _run_forward(q, k, v, rest, out, lse):
     *arguments, backend = rest
     if q.numel():
         module = dispatch.backend_module("attention", backend)
-        module.forward(_dense(q), _dense(k), _dense(v), *arguments, out, lse)
+        module.forward(_dense(q), _dense(k), _dense(v), *_layout(q, *arguments), out, lse)
 
 
 def _run_backward(dout, q, k, v, out, lse, rest, grads):
@@ -42,7 +54,7 @@ def _run_backward(dout, q, k, v, out, lse, rest, grads):
     if q.numel():
         module = dispatch.backend_module("attention", backend)
         tensors = (_dense(dout), _dense(q), _dense(k), _dense(v))
-        module.backward(*tensors, out, lse, *arguments, *grads)
+        module.backward(*tensors, out, lse, *_layout(q, *arguments), *grads)
 
 
 # Three tensors.

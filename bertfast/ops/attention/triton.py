@@ -6,32 +6,24 @@ import torch
 import triton
 
 from .. import dropout, triton_lib
+from ..pointers import dense, head_strides, row_stride, shared_head_strides
+from . import limits
 from .config import Config, block_d, config, device_architecture
 from .triton_bwd import attention_bwd_dkv_kernel, attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
 
-MAX_HEAD_DIM = 128
 
-
-def unsupported_reason(device_type, dtype=None, head_dim=None) -> str | None:
+def unsupported_reason(device_type, dtype=None, head_dim=None, size=None) -> str | None:
     reason = triton_lib.unsupported_reason(device_type)
     if reason is None and dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         reason = f"q must be float32, float16 or bfloat16, got {dtype}"
-    if reason is None and head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
-        reason = f"the head dimension must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
-    return reason
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of batch (0 if packed), token and head."""
-    strides = x.stride()
-    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
+    return reason or limits.unsupported_reason(head_dim, size, None)
 
 
 class _Batch:
     """What all kernels are told about a batch."""
 
-    def __init__(self, q, key_mask, cu_seqlens, tiles, tile, max_seqlen, threshold):
+    def __init__(self, q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold):
         self.heads, self.head_dim = q.shape[-2:]
         self.arch = device_architecture(q.device.index if q.is_cuda else None)
         self.itemsize = q.element_size()
@@ -45,11 +37,11 @@ class _Batch:
         self.tiles, self.tile = tiles, tile
         # A tile more where dropout's coordinates start inside the row, at a multiple of the tile.
         self.extra = int(key_mask is not None and self.dropout)
-        self.mask = None
-        if key_mask is not None:
-            key_mask = key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
-            self.mask = key_mask.view(torch.uint8)
-        self.mask_and_lse = (0 if key_mask is None else self.mask.stride(0), *lse_strides)
+        mask = None if key_mask is None else key_mask.view(torch.uint8)
+        seed = dense(seed) if threshold else None
+        self.layout = (mask, dense(cu_seqlens), dense(tiles), seed)
+        mask_stride = 0 if mask is None else row_stride(mask, self.length)
+        self.mask_and_lse = (mask_stride, *lse_strides)
         # float32 is multiplied as float32, unless torch itself may use TF32.
         precision = torch.backends.cuda.matmul.fp32_precision  # reading allow_tf32 may raise
         self.tf32 = q.dtype == torch.float32 and precision == "tf32"
@@ -97,13 +89,14 @@ def forward(
     lse,
 ):
     """Fills out and, where it is given, lse. The last dimension of every tensor is dense."""
-    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, max_seqlen, threshold)
+    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold)
     chosen = batch.config("forward")
     grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
     with triton_lib.on_device(q):
         attention_fwd_kernel[grid](
-            *(q, k, v, out, lse, batch.mask, cu_seqlens, tiles, seed if threshold else None),
-            *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *batch.mask_and_lse),
+            *(q, k, v, out, dense(lse), *batch.layout),
+            *(stride for x in (q, k, v, out) for stride in head_strides(x)),
+            *batch.mask_and_lse,
             *(batch.heads, n_tiles, batch.length, scale * math.log2(math.e), site),
             *(min(threshold, 65535), dropout.keep_scale(threshold)),
             **batch.constants(chosen, chosen.block_m),
@@ -133,10 +126,10 @@ def backward(
     dv,
 ):
     """Fills dq, dk and dv, whose strides are the same."""
-    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, max_seqlen, threshold)
-    layout = (batch.mask, cu_seqlens, tiles, seed if threshold else None)
-    inputs = (*_strides(dout), *_strides(q), *_strides(k), *_strides(v))
-    grads = (*_strides(dq), *batch.mask_and_lse)
+    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold)
+    layout, lse = batch.layout, dense(lse)
+    inputs = [stride for x in (dout, q, k, v) for stride in head_strides(x)]
+    grads = (*shared_head_strides(dq, dk, dv), *batch.mask_and_lse)
     scales = (scale, scale * math.log2(math.e))
     drop = (site, min(threshold, 65535), dropout.keep_scale(threshold))
     with triton_lib.on_device(q):
@@ -147,7 +140,7 @@ def backward(
             chosen = batch.config("dq")
             grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
             attention_bwd_dq_kernel[grid](
-                *(dout, q, k, v, out, lse, delta, dq, *layout, *inputs, *_strides(out), *grads),
+                *(dout, q, k, v, out, lse, delta, dq, *layout, *inputs, *head_strides(out), *grads),
                 *(batch.heads, n_tiles, batch.length, *scales, *drop),
                 **batch.constants(chosen, chosen.block_m),
                 BLOCK_T=chosen.block_t,

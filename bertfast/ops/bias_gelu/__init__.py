@@ -6,7 +6,8 @@ The bias has the dtype of the output; x has it too, or under autocast a 16-bit o
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch
+from ... import checks
+from .. import dispatch
 from ..rows import as_rows
 from . import reference
 
@@ -42,13 +43,12 @@ def bias_gelu(
         checks.check_like("bias", bias, shape[-1:], device, None if autocast else dtype)
         if bias.dtype != dtype:
             dtype = torch.promote_types(dtype, bias.dtype)
-            bias = bias.to(dtype)
-    if approximate not in APPROXIMATE:
-        names = ", ".join(map(repr, APPROXIMATE))
-        raise ValueError(f"approximate must be one of {names}, got {approximate!r}")
-    tanh = approximate == "tanh"
-
+    checks.check_choice("approximate", approximate, APPROXIMATE)
     backend = dispatch.choose("bias_gelu", backend, device_type, dtype)
+
+    tanh = approximate == "tanh"
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     if backend == "torch" or dispatch.in_functorch_transform():
         return reference.forward(x, bias, tanh)
     plain = dispatch.plain_call(x, bias)

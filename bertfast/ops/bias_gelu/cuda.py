@@ -3,8 +3,8 @@
 import torch
 
 from .. import native
-from ..native import DTYPE_TAG, pointer
-from ..rows import row_stride
+from ..native import DTYPE_TAG
+from ..pointers import pointer, row_pointer
 
 # A thread of the backward adds at most this many rows in one float32 chain before the compensated
 # final sum: what that rounds is within the error budget, whatever the number of rows.
@@ -33,8 +33,10 @@ def _pieces(x, bias, wide, *others) -> list[tuple[int, int, int]]:
     return [*pieces, (1, rest, rows * width)] if rest else pieces
 
 
-def _at(tensor: torch.Tensor | None, first: int) -> int:
-    return pointer(tensor) + first * tensor.element_size() if tensor is not None else 0
+def _at(rows: torch.Tensor, width: int, first: int) -> tuple[int, int]:
+    """Where a piece begins, and its row stride."""
+    address, stride = row_pointer(rows, width)
+    return address + first * rows.element_size(), stride
 
 
 def forward(x, bias, tanh, y):
@@ -42,12 +44,13 @@ def forward(x, bias, tanh, y):
     module = native.module_for(x)
     place = native.place(x)
     for rows, width, first in _pieces(x, bias, y):
+        x_pointer, x_stride = _at(x, width, first)
         module.bias_gelu_forward(
-            _at(x, first),
+            x_pointer,
             pointer(bias),
-            _at(y, first),
+            pointer(y) + first * y.element_size(),
             rows,
-            row_stride(x, width),
+            x_stride,
             width,
             tanh,
             DTYPE_TAG[x.dtype],
@@ -76,15 +79,17 @@ def backward(dy, x, bias, tanh, dx, dbias):
         chains = _chains(dy, rows, width)
         if dbias is not None:  # then there is one piece
             partial = torch.empty((chains, width), dtype=torch.float32, device=dy.device)
+        dy_pointer, dy_stride = _at(dy, width, first)
+        x_pointer, x_stride = _at(x, width, first)
         module.bias_gelu_backward(
-            _at(dy, first),
-            _at(x, first),
+            dy_pointer,
+            x_pointer,
             pointer(bias),
-            _at(dx, first),
+            pointer(dx) + first * dx.element_size(),
             pointer(partial),
             rows,
-            row_stride(dy, width),
-            row_stride(x, width),
+            dy_stride,
+            x_stride,
             width,
             chains,
             tanh,
@@ -93,4 +98,5 @@ def backward(dy, x, bias, tanh, dx, dbias):
             *place,
         )
     if partial is not None:
-        module.column_sum(partial.data_ptr(), dbias.data_ptr(), 0, 0, 1, chains, width, tag, *place)
+        sums = (pointer(partial), pointer(dbias), 0, 0)
+        module.column_sum(*sums, 1, chains, width, tag, *place)

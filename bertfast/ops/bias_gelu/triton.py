@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import triton_lib
-from ..rows import row_stride
+from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
 from ..triton_lib import reciprocal, round_to, to_float
 from . import coefficients
@@ -249,8 +249,8 @@ def forward(x, bias, tanh, y):
     with triton_lib.on_device(x):
         bias_gelu_fwd_kernel[(triton.cdiv(rows, config.rows) * column_tiles,)](
             x,
-            bias,
-            y,
+            dense(bias),
+            dense(y),
             rows,
             width,
             column_tiles,
@@ -276,8 +276,8 @@ def backward(dy, x, bias, tanh, dx, dbias):
         bias_gelu_bwd_kernel[(row_tiles * column_tiles,)](
             dy,
             x,
-            bias,
-            dx,
+            dense(bias),
+            dense(dx),
             partial,
             rows,
             width,

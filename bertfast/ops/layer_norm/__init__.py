@@ -10,7 +10,8 @@ import operator
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch, dropout
+from ... import checks
+from .. import dispatch, dropout
 from ..rows import as_rows
 from . import reference
 
@@ -56,25 +57,25 @@ def layer_norm(
         checks.check_like("x_bias", x_bias, row, device, expected)
     if residual is not None:
         checks.check_like("residual", residual, shape, device, expected)
+    checks.check_number("eps", eps, least=0)
+    checks.check_dropout(dropout_p, site)
+    if seed is not None:
+        checks.check_seed(seed, device)
+    if row_index is not None:
+        checks.check_row_index(row_index, math.prod(shape[:-1]), device)
+    width = operator.index(row[0])  # under torch.compile(dynamic=True) too, the width is a constant
+    backend = dispatch.choose("layer_norm", backend, device_type, dtype, width)
+
     out_dtype = None
     if autocast:
         out_dtype = dispatch.autocast_dtype(x, residual)
         weight, bias = weight.float(), bias.float()
         x_bias = None if x_bias is None else x_bias.float()
         residual = None if residual is None else residual.float()
-
-    checks.check_dropout(dropout_p, site)
     threshold = dropout.threshold(dropout_p)
-    if seed is not None:
-        checks.check_seed(seed, device)
-    elif threshold:
+    if threshold and seed is None:
         seed = dropout.draw_seed(device)
-    if row_index is not None:
-        checks.check_row_index(row_index, math.prod(shape[:-1]), device)
-
     args = (x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site)
-    width = operator.index(row[0])  # under torch.compile(dynamic=True) too, the width is a constant
-    backend = dispatch.choose("layer_norm", backend, device_type, dtype, width)
     if backend == "torch" or dispatch.in_functorch_transform():
         y = reference.forward(*args)
     else:

@@ -5,43 +5,40 @@ import functools
 import torch
 
 from .. import dropout, native
-from ..native import DTYPE_TAG, pointer
-from ..rows import row_stride
+from ..native import DTYPE_TAG
+from ..pointers import pointer, row_pointer
+from . import limits
 
-MAX_WIDTH = 8192
 # A row group adds at most this many rows in one float32 chain before the compensated final sum:
 # what that rounds is within the error budget, whatever the number of rows.
 LONGEST_CHAIN = 32
 
 
 def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
-    reason = native.unsupported_reason(device_type)
-    if reason is None and dtype is not None and dtype not in DTYPE_TAG:
-        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
-    if reason is None and width is not None and not 1 <= width <= MAX_WIDTH:
-        reason = f"the width must be between 1 and {MAX_WIDTH}, got {width}"
-    return reason
+    return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
 
 
 def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
     """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
     mean, rstd = stats if stats is not None else (None, None)
     width = x.shape[-1]
+    x_pointer, x_stride = row_pointer(x, width)
+    residual_pointer, residual_stride = row_pointer(residual, width)
     native.module_for(x).layer_norm_forward(
-        x.data_ptr(),
-        pointer(residual),
+        x_pointer,
+        residual_pointer,
         pointer(x_bias),
-        weight.data_ptr(),
-        bias.data_ptr(),
+        pointer(weight),
+        pointer(bias),
         pointer(seed) if threshold else 0,
         pointer(row_index),
-        y.data_ptr(),
+        pointer(y),
         pointer(z),
         pointer(mean),
         pointer(rstd),
         x.numel() // width,
-        row_stride(x, width),
-        row_stride(residual, width),
+        x_stride,
+        residual_stride,
         width,
         eps,
         dropout.keep_scale(threshold),
@@ -75,15 +72,17 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
     blocks = _blocks(module, dy)
     outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
     partial = torch.empty((len(outs), blocks, width), dtype=torch.float32, device=dy.device)
-    sums = [partial.data_ptr() + 4 * i * blocks * width for i in range(len(outs))]
+    sums = [pointer(partial) + 4 * i * blocks * width for i in range(len(outs))]
     tag = DTYPE_TAG[dy.dtype]
     place = native.place(dy)
+    dy_pointer, dy_stride = row_pointer(dy, width)
+    z_pointer, z_stride = row_pointer(z, width)
     module.layer_norm_backward(
-        dy.data_ptr(),
-        z.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        weight.data_ptr(),
+        dy_pointer,
+        z_pointer,
+        pointer(mean),
+        pointer(rstd),
+        pointer(weight),
         pointer(seed) if threshold else 0,
         pointer(row_index),
         pointer(dz),
@@ -92,8 +91,8 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         sums[1] if params else 0,
         sums[-1] if x_bias is not None else 0,
         dy.numel() // width,
-        row_stride(dy, width),
-        row_stride(z, width),
+        dy_stride,
+        z_stride,
         width,
         blocks,
         dropout.keep_scale(threshold),
@@ -104,5 +103,5 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         *place,
     )
     if outs:
-        pointers = [out.data_ptr() for out in outs] + [0] * (3 - len(outs))
-        module.column_sum(partial.data_ptr(), *pointers, len(outs), blocks, width, tag, *place)
+        pointers = [pointer(out) for out in outs] + [0] * (3 - len(outs))
+        module.column_sum(pointer(partial), *pointers, len(outs), blocks, width, tag, *place)

@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 
 from .. import dropout, triton_lib
-from ..rows import row_stride
+from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
 from ..triton_lib import round_to, row_keep, to_float
-
-MAX_WIDTH = 8192
+from . import limits
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -193,12 +192,7 @@ def backward_config(width: int, itemsize: int) -> Config:
 
 
 def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
-    reason = triton_lib.unsupported_reason(device_type)
-    if reason is None and dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
-    if reason is None and width is not None and not 1 <= width <= MAX_WIDTH:
-        reason = f"the width must be between 1 and {MAX_WIDTH}, got {width}"
-    return reason
+    return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
 
 
 def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
@@ -211,15 +205,15 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
         layer_norm_fwd_kernel[(rows,)](
             x,
             residual,
-            x_bias,
-            weight,
-            bias,
-            seed if threshold else None,
-            row_index,
-            y,
-            z,
-            mean,
-            rstd,
+            dense(x_bias),
+            dense(weight),
+            dense(bias),
+            dense(seed) if threshold else None,
+            dense(row_index),
+            dense(y),
+            dense(z),
+            dense(mean),
+            dense(rstd),
             row_stride(x, width),
             row_stride(residual, width),
             eps,
@@ -246,13 +240,13 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         layer_norm_bwd_kernel[(programs,)](
             dy,
             z,
-            mean,
-            rstd,
-            weight,
-            seed if threshold else None,
-            row_index,
-            dz,
-            dx,
+            dense(mean),
+            dense(rstd),
+            dense(weight),
+            dense(seed) if threshold else None,
+            dense(row_index),
+            dense(dz),
+            dense(dx),
             sums[0] if params else None,
             sums[1] if params else None,
             sums[-1] if x_bias is not None else None,

@@ -1,0 +1,38 @@
+"""What attention's kernels can be asked for. No length is too long for their table of splits."""
+
+MAX_HEAD_DIM = 128
+# A kernel has a program for each head of each tile, a tile has 16 positions or more, and CUDA
+# starts 2**31 - 1 programs at most.
+MAX_POSITIONS = 2**35
+# A block of the CUDA kernels keeps one bit for each key of a masked row in its shared memory.
+MAX_MASKED_LENGTH = 2**17
+
+# sequences, heads, length and whether there is a key_mask
+Size = tuple[int, int, int, bool]
+
+
+def unusual(sequences: int, heads: int, length: int, masked: bool) -> Size | None:
+    """The size of a batch if it may be beyond a limit. None for nearly all: a backend that serves
+    one of them serves all of them."""
+    if length <= MAX_MASKED_LENGTH and sequences * heads * (length + 128) <= MAX_POSITIONS:
+        return None
+    return sequences, heads, length, masked
+
+
+def unsupported_reason(
+    head_dim: int | None, size: Size | None, masked_length: int | None
+) -> str | None:
+    """masked_length: the longest row with a key_mask that the backend takes, if there is one."""
+    if head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"the head dimension must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
+    if size is None:
+        return None
+    sequences, heads, length, masked = size
+    if masked and masked_length is not None and length > masked_length:
+        return f"a row with a key_mask must have at most {masked_length} tokens, got {length}"
+    if sequences * heads * (length + 128) > MAX_POSITIONS:
+        return (
+            f"sequences * heads * (longest sequence + 128) must be at most {MAX_POSITIONS}, "
+            f"got {sequences} * {heads} * {length + 128}"
+        )
+    return None

@@ -1,0 +1,410 @@
+"""Random calls of the ops, valid and invalid, and what each has to give.
+
+A valid call gives float64's result within the error budget, forward and gradients. An invalid one,
+which is a valid one with one bad argument, raises TypeError or ValueError and names the argument.
+A call is made from (seed, op, backend, number) alone, so that each can be repeated by itself.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from bertfast import checks, packing
+from bertfast.ops import (
+    attention,
+    attention_qkv,
+    bias_gelu,
+    dispatch,
+    dropout,
+    dropout_keep_mask,
+    layer_norm,
+)
+from bertfast.testing import attention as attention_table
+from bertfast.testing import bias_gelu as gelu_table
+from bertfast.testing import layer_norm as norm_table
+from bertfast.testing import nearest_to_budget
+
+from . import bad_values
+from .strides import relaid, relaid_alike
+
+# The largest scores to be drawn, about; and whether Triton's attention is asked for scale = 0.
+LARGEST_SCORE = 30.0
+ZERO_SCALE_IN_TRITON = False
+
+# torch's own float32 kernels err more than the budget of ours: the exp of a CPU's attention by 20
+# units in the last place, and layer_norm's gradients are differences of values a hundred times as
+# large ("offset"). What is looked for there is a wrong mask or layout, which errs by the values'
+# size. A row of one or two values has gradients that cancel entirely: torch gives rounding errors,
+# for one value times 1/sqrt(eps), where our kernels give zeros.
+TORCH_FLOAT32_SHARE = 128.0
+TORCH_LEAST_WIDTH = 3
+
+# The budget measures with one drawing of the model's rounding errors. Few of them may by luck all
+# be small: where a tensor has few values; or in float32 few rows, as a row shares its mean's and
+# rstd's. (In 16 bits the output's own rounding, which is always allowed, is larger.) In 12,000
+# calls the kernels' shares were up to 2.7 there. Elsewhere 1 holds.
+FEW_VALUES, FEW_ROWS, FEW_SHARE = 32, 64, 8.0
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INVALID_SHARE = 0.4
+
+
+@dataclass
+class Call:
+    """arguments: of the public function, for an invalid call; bad: which one must be named."""
+
+    text: str
+    run: Callable[[], object]
+    bad: str | None = None
+
+
+def attempt(op: str, backend: str, seed: int, number: int) -> str | None:
+    """Makes a call and runs it. What was wrong with it, or None."""
+    rng = random.Random(f"{seed} {op} {backend} {number}")
+    call = CALLS[op](rng, backend)
+    try:
+        call.run()
+    except (TypeError, ValueError) as error:
+        if call.bad is None:
+            return f"{call.text} raised {error!r}"
+        if not re.search(rf"\b{call.bad}\b", str(error)):
+            return f"{call.text} didn't name {call.bad}: {error!r}"
+    except Exception as error:
+        return f"{call.text} raised {error!r}"
+    else:
+        if call.bad is not None:
+            return f"{call.text} was accepted"
+    return None
+
+
+def _spoil(rng: random.Random, text: str, function: Callable, arguments: dict, bad: dict) -> Call:
+    """The call with one bad argument, of those for which `bad` has a maker."""
+    name = rng.choice(sorted(bad))
+    value = bad[name](rng, arguments)
+    return Call(
+        f"{text} with {name}={_said(value)}", lambda: function(**arguments | {name: value}), name
+    )
+
+
+def _said(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        size = "nested" if value.is_nested else list(value.shape)
+        return f"a tensor {value.dtype} {size} {value.layout} on {value.device}"
+    if isinstance(value, (list, tuple)):
+        return f"{value!r}"[:90]
+    return checks.said(value)
+
+
+def _dtype(rng: random.Random, op: str, backend: str) -> torch.dtype:
+    usable = [d for d in DTYPES if dispatch.unsupported_reason(op, backend, "cpu", d) is None]
+    return rng.choice(usable)
+
+
+def _size(rng: random.Random, most: int) -> int:
+    """Often an edge: nothing, one, a power of two or a value beside it."""
+    edges = [n for n in (0, 1, 1, 2, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129) if n <= most]
+    return rng.choice(edges) if rng.random() < 0.4 else rng.randint(1, most)
+
+
+def _shape(rng: random.Random, backend: str, least_width: int) -> tuple[int, ...]:
+    width = max(least_width, _size(rng, 700 if rng.random() < 0.2 else 130))
+    lead = [_size(rng, 9) for _ in range(rng.randint(0, 3))]
+    if math.prod(lead) > (12 if backend == "triton" else 60):
+        lead = lead[:1]
+    return (*lead, width)
+
+
+def _hold(table: ModuleType, backend: str, inputs: dict, actual: dict) -> None:
+    finding = nearest_to_budget(table, inputs, actual)
+    output, share = next(iter(actual.values())), 1.0
+    single = output.dtype == torch.float32
+    rows = output.shape[:-1].numel()
+    if (single and rows < FEW_ROWS) or min(t.numel() for t in actual.values()) < FEW_VALUES:
+        share = FEW_SHARE
+    if single and backend == "torch":
+        share = TORCH_FLOAT32_SHARE
+    assert finding.share <= share, str(finding)
+
+
+# layer_norm
+
+
+def _layer_norm(rng: random.Random, backend: str) -> Call:
+    dtype = _dtype(rng, "layer_norm", backend)
+    shape = _shape(rng, backend, TORCH_LEAST_WIDTH if backend == "torch" else 1)
+    residual = rng.random() < 0.5
+    p = rng.choice((0.0, 0.0, 0.1, 0.5, 0.999, 1.0, rng.random()))
+    # An error of the mean is shared by its row: over some rows the model's is a fair yardstick.
+    many = math.prod(shape[:-1]) >= 8 and p <= 0.5
+    values = ["normal", "normal", "near constant", *["offset"] * many]
+    values = rng.choice(values + ["tiny"] * (dtype != torch.float16))  # its gradients overflow
+    # What is constant, or nearly so, is divided by sqrt(eps): with 1e-12 float16 overflows, and
+    # the values' own rounding, times a million, is all that is left.
+    varies = values in ("normal", "offset") and (p <= 0.5 or residual)
+    case = norm_table.Case(
+        shape=shape,
+        residual=residual,
+        x_bias=rng.random() < 0.5,
+        p=p,
+        eps=rng.choice((1e-12, 1e-5, 1.0) if varies else (1e-5, 1.0)),
+        values=values,
+        row_index=rng.random() < 0.3,
+        # On a CPU a 16-bit x alone gives a 16-bit output; only a float32 residual makes it float32.
+        x_is_16_bit=residual and dtype == torch.float32 and rng.random() < 0.3,
+    )
+    inputs = norm_table.make_inputs(case, dtype, rng.getrandbits(32))
+    for name in (*norm_table.NAMES, "dy", "row_index"):
+        inputs[name] = relaid(rng, inputs[name])
+    text = f"layer_norm {dtype} {case}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(
+            text,
+            lambda: _hold(norm_table, backend, inputs, norm_table.run(inputs, backend)),
+        )
+    given = [name for name in norm_table.NAMES if inputs[name] is not None]
+    arguments = {name: inputs[name].to(dtype) for name in given}
+    arguments |= dict(eps=inputs["eps"], dropout_p=inputs["p"], seed=inputs["seed"], site=5)
+    arguments |= dict(row_index=inputs["row_index"], backend=backend)
+    bad = {name: bad_values.like_tensor(name, name in ("weight", "bias")) for name in given[1:]}
+    bad |= dict(x=bad_values.first_tensor("x"), eps=bad_values.eps, seed=bad_values.seed)
+    bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, backend=bad_values.name)
+    bad |= dict(row_index=bad_values.row_index)
+    return _spoil(rng, text, layer_norm, arguments, bad)
+
+
+# bias_gelu
+
+
+def _bias_gelu(rng: random.Random, backend: str) -> Call:
+    dtype = _dtype(rng, "bias_gelu", backend)
+    bias = rng.random() < 0.7
+    shape = _shape(rng, backend, 0)
+    if not bias and rng.random() < 0.1:
+        shape = ()
+    case = gelu_table.Case(
+        shape=shape,
+        bias=bias,
+        approximate=rng.choice(("none", "tanh")),
+        # 1 + erf cancels in the tail, in torch too: there its size is a yardstick for many only.
+        values=rng.choice(("normal", "wide", "tiny", "zero", *["tail"] * (math.prod(shape) > 99))),
+        x_is_16_bit=bias and dtype == torch.float32 and rng.random() < 0.2,
+    )
+    inputs = gelu_table.make_inputs(case, dtype, rng.getrandbits(32))
+    for name in (*gelu_table.NAMES, "dy"):
+        inputs[name] = relaid(rng, inputs[name])
+    text = f"bias_gelu {dtype} {case}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(
+            text,
+            lambda: _hold(gelu_table, backend, inputs, gelu_table.run(inputs, backend)),
+        )
+    arguments = dict(x=inputs["x"].to(dtype), approximate=case.approximate, backend=backend)
+    bad = dict(x=bad_values.first_tensor("x"), approximate=bad_values.name)
+    bad |= dict(backend=bad_values.name)
+    if bias:
+        arguments["bias"] = inputs["bias"]
+        bad["bias"] = bad_values.like_tensor("bias", required=False)
+    return _spoil(rng, text, bias_gelu, arguments, bad)
+
+
+# attention
+
+
+def _lengths(rng: random.Random, backend: str) -> tuple[int, ...]:
+    longest = rng.choice((8, 8, 40, 70, 140) if backend != "triton" else (8, 40, 70))
+    return tuple(_size(rng, longest) for _ in range(rng.randint(1, 3)))
+
+
+def _attention_case(rng: random.Random, backend: str) -> attention_table.Case:
+    packed = rng.random() < 0.5
+    lengths = _lengths(rng, backend)
+    head_dim = rng.choice((8, 16, 32, 64, 64, 96, 128, rng.randint(1, 128)))
+    mask = "none" if packed else rng.choice(("none", "right", "left", "holes", "all"))
+    if not packed and mask == "none":
+        lengths = (max(lengths),) * len(lengths)
+    # A score is a sum of head_dim products of normal values: it rarely is above four deviations.
+    scale = rng.choice((-1, 1)) * rng.random() * LARGEST_SCORE / 4 / head_dim**0.5
+    scales = [None, None, scale, scale]
+    if backend != "triton" or ZERO_SCALE_IN_TRITON:
+        scales.append(0.0)
+    return attention_table.Case(
+        lengths=lengths,
+        heads=rng.randint(1, 2),
+        head_dim=head_dim,
+        mask=mask,
+        packed=packed,
+        p=rng.choice((0.0, 0.0, 0.1, 0.5, 1.0)),
+        scale=rng.choice(scales),
+        values="spoilt" if mask != "none" and rng.random() < 0.3 else "normal",
+        layout=rng.choice(("one buffer", "apart", "heads first")),
+    )
+
+
+def _layout(rng: random.Random, case: attention_table.Case, inputs: dict) -> dict:
+    """Mask or bounds with random strides; max_seqlen exact or generous; a plan or none."""
+    options = attention_table.options(inputs) | {"seed": relaid_alike(rng, inputs["seed"])}
+    if not case.packed:
+        return options | {"key_mask": relaid_alike(rng, options["key_mask"])}
+    longest = max(case.lengths) + rng.choice((0, 0, 1, 70, 10_000, 2**31 - 1 - 10_000))
+    cu = relaid_alike(rng, options["cu_seqlens"])
+    made = rng.choice(("none", "plan", "plan", "lay_out"))
+    plan = None
+    if made == "plan":
+        plan = packing.plan(cu, longest, rng.choice((None, sum(case.lengths))))
+    elif made == "lay_out":
+        cu, plan = packing.lay_out(case.lengths)
+        longest = plan.max_seqlen
+    return options | {"cu_seqlens": cu, "max_seqlen": longest, "plan": plan}
+
+
+def _attention(rng: random.Random, backend: str, one_buffer: bool = False) -> Call:
+    op = "attention_qkv" if one_buffer else "attention"
+    dtype, case = _dtype(rng, op, backend), _attention_case(rng, backend)
+    inputs = attention_table.make_inputs(case, dtype, rng.getrandbits(32))
+    options = _layout(rng, case, inputs) | {"backend": backend}
+    tensors = {name: inputs[name] for name in attention_table.NAMES}
+    function = attention
+    if one_buffer:
+        function, tensors = attention_qkv, {"qkv": torch.stack(tuple(tensors.values()), -3)}
+    spoilt = case.values == "spoilt"  # then a slice must not stand for others
+    tensors = {n: (relaid_alike if spoilt else relaid)(rng, t) for n, t in tensors.items()}
+    if one_buffer:
+        parts = tensors["qkv"].unbind(-3)
+        inputs |= dict(zip(attention_table.NAMES, parts, strict=True))
+    else:
+        inputs |= tensors
+    inputs["dout"] = relaid(rng, inputs["dout"])
+    plan = options["plan"] and ("plan of " + ("32" if options["plan"].tile == 32 else "64"))
+    text = f"{op} {dtype} {case} max_seqlen={options['max_seqlen']} {plan or ''}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(text, lambda: _held_attention(function, tensors, options, inputs))
+    return _spoil(rng, text, function, tensors | options, _bad_attention(rng, tensors, case))
+
+
+def _held_attention(function: Callable, tensors: dict, options: dict, inputs: dict) -> None:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out = function(**leaves, **options)
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
+    if len(grads) == 1:
+        grads = grads[0].unbind(-3)
+    actual = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    if out.numel():
+        _hold(attention_table, options["backend"], inputs, actual)
+    for name, tensor in actual.items():
+        assert tensor.shape == inputs["q"].shape, name
+
+
+def _bad_attention(rng: random.Random, tensors: dict, case: attention_table.Case) -> dict:
+    first, *others = tensors
+    bad = {name: bad_values.like_tensor(name, required=True) for name in others}
+    bad |= {first: bad_values.first_tensor(first), "scale": bad_values.scale}
+    bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, seed=bad_values.seed)
+    bad |= dict(backend=bad_values.name)
+
+    def plan(rng: random.Random, call: dict) -> object:
+        other, longest = (*case.lengths[:-1], case.lengths[-1] + 1), call["max_seqlen"]
+        return rng.choice([*bad_values.NO_TENSOR, packing.lay_out(other)[1]]) if longest else "x"
+
+    if case.packed:
+        bad |= dict(cu_seqlens=bad_values.cu_seqlens, max_seqlen=bad_values.max_seqlen, plan=plan)
+        bad["key_mask"] = lambda rng, call: torch.ones(2, 2, dtype=torch.bool)
+    else:
+        bad["key_mask"] = bad_values.key_mask
+        bad["cu_seqlens"] = lambda rng, call: torch.tensor([0, 1], dtype=torch.int32)
+        bad |= dict(max_seqlen=lambda rng, call: 3, plan=lambda rng, call: packing.lay_out([1])[1])
+    return bad
+
+
+# plans and masks
+
+
+def _plan(rng: random.Random, backend: str) -> Call:
+    lengths = tuple(_size(rng, rng.choice((4, 40, 200))) for _ in range(rng.randint(0, 12)))
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths, default=0) + rng.choice((0, 0, 1, 100, 10_000))
+    total = rng.choice((None, sum(lengths)))
+    arguments = dict(cu_seqlens=relaid_alike(rng, cu), max_seqlen=longest, total=total)
+    text = f"packing.plan {lengths} max_seqlen={longest} total={total}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(text, lambda: _held_plan(packing.plan(**arguments), lengths))
+    bad = dict(cu_seqlens=bad_values.cu_seqlens, max_seqlen=bad_values.max_seqlen)
+    return _spoil(rng, text, packing.plan, arguments, bad | dict(total=bad_values.total))
+
+
+def _held_plan(plan: packing.Plan, lengths: tuple[int, ...]) -> None:
+    """Each token lies in one tile, and a tile that several sequences share holds them whole."""
+    cu, laid_out = packing.lay_out(lengths)
+    bounds, covered = cu.tolist(), [0] * sum(lengths)
+    for sequence, first, many in plan.tiles[: int(plan.count)].tolist():
+        start, end = bounds[sequence], bounds[sequence + many]
+        assert many == 1 or end - start <= plan.tile, (sequence, first, many)
+        for token in range(start + first, min(start + first + plan.tile, end)):
+            covered[token] += 1
+    assert set(covered) <= {1}, covered
+    assert not plan.tiles[int(plan.count) :].any()
+    assert (plan.runs, plan.total) == (laid_out.runs, laid_out.total)
+
+
+def _dropout_keep_mask(rng: random.Random, backend: str) -> Call:
+    kind = rng.choice(dropout.KINDS)
+    count = 4 if kind == "attention" else rng.randint(1, 4)
+    shape = tuple(_size(rng, 12 if place < count - 2 else 40) for place in range(count))
+    seed = torch.tensor([rng.getrandbits(64) - 2**63])
+    arguments = dict(seed=seed, site=rng.choice((0, rng.getrandbits(31))), shape=shape)
+    arguments |= dict(p=rng.choice((0.0, 0.1, 0.5, 1.0, rng.random())), kind=kind)
+    text = f"dropout_keep_mask {arguments}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(text, lambda: _held_mask(rng, **arguments))
+    negative = tuple(-1 if place == count - 1 else size for place, size in enumerate(shape))
+    shapes = (None, 3, "ab", (), negative, (*shape[1:], 2.0), (*shape[1:], True), [[1]])
+    bad = dict(seed=bad_values.seed, site=bad_values.site, p=bad_values.dropout_p)
+    bad |= dict(kind=bad_values.name, shape=lambda rng, call: rng.choice(shapes))
+    return _spoil(rng, text, dropout_keep_mask, arguments, bad)
+
+
+def _held_mask(
+    rng: random.Random, seed: torch.Tensor, site: int, shape: tuple[int, ...], p: float, kind: str
+) -> None:
+    """A few of its values are those of a Philox in plain Python, by what ops/dropout.py says."""
+    mask = dropout_keep_mask(seed, site, shape, p, kind)
+    assert mask.shape == shape and mask.dtype == torch.bool
+    for _ in range(20 if mask.numel() else 0):
+        at = tuple(rng.randrange(size) for size in shape)
+        if kind == "row":
+            row = 0
+            for size, index in zip(shape[:-1], at[:-1], strict=True):
+                row = row * size + index
+            counters, draw = (at[-1] >> 3, row & 0xFFFFFFFF, row >> 32, site), at[-1] & 7
+        else:
+            b, h, i, j = at
+            counters = ((j >> 5) << 3 | j & 7, (i >> 4) << 3 | i & 7, b * shape[1] + h, site)
+            draw = ((i >> 3) & 1) * 4 + ((j >> 3) & 3)
+        word = _philox(counters, int(seed) & 2**64 - 1)[draw >> 1]
+        kept = (word >> 16 * (draw & 1) & 0xFFFF) >= round(65536 * p)
+        assert mask[at].item() is kept, at
+
+
+def _philox(counters: tuple[int, ...], seed: int) -> tuple[int, int, int, int]:
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(7):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF
+        c2, c3 = (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+CALLS: dict[str, Callable[[random.Random, str], Call]] = {
+    "layer_norm": _layer_norm,
+    "bias_gelu": _bias_gelu,
+    "attention": _attention,
+    "attention_qkv": lambda rng, backend: _attention(rng, backend, one_buffer=True),
+    "plan": _plan,
+    "dropout_keep_mask": _dropout_keep_mask,
+}
