@@ -35,7 +35,7 @@ def serves(x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.numel() > 0
         and dispatch.plain_call(x)
-        and not dispatch.in_functorch_transform()
+        and not dispatch.only_reference()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and _wins()

@@ -355,11 +355,6 @@ def layout(
 
 def can_look_at(mask: torch.Tensor) -> bool:
     """Whether the number of tokens can be known now: not while something is traced or captured."""
-    if (
-        torch.compiler.is_compiling()
-        or dispatch.in_functorch_transform()
-        or not dispatch.plain_call(mask)
-        or mask.device.type == "meta"
-    ):
+    if torch.compiler.is_compiling() or not dispatch.plain_call(mask) or mask.device.type == "meta":
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -12,6 +12,8 @@ import torch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import maybe_current_level
 
+from .derivatives import in_forward_mode, is_batched
+
 BACKENDS = ("torch", "triton", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,9 +87,10 @@ def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     }
 
 
-def in_functorch_transform() -> bool:
-    """Whether vmap, grad, jvp, ... is active: there only the torch reference can run."""
-    return maybe_current_level() is not None
+def only_reference() -> bool:
+    """Whether only the torch reference can run: in a functorch transform (vmap, grad, jvp, ...),
+    and where there may be dual tensors of torch.autograd.forward_ad."""
+    return maybe_current_level() is not None or in_forward_mode()
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -97,12 +100,14 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
     """Whether an op's Python implementation may be called without torch's dispatcher.
 
     The dispatcher costs 4 us a call. It is needed only if something acts on the op as a whole:
-    tracing, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds -x.
+    tracing, a transform, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds
+    -x.
     """
     if (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
+        or maybe_current_level() is not None
         or _get_tracing_state() is not None
     ):
         return False
@@ -110,6 +115,11 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def plain_backward(gradient: torch.Tensor, *saved: torch.Tensor | None) -> bool:
+    """plain_call of a backward, whose gradient alone may be a batch of gradients."""
+    return plain_call(gradient, *saved) and not is_batched(gradient)
 
 
 def distinct(tensors) -> list[torch.Tensor | None]:

@@ -58,7 +58,7 @@ def attention(
     check.check_layout("q", q, q.shape[:-2], key_mask, cu_seqlens, max_seqlen, plan)
     seed, threshold, scale = _scalars("q", q, dropout_p, seed, site, scale)
     backend = _choose("attention", backend, q)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         runs = None if plan is None else plan.runs
         return reference.forward(
             q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs
@@ -101,7 +101,7 @@ def attention_qkv(
     check.check_layout("qkv", qkv, qkv.shape[:-3], key_mask, cu_seqlens, max_seqlen, plan)
     seed, threshold, scale = _scalars("qkv", qkv, dropout_p, seed, site, scale)
     backend = _choose("attention_qkv", backend, qkv)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         parts = qkv.unbind(-3)
         return reference.forward(
             *parts,
