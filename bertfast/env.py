@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cpu_linear
 from .ops import available
 from .ops.native import build_record
 
@@ -45,6 +45,7 @@ def describe() -> dict:
         "gpus": gpus,
         "packages": {name: _version(name) for name in PACKAGES},
         "build": build_record(),
+        "onednn": cpu_linear.why_not(),
         "backends": {device: available(device) for device in devices},
     }
 
@@ -67,6 +68,10 @@ def env(as_json: bool = False) -> None:
     for module in ("_cuda", "_host"):
         if build.get(module):
             console.print(f"bertfast.{module} was not built: {build[module]}")
+    used = "used" if facts["onednn"] is None else f"not used: {facts['onednn']}"
+    console.print(
+        f"oneDNN's fused products on the CPU: {used} ({cpu_linear.VARIABLE}=0 or 1 decides)"
+    )
     table = Table(title="Backends", box=box.SIMPLE_HEAD)
     for heading in ("device", "op", "backend", "works"):
         table.add_column(heading)

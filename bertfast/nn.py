@@ -59,9 +59,10 @@ def run_layer(
     x: torch.Tensor,
     batch: Batch,
     joined: JoinedWeights | None,
+    training: bool,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x is (rows, length, width), or packed (1, tokens, width)."""
+    """x is (rows, length, width), or packed (1, tokens, width). training: the layer's own flag."""
     split = x.is_cuda or backend in ("triton", "cuda")  # else torch: it adds biases in the product
     seed = None
     if (
@@ -70,7 +71,7 @@ def run_layer(
         or _rate(parts.down_dropout)
     ):
         seed = draw_seed(x.device)
-    onednn = not split and backend == "auto" and cpu_linear.serves(x)
+    onednn = not split and backend == "auto" and cpu_linear.serves(x, training)
     run = _Run(batch, seed, split, onednn, backend)
 
     if parts.norm_first:
@@ -303,7 +304,8 @@ class EncoderLayer(nn.Module):
         self._joined = JoinedWeights((attention.query, attention.key, attention.value))
 
     def forward(self, x: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:
-        return run_layer(bert_parts(self), x, batch or Batch(), self._joined, self.backend)
+        batch = batch or Batch()
+        return run_layer(bert_parts(self), x, batch, self._joined, self.training, self.backend)
 
 
 class Encoder(nn.Module):

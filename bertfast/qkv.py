@@ -151,10 +151,10 @@ class _JoinedProduct(torch.autograd.Function):
             weight = torch.cat(parameters[:3]).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])  # which batched gradients can, unlike flatten
         wanted = ctx.needs_input_grad[3:]
         if any(wanted[:3]):
-            dweights = (rows.t() @ x.flatten(0, -2)).to(ctx.dtype).chunk(3)
+            dweights = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtype).chunk(3)
         if any(wanted[3:]):
             dbiases = rows.sum(0).to(ctx.dtype).chunk(3)
         grads = [*(dweights or (None,) * 3), *(dbiases or (None,) * 3)][: len(parameters)]

@@ -183,7 +183,7 @@ def test_compiled_first_derivatives(case):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_second_derivatives_of_the_joined_product_are_right(autocast):
+def test_the_joined_product_has_further_derivatives(autocast):
     """It is a product; x's and each parameter's, of each gradient."""
     from bertfast.qkv import JoinedWeights, _concatenated, joined_product
 
@@ -199,6 +199,12 @@ def test_second_derivatives_of_the_joined_product_are_right(autocast):
         return torch.autograd.grad(sum(g.square().sum() for g in first), [x, *leaves])
 
     joined = JoinedWeights(tuple(linears))
+    y = joined_product(linears, x, joined)
+    dy = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, [x, *leaves], dy, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, [x, *leaves], one, retain_graph=True) for one in dy]
+    for batched, one in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(batched, torch.stack(one), rtol=0, atol=1e-5)
     ours = second(lambda: joined_product(linears, x, joined))
     assert joined.weight is not None
     for one, other in zip(ours, second(lambda: _concatenated(x, weights, biases)), strict=True):
