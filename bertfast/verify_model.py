@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .convert import optimize, report
 from .testing.budget import worst
-from .testing.model import beside_stock
+from .testing.model import WAYS, beside_stock
 
 ROWS, LENGTH = 4, 64  # of the random inputs
 
@@ -149,7 +149,7 @@ def _print(directory, model, layers, fused, rows: list[Row]) -> None:
         table.add_row(row.inputs, row.tensor, *numbers, verdict)
     console.print(table)
     console.print(
-        "Real tokens only. allowed: twice the stock model's own error, the worst of ten ways to\n"
+        f"Real tokens only. allowed: twice the stock model's own error, the worst of {WAYS} ways to\n"
         "order its sums, and one rounding. Of the gradients, d ..., the one nearest to its\n"
         "budget, and each that is outside."
     )

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+import bertfast
 from bertfast.ops import attention, attention_qkv, bias_gelu, layer_norm
 
 OPS = ("layer_norm", "layer_norm of x", "bias_gelu", "attention", "attention_qkv")
@@ -211,3 +212,25 @@ def test_the_joined_product_has_further_derivatives(autocast):
         # Under autocast both round each product's result to 8 bits, three one after the other.
         bound = (2.0**-7 if autocast else 2.0**-20) * other.abs().max().item()
         torch.testing.assert_close(one, other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_forward_mode_of_a_converted_model(packed, gradients):
+    """In eval on a CPU, where oneDNN's products, which know no tangents, serve it otherwise."""
+    pytest.importorskip("transformers")
+    from bertfast.testing.hf import batch, tiny
+    from bertfast.testing.model import HIDDEN_ATOL
+
+    model, mask = tiny(attn_implementation="eager"), batch()["attention_mask"]
+    x, direction = torch.randn(2, *mask.shape, 64)
+    tangents = []
+    for convert in (lambda m: m, lambda m: bertfast.optimize(m, packed=packed)):
+        model = convert(model)
+        with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+            dual = forward_ad.make_dual(x, direction)
+            y = model(inputs_embeds=dual, attention_mask=mask)[0]
+            tangents.append(forward_ad.unpack_dual(y).tangent[mask.bool()])
+    stock, ours = tangents
+    atol = HIDDEN_ATOL * stock.abs().max().item()
+    torch.testing.assert_close(ours, stock, rtol=0, atol=atol)
