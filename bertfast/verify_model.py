@@ -149,7 +149,7 @@ def _print(directory, model, layers, fused, rows: list[Row]) -> None:
         table.add_row(row.inputs, row.tensor, *numbers, verdict)
     console.print(table)
     console.print(
-        f"Real tokens only. allowed: twice the stock model's own error, the worst of {WAYS} ways to\n"
-        "order its sums, and one rounding. Of the gradients, d ..., the one nearest to its\n"
-        "budget, and each that is outside."
+        "Real tokens only. allowed: twice the stock model's own error, the worst of\n"
+        f"{WAYS} ways to order its sums, and one rounding. Of the gradients, d ..., the one\n"
+        "nearest to its budget, and each that is outside."
     )
