@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import checks
 from .hooks import has_global_hooks, is_own_forward
 from .notice import warn_once
-from .ops.dispatch import BACKENDS
+from .ops.dispatch import CHOICES
 from .settings import ATTRIBUTE, KEPT, Settings, is_converted, is_swapped
 
 
@@ -29,13 +30,11 @@ def optimize(
     strict: raise ValueError if nothing in the model could be converted, or if a model of a known
     family couldn't. Call it again to change these.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if backend not in ("auto", *BACKENDS):
-        names = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
-    if packed not in (True, False, "always"):
-        raise ValueError(f'packed must be True, False or "always", got {packed!r}')
+    checks.check_module("model", model)
+    checks.check_choice("backend", backend, CHOICES)
+    if packed != "always" and not isinstance(packed, bool):
+        raise ValueError(f'packed must be True, False or "always", got {checks.said(packed)}')
+    checks.check_bool("strict", strict)
     _refuse_sharded(model)
     found = False
     readers = {} if packed == "always" else _readers_of_padding(model)
@@ -65,6 +64,7 @@ def optimize(
 
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `optimize`: the same classes as before, the same numbers to the bit."""
+    checks.check_module("model", model)
     converted = [module for module in model.modules() if is_swapped(module)]
     for module in converted:
         if "_original" not in type(module).__dict__:
@@ -214,6 +214,7 @@ class Report(list):
 def report(model: nn.Module) -> Report:
     """One row for each encoder layer: fused, or the reason why not. Below them, which model keeps
     its padding, and why: always, or in its last call."""
+    checks.check_module("model", model)
     rows = Report()
     unknown: dict[int, str | None] = {}  # why a module's model doesn't tell it of masks
     for name, module in model.named_modules():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import __version__
+from . import __version__, cpu_linear
 from .ops import available, dispatch
 from .ops.native import build_record
 from .terminal import GOOD, HEAD, console, paragraph
@@ -49,6 +49,7 @@ def describe() -> dict:
         "gpus": gpus,
         "packages": {name: _version(name) for name in PACKAGES},
         "build": build_record(),
+        "onednn": cpu_linear.why_not(),
         "backends": {device: available(device) for device in devices},
     }
 
@@ -74,6 +75,12 @@ def env(as_json: bool = False) -> int:
     for module in ("_cuda", "_host"):
         if build.get(module):
             out.print(paragraph(f"bertfast.{module} was not built: {build[module]}"))
+    used = "used" if facts["onednn"] is None else f"not used: {facts['onednn']}"
+    out.print(
+        paragraph(
+            f"oneDNN's fused products on the CPU: {used} ({cpu_linear.VARIABLE}=0 or 1 decides)"
+        )
+    )
     for device, ops in facts["backends"].items():
         out.print(f"\nOn the {'GPU' if device == 'cuda' else 'CPU'}", style=HEAD)
         for line, style in backend_lines(device, ops):

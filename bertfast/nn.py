@@ -59,9 +59,10 @@ def run_layer(
     x: torch.Tensor,
     batch: Batch,
     joined: JoinedWeights | None,
+    training: bool,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x is (rows, length, width), or packed (1, tokens, width)."""
+    """x is (rows, length, width), or packed (1, tokens, width). training: the layer's own flag."""
     split = x.is_cuda or backend in ("triton", "cuda")  # else torch: it adds biases in the product
     seed = None
     if (
@@ -70,7 +71,7 @@ def run_layer(
         or _rate(parts.down_dropout)
     ):
         seed = draw_seed(x.device)
-    onednn = not split and backend == "auto" and cpu_linear.serves(x)
+    onednn = not split and backend == "auto" and cpu_linear.serves(x, training)
     run = _Run(batch, seed, split, onednn, backend)
 
     if parts.norm_first:
@@ -314,7 +315,8 @@ class EncoderLayer(nn.Module):
         _check_tokens(x, self.width)
         if batch is not None and not isinstance(batch, Batch):
             raise TypeError(f"batch must be a bertfast.batch.Batch, got {checks.kind(batch)}")
-        return run_layer(bert_parts(self), x, batch or Batch(), self._joined, self.backend)
+        batch = batch or Batch()
+        return run_layer(bert_parts(self), x, batch, self._joined, self.training, self.backend)
 
 
 class Encoder(nn.Module):
@@ -385,11 +387,6 @@ def layout(
 
 def can_look_at(mask: torch.Tensor) -> bool:
     """Whether the number of tokens can be known now: not while something is traced or captured."""
-    if (
-        torch.compiler.is_compiling()
-        or dispatch.in_functorch_transform()
-        or not dispatch.plain_call(mask)
-        or mask.device.type == "meta"
-    ):
+    if torch.compiler.is_compiling() or not dispatch.plain_call(mask) or mask.device.type == "meta":
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

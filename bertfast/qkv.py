@@ -17,7 +17,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .ops import dispatch
 
@@ -138,13 +137,15 @@ def joined_product(linears, x: torch.Tensor, joined: JoinedWeights) -> torch.Ten
     q, k, v = linears
     weights = q.weight, k.weight, v.weight
     biases = None if q.bias is None else (q.bias, k.bias, v.bias)
-    if not dispatch.plain_call(x, *weights) or dispatch.in_functorch_transform():
+    if not dispatch.plain_call(x, *weights) or dispatch.only_reference():
         return _concatenated(x, weights, biases)
     if not joined.holds(weights, biases):
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return _concatenated(x, weights, biases)  # the graph must not move weights
         if not joined.gather(weights, biases):
             return _concatenated(x, weights, biases)
+    if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _JoinedProduct.apply(x, joined.weight, joined.bias, *weights, *(biases or ()))
 
 
@@ -155,30 +156,28 @@ def _concatenated(x: torch.Tensor, weights, biases) -> torch.Tensor:
 class _JoinedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *parameters):
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtype = weight.dtype
         if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         # The parameters are saved too: torch then notices one that changed before the backward,
         # which it can't by the joined weights, as each of all these counts its own changes.
         ctx.save_for_backward(x, weight, *parameters)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, *parameters = ctx.saved_tensors
         dx = dweights = dbiases = None
-        x_dtype, weight_dtype = ctx.dtypes
+        if torch.is_grad_enabled():  # a second derivative leads to the parameters themselves
+            weight = torch.cat(parameters[:3]).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).to(x_dtype)
-        rows = dy.flatten(0, -2)
+            dx = dy @ weight
+        rows = dy.reshape(-1, dy.shape[-1])  # which batched gradients can, unlike flatten
         wanted = ctx.needs_input_grad[3:]
         if any(wanted[:3]):
-            dweights = (rows.t() @ x.flatten(0, -2)).to(weight_dtype).chunk(3)
+            dweights = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtype).chunk(3)
         if any(wanted[3:]):
-            dbiases = rows.sum(0).to(weight_dtype).chunk(3)
+            dbiases = rows.sum(0).to(ctx.dtype).chunk(3)
         grads = [*(dweights or (None,) * 3), *(dbiases or (None,) * 3)][: len(parameters)]
         return (
             dx,

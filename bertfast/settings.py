@@ -1,10 +1,12 @@
 """What a converted module knows: how it was converted, and whether bertfast is switched off."""
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 ATTRIBUTE = "_bertfast"  # a converted module's Settings
@@ -33,17 +35,48 @@ def is_converted(module: nn.Module) -> bool:
 
 
 _off = threading.local()
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
 def is_disabled() -> bool:
-    return getattr(_off, "depth", 0) > 0
+    blocks = getattr(_off, "blocks", ())
+    frame, again = _checkpoint()
+    if frame is None or frame in blocks:
+        return bool(blocks)
+    # Around the checkpoint: the second time goes by the first, whichever thread it is in and
+    # whatever block the backward is in.
+    if blocks and not again:
+        frame.bertfast_disabled = True
+    return hasattr(frame, "bertfast_disabled") if again else bool(blocks)
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Within it, in this thread, converted models run their original code."""
-    _off.depth = getattr(_off, "depth", 0) + 1
+    """Within it, in this thread, converted models run their original code.
+
+    What a non-reentrant checkpoint runs again in the backward does as it did in the forward. A
+    reentrant one leaves no trace of that: it goes by the block and the thread that its backward
+    is in, which on a GPU is torch's own, and may draw other dropout than its forward did.
+    """
+    blocks = getattr(_off, "blocks", ())
+    _off.blocks = (*blocks, _checkpoint()[0])
     try:
         yield
     finally:
-        _off.depth -= 1
+        _off.blocks = blocks
+
+
+def _checkpoint() -> tuple[object | None, bool]:
+    """torch's record of the innermost non-reentrant checkpoint whose function runs now, which is
+    the same when it is run again, and whether it is. None where there is no checkpoint, or where
+    another hook for saved tensors or another version of torch hides it."""
+    hooks = None if torch.compiler.is_compiling() else _top_hooks(False)
+    if hooks is None:
+        return None, False
+    pack = inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None, False
+    cells = inspect.getclosurevars(pack).nonlocals
+    if "target_frame_ref" in cells:
+        return cells["target_frame_ref"](), True
+    return cells.get("frame"), False

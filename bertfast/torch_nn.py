@@ -59,7 +59,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self._as_in_training(src, src_mask, src_key_padding_mask, is_causal)
 
     def _fused(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return run_layer(self._parts(), x, batch, None, self.__dict__[ATTRIBUTE].backend)
+        backend = self.__dict__[ATTRIBUTE].backend
+        return run_layer(self._parts(), x, batch, None, self.training, backend)
 
     def _as_in_training(self, src, src_mask, key_padding_mask, is_causal) -> torch.Tensor:
         if is_causal and src_mask is None:

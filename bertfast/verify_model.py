@@ -19,7 +19,7 @@ from .errors import UserError
 from .ops import dispatch
 from .terminal import BAD, GOOD, Column, Progress, Table, console
 from .testing.budget import worst
-from .testing.model import beside_stock
+from .testing.model import WAYS, beside_stock
 
 ROWS, LENGTH = 4, 64  # of the random inputs
 
@@ -154,9 +154,9 @@ def _print(directory, model, layers, fused, rows: list[Row]) -> None:
     table = Table(
         [*map(Column, ("error", "allowed", "stock's")), *(Column(h, True) for h in ("", "tensor"))],
         "\nerror against the stock model in float64, and what is allowed",
-        "Real tokens only. allowed: twice the stock model's own error (for a gradient at least its "
-        "worst relative one) and one rounding. Of the gradients, d ..., the one nearest to its "
-        "budget, and each that is outside.",
+        "Real tokens only. allowed: twice the stock model's own error, the worst of "
+        f"{WAYS} ways to order its sums, and one rounding. Of the gradients, d ..., the one "
+        "nearest to its budget, and each that is outside.",
     )
     for number, row in enumerate(rows):
         if number == 0 or rows[number - 1].inputs != row.inputs:

@@ -253,17 +253,29 @@ def test_forwards_replaced_on_the_class_are_called(family, part, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, error",
+    "arguments, kind, error",
     [
-        (dict(backend="fast"), "backend must be one of"),
-        (dict(packed="sometimes"), 'packed must be True, False or "always"'),
+        (dict(backend="fast"), ValueError, "backend must be one of 'auto', 'torch'"),
+        (dict(backend=["torch"]), ValueError, "backend must be one of .* got list"),
+        (dict(packed="sometimes"), ValueError, 'packed must be True, False or "always"'),
+        (dict(packed=None), ValueError, "packed must be .* got None"),
+        (dict(packed=1), ValueError, "packed must be .* got 1"),
+        (dict(strict="yes"), TypeError, "strict must be a bool, got str"),
     ],
 )
-def test_bad_arguments(arguments, error):
-    with pytest.raises(ValueError, match=error):
-        bertfast.optimize(tiny(), **arguments)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
-        bertfast.optimize("bert-base-uncased")
+def test_bad_arguments(arguments, kind, error):
+    model = tiny()
+    before = types(model)
+    with pytest.raises(kind, match=error):
+        bertfast.optimize(model, **arguments)
+    assert types(model) == before
+
+
+@pytest.mark.parametrize("function", [bertfast.optimize, bertfast.revert, bertfast.report])
+@pytest.mark.parametrize("value", [None, "bert-base-uncased", transformers.BertModel])
+def test_what_is_no_module(function, value):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got "):
+        function(value)
 
 
 def test_a_backend_that_cannot_run_here_says_so():

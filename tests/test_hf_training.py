@@ -1,6 +1,9 @@
 """Training: train and eval, dropout, checkpointing in every form."""
 
+import concurrent.futures
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint
 
 import bertfast
 from bertfast.testing.hf import batch, packs, rows_seen, tiny
@@ -199,3 +203,51 @@ def test_a_step_of_training_is_the_stock_one():
         losses.append(its)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-3)
+
+
+def _no_block():
+    return contextlib.nullcontext()
+
+
+BLOCKS = {
+    "forward in it": (bertfast.disabled, _no_block),
+    "backward in it": (_no_block, bertfast.disabled),
+    "both in it": (bertfast.disabled, bertfast.disabled),
+}
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_what_a_checkpoint_runs_again_is_what_it_ran(blocks, in_thread):
+    """Wherever the backward is: stock code and bertfast save other tensors and drop others."""
+    around_forward, around_backward = BLOCKS[blocks]
+    model, inputs = bertfast.optimize(tiny("BertModel")).train(), batch()
+
+    def step(x, mask):
+        return model(inputs_embeds=x, attention_mask=mask)[0]
+
+    def within(x, mask):
+        """Blocks inside the function are no block around it."""
+        with bertfast.disabled():
+            first = step(x, mask)
+        return first + step(x, mask)
+
+    x = torch.randn(3, 20, 64, requires_grad=True)
+    for function in (step, within):
+        expected = []
+        for run in (function, functools.partial(checkpoint, function, use_reentrant=False)):
+            torch.manual_seed(1)
+            with around_forward():
+                loss = run(x, inputs["attention_mask"]).square().sum()
+
+            def backward(loss=loss, retain_graph=False):
+                with around_backward():
+                    return torch.autograd.grad(loss, x, retain_graph=retain_graph)[0]
+
+            if in_thread:
+                with concurrent.futures.ThreadPoolExecutor(1) as other:
+                    expected.append(other.submit(backward).result())
+            else:
+                expected.append(backward(retain_graph=True))
+                assert torch.equal(backward(), expected[-1])
+        assert torch.equal(*expected)

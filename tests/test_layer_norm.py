@@ -207,17 +207,6 @@ def test_checkpointing_recomputes_the_same_dropout(target, need):
         assert torch.equal(x.grad, plain)
 
 
-def test_second_derivatives_are_refused_not_wrong(target, need):
-    need("layer_norm", target)
-    backend, device = target
-    x = torch.randn(3, 64, device=device, requires_grad=True)
-    one = torch.ones(64, device=device)
-    y = layer_norm(x, one, one, backend=backend)
-    dx = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_reference_gradients_in_float64():
     case = Case((3, 5), p=0.3, eps=1e-5)
     inputs = table.make_inputs(case, torch.float32)

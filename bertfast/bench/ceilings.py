@@ -66,7 +66,7 @@ def product_rates(device: str, rows: int, dtype: torch.dtype, repeats: int) -> l
         b = torch.randn(columns, inner, device=device).to(dtype)
         timers = {"linear": _timer([lambda a=a, b=b: F.linear(a, b)], device)}
         with torch.no_grad():
-            if cpu_linear.serves(a):  # the faster library of the two is the ceiling
+            if cpu_linear.serves(a, training=False):  # the faster library of the two is the ceiling
                 call = [lambda a=a, b=b: cpu_linear.linear(a, b, None)]
                 timers["oneDNN"] = _timer(call, device)
             samples = interleaved(timers, repeats)

@@ -118,7 +118,8 @@ def _forward(original: type):
                 attention_mask = _original_mask(self, hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
         backend = self.__dict__[ATTRIBUTE].backend
-        return run_layer(self.parts(), hidden_states, batch, self._bertfast_joined, backend)
+        joined = self._bertfast_joined
+        return run_layer(self.parts(), hidden_states, batch, joined, self.training, backend)
 
     return forward
 

@@ -19,6 +19,7 @@ from torch._C._functorch import maybe_current_level
 from torch.utils._device import DeviceContext
 
 from .. import checks
+from .derivatives import in_forward_mode, is_batched
 
 BACKENDS = ("torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
@@ -94,9 +95,10 @@ def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     }
 
 
-def in_functorch_transform() -> bool:
-    """Whether vmap, grad, jvp, ... is active: there only the torch reference can run."""
-    return maybe_current_level() is not None
+def only_reference() -> bool:
+    """Whether only the torch reference can run: in a functorch transform (vmap, grad, jvp, ...),
+    and where there may be dual tensors of torch.autograd.forward_ad."""
+    return maybe_current_level() is not None or in_forward_mode()
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -106,12 +108,14 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
     """Whether an op's Python implementation may be called without torch's dispatcher.
 
     The dispatcher costs 4 us a call. It is needed only if something acts on the op as a whole:
-    tracing, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds -x.
+    tracing, a transform, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds
+    -x.
     """
     if (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or (_len_torch_function_stack() and not _only_a_default_device())
+        or maybe_current_level() is not None
         or _get_tracing_state() is not None
     ):
         return False
@@ -125,6 +129,11 @@ def _only_a_default_device() -> bool:
     """Whether the mode of torch.set_default_device is all there is: it acts on functions that make
     tensors and are given no device, and all of ours are."""
     return _len_torch_function_stack() == 1 and type(_get_function_stack_at(0)) is DeviceContext
+
+
+def plain_backward(gradient: torch.Tensor, *saved: torch.Tensor | None) -> bool:
+    """plain_call of a backward, whose gradient alone may be a batch of gradients."""
+    return plain_call(gradient, *saved) and not is_batched(gradient)
 
 
 def distinct(tensors) -> list[torch.Tensor | None]:

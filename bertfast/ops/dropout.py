@@ -108,8 +108,7 @@ def attention_keep_mask(
 def _most_before(start: torch.Tensor, length: int) -> int:
     """How many positions come before a row's first token, at most, in 32s: calls repeat after that.
     On a CPU this is looked up; elsewhere nobody waits to learn it."""
-    known = start.device.type == "cpu" and dispatch.plain_call(start) and start.numel() > 0
-    if known and not dispatch.in_functorch_transform():
+    if start.device.type == "cpu" and dispatch.plain_call(start) and start.numel() > 0:
         length = int(start.max())
     return -(-length // 32) * 32
 

@@ -60,7 +60,7 @@ def attention(
     if autocast:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seed, threshold = _draws(q, dropout_p, seed)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         runs = None if plan is None else plan.runs
         return reference.forward(
             q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs
@@ -107,7 +107,7 @@ def attention_qkv(
     if autocast:
         qkv = qkv.to(dtype)
     seed, threshold = _draws(qkv, dropout_p, seed)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         parts = qkv.unbind(-3)
         return reference.forward(
             *parts,

@@ -42,7 +42,7 @@ def _padded(q, k, v, key_mask, seed, threshold, site, scale, sequence=0):
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         mask = (key_mask | ~key_mask.any(1, keepdim=True))[:, None, None, :]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if threshold == 0 and not dispatch.in_functorch_transform():
+    if threshold == 0 and not dispatch.only_reference():
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         return out.transpose(1, 2)
     scores = q @ k.transpose(-1, -2) * scale

@@ -5,9 +5,8 @@ the same two functions of a backend.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import derivatives, dispatch
 from ..rows import as_rows
 
 _LAYOUT = "Tensor? key_mask, Tensor? cu_seqlens, Tensor? tiles, int tile, Tensor? seed, "
@@ -158,6 +157,8 @@ for _name, _inputs, _outputs, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _impl, _key)
     torch.library.register_fake(f"bertfast::{_name}", _fake, lib=_library)
+for _name in ("attention_backward", "attention_qkv_backward"):
+    derivatives.register_batched(_name, _library)
 
 infer = torch.ops.bertfast.attention.default
 _forward = torch.ops.bertfast.attention_forward.default
@@ -178,11 +179,11 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *saved, seed = ctx.saved_tensors
+    @derivatives.first_only
+    def backward(ctx, saved, dout):
+        *saved, seed = saved
         tile, *constants = ctx.constants
-        plain = dispatch.plain_call(dout, *saved[:3])
+        plain = dispatch.plain_backward(dout, *saved[:3])
         backward = _backward_impl if plain else _backward
         grads = backward(dout, *saved, tile, seed, *constants)
         wanted = ctx.needs_input_grad[:3]
@@ -201,11 +202,11 @@ class AttentionQKV(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *saved, seed = ctx.saved_tensors
+    @derivatives.first_only
+    def backward(ctx, saved, dout):
+        *saved, seed = saved
         tile, *constants = ctx.constants
-        plain = dispatch.plain_call(dout, saved[0])
+        plain = dispatch.plain_backward(dout, saved[0])
         backward = _backward_qkv_impl if plain else _backward_qkv
         dqkv = backward(dout, *saved, tile, seed, *constants)
         return (dqkv, *(None,) * 11)

@@ -4,10 +4,9 @@ The bias has the dtype of the output; x has it too, or under autocast a 16-bit o
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import checks
-from .. import dispatch
+from .. import derivatives, dispatch
 from ..rows import as_rows
 from . import reference
 
@@ -49,7 +48,7 @@ def bias_gelu(
     tanh = approximate == "tanh"
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         return reference.forward(x, bias, tanh)
     plain = dispatch.plain_call(x, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -67,12 +66,12 @@ class _BiasGelu(torch.autograd.Function):
         return (_forward_impl if plain else _forward)(x, bias, tanh, backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, bias = ctx.saved_tensors
+    @derivatives.first_only
+    def backward(ctx, saved, dy):
+        x, bias = saved
         tanh, backend = ctx.constants
         need_x, need_bias = ctx.needs_input_grad[:2]
-        plain = dispatch.plain_call(dy, x, bias)
+        plain = dispatch.plain_backward(dy, x, bias)
         dx, dbias = (_backward_impl if plain else _backward)(
             dy, x, bias, tanh, need_x, need_bias, backend
         )
@@ -140,6 +139,7 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _impl, _key)
     torch.library.register_fake(f"bertfast::{_name}", _fake, lib=_library)
+derivatives.register_batched("bias_gelu_backward", _library)
 
 _forward = torch.ops.bertfast.bias_gelu.default
 _backward = torch.ops.bertfast.bias_gelu_backward.default

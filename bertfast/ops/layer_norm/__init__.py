@@ -8,10 +8,9 @@ import math
 import operator
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import checks
-from .. import dispatch, dropout
+from .. import derivatives, dispatch, dropout
 from ..rows import as_rows
 from . import reference
 
@@ -76,7 +75,7 @@ def layer_norm(
     if threshold and seed is None:
         seed = dropout.draw_seed(device)
     args = (x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site)
-    if backend == "torch" or dispatch.in_functorch_transform():
+    if backend == "torch" or dispatch.only_reference():
         y = reference.forward(*args)
     else:
         plain = dispatch.plain_call(*args[:7])
@@ -85,7 +84,7 @@ def layer_norm(
         ):
             if not plain:
                 args = (*dispatch.distinct(args[:5]), *args[5:])
-            y = (_apply if plain else _LayerNorm.apply)(*args, backend, plain)
+            y, _ = (_apply if plain else _LayerNorm.apply)(*args, backend, plain)
         else:
             y = (_infer_impl if plain else _infer)(*args, backend)
     return y if out_dtype is None else y.to(out_dtype)
@@ -115,17 +114,22 @@ class _LayerNorm(torch.autograd.Function):
         z = z if z.numel() else x
         ctx.save_for_backward(z, mean, rstd, weight, seed, row_index)
         ctx.constants = threshold, site, backend, x.dtype
-        return y
+        ctx.set_materialize_grads(False)
+        # rstd is an output for what it is saved as: by it a second derivative finds x and residual,
+        # which aren't saved.
+        return y, rstd
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        z, mean, rstd, weight, seed, row_index = ctx.saved_tensors
+    @derivatives.first_only
+    def backward(ctx, saved, dy, _):
+        if dy is None:
+            return (None,) * 12
+        z, mean, rstd, weight, seed, row_index = saved
         threshold, site, backend, x_dtype = ctx.constants
         need_x, need_weight, need_bias, need_residual, need_x_bias = ctx.needs_input_grad[:5]
         # Without dropout dx is dz: computed once, returned twice.
         same = not threshold and x_dtype == weight.dtype
-        plain = dispatch.plain_call(dy, z, weight)
+        plain = dispatch.plain_backward(dy, z, weight)
         dz, dx, dweight, dbias, dx_bias = (_backward_impl if plain else _backward)(
             dy,
             z,
@@ -301,6 +305,7 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _impl, _key)
     torch.library.register_fake(f"bertfast::{_name}", _fake, lib=_library)
+derivatives.register_batched("layer_norm_backward", _library)
 
 _infer = torch.ops.bertfast.layer_norm.default
 _forward = torch.ops.bertfast.layer_norm_forward.default

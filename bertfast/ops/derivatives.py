@@ -1,0 +1,105 @@
+"""The derivatives that the kernels don't have: asking for one raises, whichever way it is asked.
+
+The kernels have a first derivative, by the backward of their Functions. A second one would be
+silently wrong if their results came back without a history; so where a graph of the backward is
+made, `first_only` gives them one that leads to everything they were computed from, and raises.
+Batched gradients are right: the backward's op runs one after the other.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
+from torch.autograd import forward_ad
+
+REFUSED = (
+    "bertfast's kernels have a first derivative in reverse mode only, and {} was asked for. For "
+    "others run the original code within bertfast.disabled(), or an op with backend='torch'"
+)
+
+
+def in_forward_mode() -> bool:
+    """Whether dual tensors may be about: a level of torch.autograd.forward_ad is open."""
+    return forward_ad._current_level >= 0
+
+
+def is_batched(gradient: torch.Tensor) -> bool:
+    """Whether a gradient is a batch of them: by a transform, or by autograd's is_grads_batched,
+    which uses an older vmap that isn't one."""
+    return maybe_current_level() is not None or is_legacy_batchedtensor(gradient)
+
+
+def first_only(backward: Callable) -> Callable:
+    """Makes a Function's backward of backward(ctx, saved, *gradients), which records no history.
+
+    saved is ctx.saved_tensors, unpacked here, as a checkpoint hands them out once. To be refused,
+    a second derivative has to find its way: what is saved must include, for each input that the
+    gradients depend on, that input or an output of the Function.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        saved = ctx.saved_tensors
+        if in_forward_mode() and any(map(_has_tangent, (*saved, *gradients))):
+            raise RuntimeError(REFUSED.format("a forward-mode derivative of the backward"))
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
+        if any(gradient is not None and is_batched(gradient) for gradient in gradients):
+            raise RuntimeError(REFUSED.format("a graph of batched gradients"))
+        with torch.no_grad():
+            results = backward(ctx, saved, *gradients)
+        return _refusing(results, (*saved, *gradients))
+
+    return wrapper
+
+
+def _has_tangent(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _refusing(
+    results: tuple[torch.Tensor | None, ...], sources: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The results, with a history that leads to the sources and raises."""
+    sources = [tensor for tensor in sources if tensor is not None and tensor.requires_grad]
+    if not sources:
+        return results
+    present = [result for result in results if result is not None]
+    connected = iter(_Refused.apply(len(present), *present, *sources))
+    return tuple(None if result is None else next(connected) for result in results)
+
+
+class _Refused(torch.autograd.Function):
+    """The first `count` tensors, as functions of all."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(REFUSED.format("a second derivative"))
+
+
+def register_batched(name: str, library: torch.library.Library) -> None:
+    """Lets vmap run an op of bertfast's, one element of the batch after the other."""
+    op = getattr(torch.ops.bertfast, name).default
+
+    def batched(info, in_dims, *arguments):
+        results = []
+        for number in range(info.batch_size):
+            results.append(
+                op(
+                    *(
+                        value if dim is None else value.select(dim, number)
+                        for value, dim in zip(arguments, in_dims, strict=True)
+                    )
+                )
+            )
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    torch.library.register_vmap(f"bertfast::{name}", batched, lib=library)

@@ -1,0 +1,228 @@
+"""A CPU's fused products: right in every derivative, the same bits whoever asks for them."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bertfast
+from bertfast import cpu_linear
+from bertfast.testing.budget import UNIT_ROUNDOFF
+from bertfast.testing.hf import batch, tiny
+
+FORMS = ("linear", "none", "tanh", "add")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """The fused products are used, whatever the CPU."""
+    monkeypatch.setenv(cpu_linear.VARIABLE, "1")
+    cpu_linear.why_not.cache_clear()
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    yield
+    cpu_linear.why_not.cache_clear()
+
+
+@pytest.mark.parametrize("value, used", [("0", False), ("1", True)])
+def test_the_setting_decides(monkeypatch, onednn, value, used):
+    monkeypatch.setenv(cpu_linear.VARIABLE, value)
+    cpu_linear.why_not.cache_clear()
+    assert cpu_linear.serves(torch.ones(2, 3), training=False) == used
+    assert not cpu_linear.serves(torch.ones(2, 3), training=True)
+
+
+def test_a_bad_setting_raises(monkeypatch, onednn):
+    monkeypatch.setenv(cpu_linear.VARIABLE, "yes")
+    cpu_linear.why_not.cache_clear()
+    with pytest.raises(ValueError, match="BERTFAST_ONEDNN must be 0, 1 or unset, got 'yes'"):
+        cpu_linear.serves(torch.ones(2, 3), training=False)
+
+
+def test_without_a_setting_the_instruction_set_decides(monkeypatch, onednn):
+    monkeypatch.delenv(cpu_linear.VARIABLE)
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        cpu_linear.why_not.cache_clear()
+        assert cpu_linear.serves(torch.ones(2, 3), training=False) == (capability == "AVX512")
+
+
+def stock(form, x, weight, bias, residual):
+    z = F.linear(x, weight, bias)
+    if form == "add":
+        return z + residual
+    return z if form == "linear" else F.gelu(z, approximate=form)
+
+
+def fused(form, x, weight, bias, residual):
+    if form == "add":
+        return cpu_linear.linear_add(x, residual, weight, bias)
+    if form == "linear":
+        return cpu_linear.linear(x, weight, bias)
+    return cpu_linear.linear_gelu(x, weight, bias, form)
+
+
+def derivatives(function, form, tensors, has_bias):
+    """The result, its gradients, and the gradients of their squares' sum."""
+    x, weight, bias, residual = (tensor.clone().requires_grad_() for tensor in tensors)
+    leaves = [x, weight, *([bias] if has_bias else []), *([residual] if form == "add" else [])]
+    y = function(form, x, weight, bias if has_bias else None, residual)
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return [y, *first, *second]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_first_and_second_derivatives(onednn, form, has_bias):
+    shapes = ((2, 33, 64), (96, 64), (96,), (2, 33, 96))
+    tensors = [torch.randn(shape) / math.sqrt(shape[-1]) for shape in shapes]
+    exact = derivatives(stock, form, [tensor.double() for tensor in tensors], has_bias)
+    ours, theirs = (derivatives(f, form, tensors, has_bias) for f in (fused, stock))
+    u = UNIT_ROUNDOFF[torch.float32]
+    for mine, other, reference in zip(ours, theirs, exact, strict=True):
+        scale = reference.abs().max()
+        allowed = 2 * ((other - reference).abs().max() + u * scale)
+        assert (mine - reference).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_wanted_is_not_computed(onednn, form):
+    tensors = [torch.randn(shape) for shape in ((5, 8), (6, 8), (6,), (5, 6))]
+    everything = [None] * 4
+    for wanted in ([0, 1, 2, 3], [0], [1, 2], [2], [3]):
+        leaves = [t.clone().requires_grad_(n in wanted) for n, t in enumerate(tensors)]
+        y = fused(form, *leaves)
+        if form != "add" and wanted == [3]:
+            assert not y.requires_grad
+            continue
+        y.backward(torch.ones_like(y))
+        for number, leaf in enumerate(leaves):
+            if len(wanted) == 4:
+                everything[number] = leaf.grad
+            elif number in wanted:
+                assert torch.equal(leaf.grad, everything[number])
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batched_gradients(onednn, form):
+    tensors = [torch.randn(shape) for shape in ((5, 8), (6, 8), (6,), (5, 6))]
+    leaf = tensors[0].requires_grad_()
+    y = fused(form, *tensors)
+    dy = torch.randn(3, *y.shape)
+    (together,) = torch.autograd.grad(y, leaf, dy, is_grads_batched=True, retain_graph=True)
+    for number in range(3):
+        (alone,) = torch.autograd.grad(y, leaf, dy[number], retain_graph=True)
+        torch.testing.assert_close(together[number], alone, rtol=0, atol=2e-5)
+
+
+def make(name="BertModel"):
+    """Sums so long that two orders of them differ; no dropout."""
+    torch.manual_seed(0)
+    if name == "torch.nn":
+        options = dict(dropout=0.0, batch_first=True, activation="gelu")
+        layer = torch.nn.TransformerEncoderLayer(128, 4, 512, **options)
+        return bertfast.optimize(torch.nn.TransformerEncoder(layer, 2)).eval()
+    pytest.importorskip("transformers")
+    if name == "DistilBertModel":
+        config = dict(dim=128, hidden_dim=512, dropout=0.0, attention_dropout=0.0)
+    else:
+        config = dict(hidden_size=128, intermediate_size=512)
+        config |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return bertfast.optimize(tiny(name, **config))
+
+
+def run(model, inputs):
+    if "input_ids" in inputs:
+        return model(**inputs)[0]
+    return model(inputs["x"], src_key_padding_mask=inputs["padding"])
+
+
+def inputs_of(name):
+    torch.manual_seed(1)
+    inputs = batch(lengths=(5, 20, 13, 40))
+    if name == "torch.nn":
+        padding = inputs["attention_mask"] == 0
+        return {"x": torch.randn(*padding.shape, 128), "padding": padding}
+    return inputs
+
+
+NAMES = ("BertModel", "DistilBertModel", "torch.nn")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_change_no_bit(onednn, name, training):
+    model, inputs = make(name).train(training), inputs_of(name)
+    expected = run(model, inputs)
+    assert expected.requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(run(model, inputs), expected)
+    model.requires_grad_(False)
+    assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_goes_by_its_own_mode(onednn, name):
+    """One layer is in training and the other isn't: each has the bits of its mode."""
+    model, inputs = make(name), inputs_of(name)
+    layers = model.layers if name == "torch.nn" else model.layers()
+    layers[0].train()
+    mixed = run(model, inputs)
+    with torch.no_grad():
+        assert torch.equal(run(model, inputs), mixed)
+    layers[0].eval()
+    assert not torch.equal(run(model, inputs), mixed)  # two orders of the sums: the test can fail
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_eight_threads(onednn, gradients):
+    """Each comes to a process that hasn't decided yet."""
+    model, inputs = make(), inputs_of("BertModel")
+    cpu_linear.why_not.cache_clear()
+
+    def once(_):
+        with torch.set_grad_enabled(gradients):
+            return run(model, inputs).detach()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        first, *others = pool.map(once, range(32))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def digest(name):
+    """Of the outputs with and without gradients, for another process to print."""
+    torch.set_num_threads(1)
+    model, inputs, total = make(name), inputs_of(name), hashlib.sha256()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            total.update(run(model, inputs).detach().numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_two_processes_of_which_one_is_under_load():
+    print_digest = "import test_cpu_linear as t; print(t.digest('torch.nn'))"
+    work = "import time; end = time.time() + 60\nwhile time.time() < end: sum(range(1000))"
+    found = []
+    with contextlib.ExitStack() as stack:
+        for load in (0, 3):
+            for _ in range(load):
+                process = subprocess.Popen([sys.executable, "-c", work])
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+            done = subprocess.run(
+                [sys.executable, "-c", print_digest],
+                **dict(capture_output=True, text=True, check=True, cwd=Path(__file__).parent),
+            )
+            found.append(done.stdout)
+    assert len(found[0]) == 65 and found[0] == found[1]
