@@ -162,8 +162,8 @@ def test_packed_and_padded_are_the_same_bits(p):
 def test_one_buffer_is_read_and_written_in_place():
     buffer = torch.randn(2, 40, 3, 2, 64).half()
     for part in buffer.unbind(-3):
-        assert cuda._readable(part) is part
-        assert cuda._writable(part) is part
+        assert cuda._readable(part, 64)[0] is part
+        assert cuda._writable(part, 64)[0] is part
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 12, 33, 127])
@@ -176,7 +176,7 @@ def test_head_dimensions_that_are_no_whole_vectors(head_dim):
 def test_what_is_not_aligned_is_copied(where):
     wide = torch.randn(3, 20, 2, 36 if where == "stride" else 48).half()
     tensors = wide[..., 1:33] if where == "address" else wide[..., :32]
-    assert all(cuda._readable(tensor) is not tensor for tensor in tensors)
+    assert all(cuda._readable(tensor, 32)[0] is not tensor for tensor in tensors)
     packed = dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int32), max_seqlen=20)
     out = attention(*tensors, **packed, backend="cuda")
     assert torch.equal(out, attention(*tensors.contiguous(), **packed, backend="cuda"))
