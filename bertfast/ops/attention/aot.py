@@ -58,7 +58,7 @@ def triton_cases(capability: int = 80) -> Iterator[TritonCase]:
 
 
 def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) -> TritonCase:
-    from . import triton_bwd, triton_fwd
+    from . import triton_bwd_dkv, triton_bwd_dq, triton_fwd
 
     given, tile = LAYOUTS[layout]
     given = given | ({"seed"} if dropout else set())
@@ -68,8 +68,8 @@ def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) 
         chosen = config(pass_, arch, size, head_dim, length, dropout, tile)
     kernel = {
         "forward": triton_fwd.attention_fwd_kernel,
-        "dq": triton_bwd.attention_bwd_dq_kernel,
-    }.get(pass_, triton_bwd.attention_bwd_dkv_kernel)
+        "dq": triton_bwd_dq.attention_bwd_dq_kernel,
+    }.get(pass_, triton_bwd_dkv.attention_bwd_dkv_kernel)
     single = (chosen.block_n if pass_ == "forward" else chosen.block_m) >= length
     pointers = {"mask_ptr": "*u8:16", "cu_ptr": "*i32:16", "tiles_ptr": "*i32:16"}
     pointers |= {"seed_ptr": "*i64:16", "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}

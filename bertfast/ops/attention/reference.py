@@ -5,8 +5,9 @@ it the oracle of every test. On a CPU it is also what `backend="auto"` runs: wit
 torch's fused attention, which stores no probabilities; a packed batch sequence by sequence,
 neighbours of one length in one call.
 
-Masked keys and values are zeroed first, so nothing that lies there gets out, NaN neither; a row
-without any key attends to zeros only and so is zero itself, as are its gradients.
+Masked keys and values are zeroed first, so nothing that lies there gets out, NaN neither; so are
+the queries of a row without any key: it attends to zeros only and is zero itself, as are its
+gradients.
 """
 
 import torch
@@ -38,9 +39,11 @@ def _padded(q, k, v, key_mask, seed, threshold, site, scale, sequence=0):
         return q * 1.0 + 0.0 * (k + v)
     mask = None
     if key_mask is not None:
+        any_key = key_mask.any(1, keepdim=True)
+        q = q.masked_fill(~any_key[:, :, None, None], 0.0)
         k = k.masked_fill(~key_mask[:, :, None, None], 0.0)
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
-        mask = (key_mask | ~key_mask.any(1, keepdim=True))[:, None, None, :]
+        mask = (key_mask | ~any_key)[:, None, None, :]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if threshold == 0 and not dispatch.only_reference():
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -79,7 +82,9 @@ def _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, sca
     position = torch.arange(max_seqlen, device=q.device)
     key_mask = position < (cu[1:] - cu[:-1])[:, None]
     index = (cu[:-1, None] + position).clamp(max=tokens - 1)
-    padded = (tensor[index] for tensor in (q, k, v))
+    # Beyond a sequence's end lie its neighbours' tokens, in whose gradients a NaN would be no zero.
+    outside = ~key_mask[:, :, None, None]
+    padded = (tensor[index].masked_fill(outside, 0.0) for tensor in (q, k, v))
     out = _padded(*padded, key_mask, seed, threshold, site, scale)
     token = torch.arange(tokens, device=q.device)
     row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=cu.shape[0] - 2)

@@ -1,4 +1,4 @@
-"""attention in Triton: which kernels run with what. They are in triton_fwd.py and triton_bwd.py."""
+"""attention in Triton: which kernels run with what; they are in triton_fwd.py, triton_bwd_*.py."""
 
 import math
 
@@ -9,7 +9,8 @@ from .. import dropout, triton_lib
 from ..pointers import dense, head_strides, row_stride, shared_head_strides
 from . import limits
 from .config import Config, block_d, config, device_architecture
-from .triton_bwd import attention_bwd_dkv_kernel, attention_bwd_dq_kernel
+from .triton_bwd_dkv import attention_bwd_dkv_kernel
+from .triton_bwd_dq import attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
 
 

@@ -120,6 +120,13 @@ def store_tile(base, offsets, value, inside, columns, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def all_finite(sums):
+    """Whether none of them is NaN or infinite: times zero those are NaN. 1 or 0."""
+    zero = tl.sum(tl.sum(sums * 0.0, axis=1), axis=0)
+    return (zero == 0.0).to(tl.int32)
+
+
+@triton.jit
 def segments(cu_ptr, batch, start, many, positions):
     """For each position of a tile of several sequences: the sequence, and its first position."""
     which = tl.zeros_like(positions)
