@@ -10,6 +10,7 @@ import torch
 
 from .. import packing
 from ..ops import attention, attention_qkv, dropout
+from .budget import UNIT_ROUNDOFF
 
 NAMES = ("q", "k", "v")
 LOG2E = math.log2(math.e)
@@ -27,7 +28,10 @@ class Case:
     plan: bool = False
     p: float = 0.0
     scale: float | None = None
-    values: str = "normal"  # or "large" (scores beyond fp16), "spoilt" (NaN, Inf at masked keys)
+    # or "large" (products beyond fp16), "spoilt" (NaN, Inf at masked keys), "near" (scores that
+    # differ by a few, so that each counts, around `top`), "far" (up to about `top`, far apart)
+    values: str = "normal"
+    top: float = 0.0  # in size
     layout: str = "one buffer"  # or "apart", "heads first"
 
     def __str__(self) -> str:
@@ -36,6 +40,7 @@ class Case:
         words += [self.mask] if self.mask != "none" else []
         words += [f"p={self.p}"] if self.p else []
         words += [f"scale={self.scale}"] if self.scale is not None else []
+        words += [f"scores={self.top:g}"] if self.top else []
         words += [w for w in (self.values, self.layout) if w not in ("normal", "one buffer")]
         return "-".join(words).replace(" ", "-")
 
@@ -52,6 +57,9 @@ def quick_cases() -> list[Case]:
         Case((17, 30, 130, 9, 40), packed=True, plan=True, p=0.1),
         Case((33,), head_dim=128, values="large"),
         Case((140,), head_dim=64),
+        Case((257,), values="near", top=3e3),
+        Case((150,), values="far", top=3e7),
+        Case((40, 70), mask="holes", scale=0.0),
     ]
 
 
@@ -86,6 +94,24 @@ def cases() -> list[Case]:
         Case((40,), scale=0.5),
         Case((40,), scale=-0.1),
     ]
+    # The rounding of a large score, times log2 e, must not get into what blocks are rescaled by.
+    values += [
+        Case((257,), values="near", top=3e3),
+        Case((140,), values="near", top=-3e3, head_dim=128),
+        Case((70, 140), values="near", top=3e3, mask="holes", p=0.1),
+        Case((17, 40, 130, 9), values="near", top=3e3, packed=True, plan=True),
+        Case((257,), values="near", top=1e5),
+        Case((140,), values="far", top=1e5, head_dim=64),
+        Case((164,), values="far", top=3e7),
+    ]
+    # What doesn't count has the score -inf, which times a scale of zero would be NaN.
+    values += [
+        Case((70,), scale=0.0),
+        Case((40, 150), mask="holes", scale=0.0, p=0.1),
+        Case((17, 40, 9), packed=True, plan=True, scale=0.0),
+        Case((17, 40, 130), packed=True, scale=-0.7),
+        Case((140,), scale=-30.0),
+    ]
     layouts = [
         Case((40, 66), heads=2, layout=layout, packed=packed)
         for layout in ("one buffer", "apart", "heads first")
@@ -118,7 +144,14 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         lead = (sum(case.lengths),)
     size = 40.0 if case.values == "large" else 1.0  # a score of 1600 * sqrt(D) overflows float16
     values = torch.randn((*lead, 3, *tail), generator=generator)
+    if case.values == "far":
+        size = math.sqrt(case.top / 4)  # the largest of some ten thousand products of such values
     values[..., :2, :, :] *= size
+    if case.values == "near":
+        # One column's product, the same for all: two powers of two, the second with the sign.
+        power = round(math.log2(abs(case.top) * math.sqrt(case.head_dim)))
+        values[..., 0, :, 0] = 2.0 ** (power // 2)
+        values[..., 1, :, 0] = math.copysign(2.0 ** (power - power // 2), case.top)
     buffer = values.to(dtype)
     key_mask = None if case.packed else _key_mask(case, generator)
     if case.values == "spoilt":
@@ -284,21 +317,29 @@ def scales(inputs: dict) -> dict:
     delta = (p * dp).sum(-1, keepdim=True)
     sizes = p * (dp.abs() + delta.abs())
     found = {"dq": sizes @ k.abs() * scale, "dk": sizes.transpose(-1, -2) @ q.abs() * scale}
-    if inputs["q"].dtype == torch.float32:
-        # exp turns an absolute error of a score into a relative one of p. A score's error is 2^-24
-        # of the sum of its products' sizes, as that is what the partial sums can be. Up to 32 the
-        # budget's own factor covers it, since a sum over keys averages; of that, dropout leaves the
-        # share of the terms that it keeps. Beyond, it is added.
-        summed = (q.abs() @ k.abs().transpose(-1, -2) * scale).masked_fill(~mask, 0.0)
-        covered = 32 * (1 - dropout.threshold(inputs["p"]) / 65536)
-        excess = (summed.amax(-1, keepdim=True) - covered).clamp(min=0)
-        wide = p * excess if factor is None else p * factor * excess
-        found["dq"] += (sizes * excess) @ k.abs() * scale
-        found["dk"] += (sizes * excess).transpose(-1, -2) @ q.abs() * scale
-        out = p @ v if factor is None else (p * factor) @ v
-        plain = p if factor is None else p * factor
-        found["out"] = out.abs() + wide @ v.abs()
-        found["dv"] = (plain.transpose(-1, -2) @ dout).abs() + wide.transpose(-1, -2) @ dout.abs()
+    # exp turns an absolute error of a score into a relative one of p. A score's error is 2^-24 of
+    # the sum of its products' sizes, as that is what the partial sums can be. In units of u: up to
+    # 32 in float32, where u is 2^-24 too, the budget's own factor covers it, since a sum over keys
+    # averages; in 16 bits, where only large scores have an error of a unit, one. Of that, dropout
+    # leaves the share of the terms that it keeps. Beyond, it is added. An error beyond 1 isn't
+    # small any more: exp's slope grows with it, and of three such errors (of the forward's product,
+    # of the backward's, which may sum in another order, and of lse, which is as large) nothing
+    # averages, as one key has the row.
+    u = UNIT_ROUNDOFF[inputs["q"].dtype]
+    summed = (q.abs() @ k.abs().transpose(-1, -2) * scale).masked_fill(~mask, 0.0)
+    error = 2.0**-24 * summed.amax(-1, keepdim=True)
+    error = torch.where(error > 1, torch.expm1(3 * error), error) / u
+    covered = (32 if u == 2.0**-24 else 1) * (1 - dropout.threshold(inputs["p"]) / 65536)
+    excess = (error - covered).clamp(min=0)
+    plain = p if factor is None else p * factor
+    wide = plain * excess
+    found["dq"] += (sizes * excess) @ k.abs() * scale
+    found["dk"] += (sizes * excess).transpose(-1, -2) @ q.abs() * scale
+    found["dv"] = (plain.transpose(-1, -2) @ dout).abs() + wide.transpose(-1, -2) @ dout.abs()
+    # In the forward the sum that divides has the same errors: of p what remains is at most twice
+    # the error times 1 - p, which is zero where one key has all. And out lies between values.
+    alone = torch.minimum(2 * (1 - p) * plain * excess, plain / u)
+    found["out"] = (plain @ v).abs() + alone @ v.abs()
     return {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
 
 
