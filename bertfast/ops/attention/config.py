@@ -85,6 +85,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
         _Line(Config(32, 32, 4, 1), tile=32),
         _Line(Config(64, 64, 4, 1), length=64),
         _Line(Config(64, 128, 4, 1), length=128, tile=0),
+        _Line(Config(64, 64, 4, 1), tile=64, dropout=False, arch=100),
         _Line(Config(64, 64, 4, 2)),
     ),
     ("forward", "mma"): (
@@ -114,8 +115,11 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ),
     ("dq", "fp32"): (_Line(Config(32, 32, 8, 1)),),
     ("dkv", "wide"): (
+        _Line(Config(32, 32, 4, 1), tile=32, arch=100),
+        _Line(Config(32, 32, 2, 1), tile=32, width=64),
         _Line(Config(32, 32, 4, 1), tile=32),
-        _Line(Config(32, 64, 4, 1), tile=64, width=64, dropout=True),
+        _Line(Config(32, 64, 8, 1), tile=64, width=64, dropout=True),
+        _Line(Config(32, 64, 4, 1), tile=64, width=64),
         _Line(Config(64, 64, 4, 1), width=64),
         _Line(Config(32, 64, 8, 1)),
     ),
@@ -129,6 +133,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ("whole", "wide"): (
         _Line(Config(32, 32, 2, 1), length=32, tile=32),
         _Line(None, tile=32),
+        _Line(Config(32, 64, 8, 1), length=64, width=64, tile=64),
         _Line(Config(64, 64, 4, 1), length=64, width=64),
         _Line(Config(128, 128, 8, 1), length=128, width=64, tile=0),
         _Line(None),
@@ -136,6 +141,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ("whole", "mma"): (
         _Line(Config(32, 32, 2, 1), length=32, tile=32, width=64),
         _Line(None, tile=32),
+        _Line(Config(32, 64, 8, 1), length=64, width=64, tile=64),
         _Line(Config(64, 64, 4, 1), length=64, width=64),
         _Line(Config(16, 128, 8, 1), length=128, width=32, tile=0),
         _Line(Config(16, 128, 8, 1), length=128, width=64, tile=0, arch=120),

@@ -28,6 +28,7 @@ from .triton_core import (
     segments,
     store_tile,
     wide,
+    zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_rows, keep_tile
 
@@ -81,6 +82,7 @@ def _dkv_tile(
     i_first,
     begin,  # WINDOW: the positions of the sequence to do
     end,
+    zero,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,9 +99,9 @@ def _dkv_tile(
     token = wide(start)
     batch64 = wide(batch)
     head64 = wide(head)
-    columns = tl.arange(0, BLOCK_D)
-    tile_rows = tl.arange(0, BLOCK_M)
-    tile_keys = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D) + zero
+    tile_rows = tl.arange(0, BLOCK_M) + zero
+    tile_keys = tl.arange(0, BLOCK_N) + zero
     keys = j0 + tile_keys
     key_inside = (keys >= 0) & (keys < length)
     on = (keys >= low) & (keys < high)
@@ -149,8 +151,11 @@ def _dkv_tile(
             step = wide(i0)
             q_block = q_ptr + step * q_token
             dout_block = dout_ptr + step * dout_token
-            q = operand(load_tile(q_block, q_offsets, inside, columns, D, BLOCK_D, True))
-            dout = load_tile(dout_block, dout_offsets, inside, columns, D, BLOCK_D, True)
+            counts = inside
+            if WHOLE and mask_ptr is not None:
+                counts = inside & (low < high)  # as in the forward
+            q = operand(load_tile(q_block, q_offsets, counts, columns, D, BLOCK_D, True))
+            dout = load_tile(dout_block, dout_offsets, counts, columns, D, BLOCK_D, True)
             dout = operand(dout)
             # exp2(score - inf) = 0 for what is outside
             lse = tl.load(lse_ptr + statistics + rows, mask=inside, other=float("inf"))
@@ -205,10 +210,7 @@ def _dkv_tile(
                 delta = tl.sum(p * dp, axis=1)
             else:
                 delta = tl.load(delta_ptr + statistics + rows, mask=inside, other=0.0)
-            ds = p * (dp - delta[:, None])
-            if WHOLE and mask_ptr is not None:
-                ds = tl.where(on[None, :], ds, 0.0)  # of a row without keys too, whatever its dout
-            ds = operand(round_to(ds, k_ptr.dtype.element_ty))
+            ds = operand(round_to(p * (dp - delta[:, None]), k_ptr.dtype.element_ty))
             dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
             if WHOLE:
                 dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * keep_scale)
@@ -315,11 +317,12 @@ def attention_bwd_dkv_kernel(
         *(k_batch, k_token, k_head, v_batch, v_token, v_head, dq_batch, dq_token, dq_head),
         *(lse_batch, lse_head, heads, scale, scale_log2, site, threshold, keep_scale, batch, head),
         *(j0, start, length, many, low, high, i_first),
-        *(0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
         WINDOW=False,
     )
     if tiles_ptr is not None:
         if (many > 1) & (finite == 0):
+            zero = zero_unknown_to_the_compiler(tiles_ptr)
             for index in range(0, many):
                 begin = tl.load(cu_ptr + batch + index) - start
                 end = tl.load(cu_ptr + batch + index + 1) - start
@@ -330,6 +333,6 @@ def attention_bwd_dkv_kernel(
                     *(dq_batch, dq_token, dq_head, lse_batch, lse_head, heads, scale, scale_log2),
                     *(site, threshold, keep_scale, batch, head, j0, start, length, many, low, high),
                     *(i_first,),
-                    *(begin, end, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
+                    *(begin, end, zero, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
                     WINDOW=True,
                 )

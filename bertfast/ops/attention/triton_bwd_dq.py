@@ -28,6 +28,7 @@ from .triton_core import (
     segments,
     store_tile,
     wide,
+    zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_tile
 
@@ -82,6 +83,7 @@ def _dq_tile(
     high,
     begin,  # WINDOW: the positions of the sequence to do
     end,
+    zero,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,9 +99,9 @@ def _dq_tile(
     token = wide(start)
     batch64 = wide(batch)
     head64 = wide(head)
-    columns = tl.arange(0, BLOCK_D)
-    tile_rows = tl.arange(0, BLOCK_M)
-    tile_keys = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D) + zero
+    tile_rows = tl.arange(0, BLOCK_M) + zero
+    tile_keys = tl.arange(0, BLOCK_N) + zero
     rows = first + tile_rows
     row_inside = (rows >= 0) & (rows < length)
     if WINDOW:
@@ -142,7 +144,7 @@ def _dq_tile(
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
         from_key = full if CHECK else low
         to_key = high if CHECK else full
-        tile_keys = tl.arange(0, STEPS[CHECK])
+        tile_keys = tl.arange(0, STEPS[CHECK]) + zero
         k_offsets = tile_keys[:, None] * k_token + columns[None, :]
         v_offsets = tile_keys[:, None] * v_token + columns[None, :]
         for block in tl.range(0, tl.cdiv(to_key - from_key, STEPS[CHECK]), num_stages=STAGES):
@@ -272,11 +274,12 @@ def attention_bwd_dq_kernel(
         *(k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token, out_head),
         *(dq_batch, dq_token, dq_head, lse_batch, lse_head, heads, scale, scale_log2, site),
         *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
-        *(0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
         WINDOW=False,
     )
     if tiles_ptr is not None:
         if (many > 1) & (finite == 0):
+            zero = zero_unknown_to_the_compiler(tiles_ptr)
             for index in range(0, many):
                 begin = tl.load(cu_ptr + batch + index) - start
                 end = tl.load(cu_ptr + batch + index + 1) - start
@@ -287,6 +290,6 @@ def attention_bwd_dq_kernel(
                     *(out_batch, out_token, out_head, dq_batch, dq_token, dq_head, lse_batch),
                     *(lse_head, heads, scale, scale_log2, site, threshold, keep_scale, batch, head),
                     *(first, start, length, many, low, high),
-                    *(begin, end, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
+                    *(begin, end, zero, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
                     WINDOW=True,
                 )

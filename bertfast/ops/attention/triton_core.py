@@ -121,9 +121,18 @@ def store_tile(base, offsets, value, inside, columns, D: tl.constexpr, BLOCK_D: 
 
 @triton.jit
 def all_finite(sums):
-    """Whether none of them is NaN or infinite: times zero those are NaN. 1 or 0."""
-    zero = tl.sum(tl.sum(sums * 0.0, axis=1), axis=0)
-    return (zero == 0.0).to(tl.int32)
+    """Whether none of them is NaN or infinite: times zero those are NaN. 1 or 0.
+
+    Summed as one row: of tensor memory, Blackwell's compiler can't sum rows and then columns."""
+    flat = tl.reshape(sums * 0.0, (sums.shape[0] * sums.shape[1],), can_reorder=True)
+    return (tl.sum(flat, axis=0) == 0.0).to(tl.int32)
+
+
+@triton.jit
+def zero_unknown_to_the_compiler(tiles_ptr):
+    """What is added to the positions of a tile that is done again: were both computed alike, the
+    compiler would keep what the second needs in registers that the first has need of."""
+    return tl.multiple_of(tl.minimum(tl.load(tiles_ptr, volatile=True), 0), 16)
 
 
 @triton.jit

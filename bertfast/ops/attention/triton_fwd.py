@@ -33,6 +33,7 @@ from .triton_core import (
     segments,
     store_tile,
     wide,
+    zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_tile
 
@@ -77,6 +78,7 @@ def _forward_tile(
     high,
     begin,  # WINDOW: the positions of the sequence to do
     end,
+    zero,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,15 +94,18 @@ def _forward_tile(
     # 1. the queries
     token = wide(start)
     batch64 = wide(batch)
-    columns = tl.arange(0, BLOCK_D)
-    tile_rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D) + zero
+    tile_rows = tl.arange(0, BLOCK_M) + zero
     rows = first + tile_rows
     row_inside = (rows >= 0) & (rows < length)
     if WINDOW:
         row_inside = (rows >= begin) & (rows < end)
     q_ptr += batch64 * q_batch + (token + first) * q_token + wide(head) * q_head
     q_offsets = tile_rows[:, None] * q_token + columns[None, :]
-    q = operand(load_tile(q_ptr, q_offsets, row_inside, columns, D, BLOCK_D, True))
+    counts = row_inside
+    if mask_ptr is not None:
+        counts = row_inside & (low < high)  # zeros where there is no key, whatever lies there
+    q = operand(load_tile(q_ptr, q_offsets, counts, columns, D, BLOCK_D, True))
     if scale_log2 < 0:  # so that the largest product belongs to the largest score
         q = -q
         scale_log2 = -scale_log2
@@ -130,7 +135,7 @@ def _forward_tile(
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
         from_key = full if CHECK else low
         to_key = high if CHECK else full
-        tile_keys = tl.arange(0, STEPS[CHECK])
+        tile_keys = tl.arange(0, STEPS[CHECK]) + zero
         k_offsets = tile_keys[:, None] * k_token + columns[None, :]
         v_offsets = tile_keys[:, None] * v_token + columns[None, :]
         for block in tl.range(
@@ -149,7 +154,7 @@ def _forward_tile(
             key_which = tl.zeros_like(keys)
             key_origin = tl.zeros_like(keys)
             if CHECK:
-                scores = tl.where(on[None, :], scores, float("-inf"))
+                scores += tl.where(on, 0.0, float("-inf"))[None, :]
                 if tiles_ptr is not None:
                     if many > 1:
                         key_which, key_origin = segments(cu_ptr, batch, start, many, keys)
@@ -284,11 +289,12 @@ def attention_fwd_kernel(
         *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
         *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
         *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
-        *(0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
         WINDOW=False,
     )
     if tiles_ptr is not None:
         if (many > 1) & (finite == 0):
+            zero = zero_unknown_to_the_compiler(tiles_ptr)
             for index in range(0, many):
                 begin = tl.load(cu_ptr + batch + index) - start
                 end = tl.load(cu_ptr + batch + index + 1) - start
@@ -297,6 +303,18 @@ def attention_fwd_kernel(
                     *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
                     *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
                     *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
-                    *(begin, end, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
+                    *(
+                        begin,
+                        end,
+                        zero,
+                        D,
+                        BLOCK_D,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_T,
+                        TF32,
+                        STAGES,
+                        SINGLE,
+                    ),
                     WINDOW=True,
                 )
