@@ -1,5 +1,6 @@
 """attention on every backend: the case table against float64, and properties."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -61,6 +62,45 @@ def test_budget_catches_a_planted_precision_fault(fault):
     oracle, scales = table.oracle(inputs), table.scales(inputs)
     assert worst(compare(good, oracle, good, scales)).ok
     assert not worst(compare(bad, oracle, good, scales)).ok
+
+
+def online_softmax(inputs, fault):
+    """The forward in float32, 64 keys at a time, with fused multiply-adds as a GPU has them (here
+    in float64, rounded once). fault: what was summed before is rescaled by 2^(m c - round(m c))
+    where m did not grow, and only the sum of probabilities is."""
+    q, k, v = (inputs[name].float().transpose(1, 2) for name in table.NAMES)
+    c = torch.tensor(math.log2(math.e) / math.sqrt(q.shape[-1]), dtype=torch.float32)
+    products = q @ k.transpose(-1, -2)
+
+    def fma(a, b):
+        return (a.double() * c.double() + b.double()).float()
+
+    m = torch.full((*products.shape[:-1], 1), -torch.inf)
+    used, total, sums = m, torch.zeros_like(m), torch.zeros_like(q)
+    for start in range(0, products.shape[-1], 64):
+        block = products[..., start : start + 64]
+        high = torch.maximum(m, block.amax(-1, keepdim=True))
+        shift = high * c
+        alpha = torch.exp2(fma(m, -shift) if fault else used - shift)
+        weights = torch.exp2(fma(block, -shift))
+        total = total * alpha + weights.sum(-1, keepdim=True)
+        sums = torch.where(high > m, sums * alpha, sums) + weights @ v[..., start : start + 64, :]
+        m, used = high, shift
+    return {"out": (sums / total).transpose(1, 2).to(inputs["q"].dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_budget_catches_what_a_large_maximum_rounds_to(dtype):
+    """It was there once, in a kernel whose cases had no large scores."""
+    caught = []
+    for case in (c for c in table.cases() if c.top and not c.packed and c.mask == "none"):
+        inputs = table.make_inputs(case, dtype)
+        oracle, model = table.oracle(inputs), table.rounding_model(inputs)
+        scales = table.scales(inputs)
+        parts = [{"out": found["out"]} for found in (oracle, model, scales)]
+        assert worst(compare(online_softmax(inputs, False), *parts)).ok, str(case)
+        caught.append(not worst(compare(online_softmax(inputs, True), *parts)).ok)
+    assert any(caught)
 
 
 @pytest.mark.triton

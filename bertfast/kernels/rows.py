@@ -53,7 +53,8 @@ def make_row(
     dynamic_shared: int,
 ) -> Row:
     # A kernel that should have a loop and has none was unrolled altogether: all of it counts.
-    counted = code.loop if case.loop and code.loop is not None else code
+    body = code.loop if case.again and code.loop is not None else code
+    counted = body.loop if case.loop and body.loop is not None else body
     per_element = None
     if case.elements is not None:
         per_element = round(counted.instructions / case.elements, 2)

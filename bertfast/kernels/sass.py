@@ -34,7 +34,7 @@ class Code:
     barriers: int = 0
     tensor_core: int = 0
     mufu: int = 0
-    loop: "Code | None" = None  # the same of the main loop, if there is one
+    loop: "Code | None" = None  # the same of the main loop, if there is one; and of the one in it
 
 
 @dataclass
@@ -117,17 +117,25 @@ def _reachable(code: list[_Instruction]) -> list[int]:
 
 def _measure(code: list[_Instruction]) -> Code:
     reached = [i for i in _reachable(code) if code[i].opcode != "NOP" and not code[i].to_itself]
-    result = _count([code[i].opcode for i in reached])
-    loops = []
+    ends: dict[int, int] = {}  # of each loop, by its start: where the last branch back to it is
     for end in reached:
         start = code[end].target
         if start is not None and start < end and code[end].opcode.startswith("BRA"):
-            loops.append([code[i].opcode for i in reached if start <= i <= end])
-    if loops:
+            ends[start] = end
+
+    def count(first: int, last: int) -> Code:
+        result = _count([code[i].opcode for i in reached if first <= i <= last])
+        inner = [
+            count(start, end)
+            for start, end in ends.items()
+            if first <= start and end <= last and (start, end) != (first, last)
+        ]
         # The longest one is the main loop; where there are tensor-core instructions, that has some.
-        counted = [_count(loop) for loop in loops]
-        result.loop = max(counted, key=lambda loop: (loop.tensor_core > 0, loop.instructions))
-    return result
+        if inner:
+            result.loop = max(inner, key=lambda loop: (loop.tensor_core > 0, loop.instructions))
+        return result
+
+    return count(0, len(code))
 
 
 def _count(opcodes: list[str]) -> Code:

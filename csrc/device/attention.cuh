@@ -5,6 +5,12 @@
 // which several short sequences may share, whole, one after the other ("many"): they are then one
 // sequence whose scores between different ones are masked. Of a tile of 32 half the warps only help
 // to copy.
+//
+// Masking isn't enough where one of them has a NaN or an infinity: its products with the others'
+// zeros are NaN. So a shared tile that ends with a sum that isn't finite is done again, sequence by
+// sequence: each where it lies in the tile, with zeros in all other rows, and nothing but its own
+// rows is written. So the others get the very bits that they would have without it. It costs the
+// tiles that don't need it a test at their end.
 #pragma once
 
 #include "device/math.cuh"
@@ -38,36 +44,66 @@ struct TilePlace {
   int length;                            // of the sequence
   int many;                              // how many sequences share the tile
   int tile;                              // its size
+  int alone = 0;                         // which of them is done alone, from 1 on; 0: all at once
+  int from = 0;                          // the first position to do; `length` is their end
   unsigned low_keys = 0, high_keys = 0;  // which of the rows, if they are keys, count
 
   // Between a kernel's beginning and its end this waits in shared memory, as the registers are
   // needed. Others see it after a barrier.
-  static constexpr int kSharedBytes = 32;
-  __device__ __forceinline__ void put(int shared) const {
-    if (threadIdx.x != 0) return;
+  static constexpr int kSharedBytes = 64;
+  static constexpr int kDropout = 48;  // where what dropout needs waits too
+  __device__ __forceinline__ void put(int shared, int thread) const {
+    if (thread != 0) return;
     const Shared<int4> slots = shared_memory<int4>(shared);
     slots.store(0, make_int4(batch, head, first, start));
     slots.store(1, make_int4(length, many, low_keys, high_keys));
+    shared_memory<int2>(shared + 32).store(0, make_int2(alone, from));
   }
   static __device__ __forceinline__ TilePlace get(const AttentionBatch& p, int shared) {
     const Shared<int4> slots = shared_memory<int4>(shared);
     const int4 a = slots.load(0), b = slots.load(1);
-    return {a.x, a.y, a.z, a.w, b.x, b.y, p.tile, unsigned(b.z), unsigned(b.w)};
+    const int2 c = shared_memory<int2>(shared + 32).load(0);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, p.tile, c.x, c.y, unsigned(b.z), unsigned(b.w)};
   }
 
   __device__ __forceinline__ bool counts(int key) const {
     return ((key < 32 ? low_keys : high_keys) >> (key & 31) & 1) != 0;
   }
   __device__ __forceinline__ bool inside(int row) const {
-    return row < tile && first + row >= 0 && first + row < length;
+    return row < tile && first + row >= from && first + row < length;
+  }
+
+  // Whether this was a tile of many, done at once, in which a thread's sums aren't finite: then
+  // each sequence has to be done alone. All threads ask.
+  __device__ __forceinline__ bool spoilt(bool finite) const {
+    return many > 1 && alone == 0 && __syncthreads_or(!finite);
+  }
+  // The sequence to do alone after this one; 0: none is left.
+  __device__ __forceinline__ int next_alone(const AttentionBatch& p) const {
+    for (int n = alone; n < many; ++n) {
+      if (p.cu_seqlens[batch + n] < p.cu_seqlens[batch + n + 1]) return n + 1;
+    }
+    return 0;
   }
 };
+
+// Whether no sum is NaN or infinite: 0 times those is NaN.
+template<int kCount>
+__device__ __forceinline__ bool all_finite(const float (&sums)[kCount][4]) {
+  float zero = 0.f;
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) zero = fmaf(sums[n][i], 0.f, zero);
+  }
+  return zero == 0.f;
+}
 
 // Tiles of one head of a sequence are neighbours, as they read the same keys. The grid has room for
 // the longest sequence, or for the longest plan; a block without a tile leaves at once, which costs
 // less than what a persistent grid would hold back in registers and in balance.
-__device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p) {
-  const int block = blockIdx.x, tiles = p.n_tiles;
+__device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p, int alone) {
+  const int block = anew(int(blockIdx.x)), tiles = p.n_tiles;
   TilePlace at;
   at.tile = p.tile;
   if (p.tiles) {
@@ -77,7 +113,9 @@ __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p) {
     at.first = entry[1];
     at.many = entry[2];  // 0 beyond the list's end, and so is the length
     at.start = p.cu_seqlens[at.batch];
-    at.length = p.cu_seqlens[at.batch + at.many] - at.start;
+    at.length = p.cu_seqlens[at.batch + (alone ? alone : at.many)] - at.start;
+    if (alone) at.from = p.cu_seqlens[at.batch + alone - 1] - at.start;
+    at.alone = alone;
     return at;
   }
   at.first = block % tiles * kTileRows;
@@ -106,7 +144,8 @@ __device__ __forceinline__ int64_t statistics_of(const AttentionBatch& p, const 
   return at.batch * p.lse_batch + at.head * p.lse_head + at.start + position;
 }
 
-// Which keys count: those from low to high, less what the mask's bits leave out.
+// Which keys count: those from low to high, less what the mask's bits leave out. Of a sequence that
+// is done alone its own: the bits leave out those before it.
 struct Keys {
   int low, high;
   bool masked;
@@ -122,18 +161,24 @@ struct Keys {
   }
 
   // All warps read the mask, once, if there is one; the bytes begin at `shared`.
-  __device__ __forceinline__ Keys(const AttentionBatch& p, const TilePlace& at, int shared)
-      : low(0), high(at.length), masked(p.key_mask), words(shared_memory<unsigned>(shared)) {
+  __device__ __forceinline__ Keys(const AttentionBatch& p, const TilePlace& at, int shared,
+                                  int thread)
+      : low(0),
+        high(at.length),
+        masked(p.key_mask || at.alone),
+        words(shared_memory<unsigned>(shared)) {
     if (!masked) return;
     const Shared<int> ends = shared_memory<int>(shared);
     words = shared_memory<unsigned>(shared + 8 * kAttentionWarps);
     const uint8_t* mask = p.key_mask + at.batch * p.mask_batch;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = thread / 32, lane = thread % 32;
     low = at.length;
     high = 0;
+#pragma unroll 1
     for (int word = warp; word < word_count(at.length); word += kAttentionWarps) {
       const int key = 32 * word + lane;
-      const unsigned bits = __ballot_sync(0xffffffffu, key < at.length && mask[key]);
+      const bool on = key < at.length && (p.key_mask ? mask[key] != 0 : key >= at.from);
+      const unsigned bits = __ballot_sync(0xffffffffu, on);
       if (lane == 0) words.store(word, bits);
       if (bits) {
         low = min(low, 32 * word + __ffs(bits) - 1);
@@ -150,7 +195,7 @@ struct Keys {
       low = min(low, ends.load(2 * other));
       high = max(high, ends.load(2 * other + 1));
     }
-    low = min(low, high);
+    low = at.alone ? 0 : min(low, high);
   }
 
   // Bit b: key position + b counts.
@@ -167,9 +212,9 @@ struct Keys {
 // Rows of a head as copies read them, from `position` on.
 template<class Rows, int kRows, class T>
 __device__ __forceinline__ auto copies_of(const HeadRows<const void>& x, const AttentionBatch& p,
-                                          const TilePlace& at, int position) {
+                                          const TilePlace& at, int position, int thread) {
   using Copies = typename Rows::template Copies<kRows, kAttentionThreads, T>;
-  return Copies(row_of<const T>(x, at, position), x.token, p.head_dim);
+  return Copies(row_of<const T>(x, at, position), x.token, p.head_dim, thread);
 }
 
 // The keys of a block that count, 32 in a word.
@@ -187,7 +232,7 @@ struct KeyBits {
   template<class Copies>
   __device__ __forceinline__ void start(const Copies& copies, Shared<uint4> tile, int block) const {
     copies.start(tile, block, [&](int i, int) {
-      return (words[i / 32] >> Copies::first() >> (i % 32) & 1) != 0;
+      return (words[i / 32] >> copies.first() >> (i % 32) & 1) != 0;
     });
   }
 };
@@ -213,14 +258,21 @@ struct Segment {
 // Which scores dropout keeps. A Philox call serves two queries by four keys with stride 8; the
 // layout is in bertfast/ops/dropout.py.
 struct ScoreDropout {
-  uint2 key;
+  // The seed's halves and the number of the head among all; they wait there, as they are needed for
+  // a moment only in each step.
+  Shared<uint4> kept;
   unsigned site, least;  // least: the threshold in the upper half
 
-  __device__ __forceinline__ ScoreDropout(const AttentionBatch& p, bool drops)
-      : key(make_uint2(0, 0)), site(p.site), least(p.threshold << 16) {
-    if (!drops) return;
+  // Nobody may draw before a barrier.
+  __device__ __forceinline__ ScoreDropout(const AttentionBatch& p, const TilePlace& at, bool drops,
+                                          int tiles_end, int thread)
+      : kept(shared_memory<uint4>(tiles_end + TilePlace::kDropout)),
+        site(p.site),
+        least(p.threshold << 16) {
+    if (!drops || thread != 0) return;
     const uint64_t seed = static_cast<uint64_t>(*p.seed);
-    key = make_uint2(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32));
+    kept.store(0, make_uint4(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32),
+                             at.batch * p.heads + at.head, 0));
   }
 
   // The call that serves a query, and a key.
@@ -229,10 +281,12 @@ struct ScoreDropout {
 
   // Eight draws of 16 bits: queries 0, 8 of the call in words 0-1, 2-3; keys 0, 8, 16, 24 in the
   // two words' halves, low half first.
-  __device__ __forceinline__ uint4 draw(int query_call, int key_call, int batch_head) const {
+  // further: how many heads on from the tile's, as other sequences that share it are.
+  __device__ __forceinline__ uint4 draw(int query_call, int key_call, int further = 0) const {
+    const uint4 of_tile = kept.load(0);
     return philox(make_uint4(static_cast<unsigned>(key_call), static_cast<unsigned>(query_call),
-                             static_cast<unsigned>(batch_head), site),
-                  key);
+                             of_tile.z + static_cast<unsigned>(further), site),
+                  make_uint2(of_tile.x, of_tile.y));
   }
 
   // Compared unsplit: the upper half where it is, the lower one shifted there.
@@ -240,8 +294,8 @@ struct ScoreDropout {
   __device__ __forceinline__ bool keeps_high(unsigned word) const { return word >= least; }
 
   // One score's, where the call's others are of no use.
-  __device__ __forceinline__ bool keeps(int i, int j, int batch_head) const {
-    const uint4 words = draw(query_call(i), key_call(j), batch_head);
+  __device__ __forceinline__ bool keeps(int i, int j, int further) const {
+    const uint4 words = draw(query_call(i), key_call(j), further);
     const unsigned first = j & 16 ? words.y : words.x, second = j & 16 ? words.w : words.z;
     const unsigned word = i & 8 ? second : first;
     return j & 8 ? keeps_high(word) : keeps_low(word);
@@ -256,33 +310,36 @@ struct ManyBits {
   unsigned keep = 0;  // by dropout
 
   static constexpr int kSharedBytes = kAttentionThreads * int(sizeof(uint2));
-  __device__ __forceinline__ void put(int shared) const {
-    shared_memory<uint2>(shared).store(threadIdx.x, make_uint2(same, keep));
+  // Where, from the tiles' end on: beyond the place, and the keys of a sequence done alone.
+  static constexpr int kPlace = TilePlace::kSharedBytes + Keys::shared_bytes(kTileRows);
+  __device__ __forceinline__ void put(int shared, int thread) const {
+    shared_memory<uint2>(shared).store(thread, make_uint2(same, keep));
   }
-  static __device__ __forceinline__ ManyBits get(int shared) {
-    const uint2 bits = shared_memory<uint2>(shared).load(threadIdx.x);
+  static __device__ __forceinline__ ManyBits get(int shared, int thread) {
+    const uint2 bits = shared_memory<uint2>(shared).load(thread);
     return {bits.x, bits.y};
   }
 
   // rows: the positions of the thread's two rows. kKeyRows: rows are keys and columns queries.
   template<bool kDropout, bool kKeyRows>
   static __device__ __forceinline__ ManyBits find(const AttentionBatch& p, const TilePlace& at,
-                                                  const ScoreDropout& dropout, int row0, int row1) {
+                                                  const ScoreDropout& dropout, int row0, int row1,
+                                                  int thread) {
     ManyBits found;
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const int row = r ? row1 : row0;
       const Segment segment(p, at, row);
-      const int batch_head = (at.batch + segment.which) * p.heads + at.head;
+      const int further = segment.which * p.heads;
 #pragma unroll 1
       for (int c = 0; c < 16; ++c) {
-        const int column = c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+        const int column = c / 2 * 8 + thread % 4 * 2 + c % 2;
         const unsigned bit = 1u << (16 * r + c);
         if (column >= segment.origin && column < segment.end) found.same |= bit;
         if constexpr (kDropout) {
           const int mine = row - segment.origin, other = column - segment.origin;
-          const bool kept = kKeyRows ? dropout.keeps(other, mine, batch_head)
-                                     : dropout.keeps(mine, other, batch_head);
+          const bool kept =
+              kKeyRows ? dropout.keeps(other, mine, further) : dropout.keeps(mine, other, further);
           if (kept) found.keep |= bit;
         }
       }
@@ -302,12 +359,13 @@ struct ManyBits {
 // What both kernels with queries as rows do to 32 scores of a row, s[n][i] for n in 0-3: of the
 // keys that don't count they become `masked`.
 __device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned on,
-                                          const TilePlace& at, int many_bits, int group) {
+                                          const TilePlace& at, int many_bits, int group,
+                                          int thread) {
   if (on == 0xffffffffu && at.many == 1) return;
-  const int t = threadIdx.x % 4;
+  const int t = thread % 4;
   unsigned row_on[2] = {on >> (2 * t), on >> (2 * t)};
   if (at.many > 1) {
-    const unsigned same = ManyBits::get(many_bits).same;
+    const unsigned same = ManyBits::get(many_bits, thread).same;
     row_on[0] = ManyBits::of_row(same, 0, group);
     row_on[1] = ManyBits::of_row(same, 1, group);
   }
@@ -322,10 +380,10 @@ __device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned 
 
 // And dropout makes zeros of some. group: how many 32 keys come before.
 __device__ __forceinline__ void drop_keys(float (*s)[4], const ScoreDropout& dropout,
-                                          int query_call, int batch_head, const TilePlace& at,
-                                          int many_bits, int group) {
+                                          int query_call, const TilePlace& at, int many_bits,
+                                          int group, int thread) {
   if (at.many > 1) {
-    const unsigned keep = ManyBits::get(many_bits).keep;
+    const unsigned keep = ManyBits::get(many_bits, thread).keep;
     const unsigned row_keep[2] = {ManyBits::of_row(keep, 0, group),
                                   ManyBits::of_row(keep, 1, group)};
 #pragma unroll
@@ -339,8 +397,8 @@ __device__ __forceinline__ void drop_keys(float (*s)[4], const ScoreDropout& dro
   }
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int key_call = 8 * group + threadIdx.x % 4 * 2 + e;
-    const uint4 words = dropout.draw(query_call, key_call, batch_head);
+    const int key_call = 8 * group + thread % 4 * 2 + e;
+    const uint4 words = dropout.draw(query_call, key_call);
     const unsigned of_row[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -390,8 +448,8 @@ inline dim3 attention_grid(AttentionBatch& p, int before) {
 
 // Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
 inline int attention_bytes(const AttentionBatch& p) {
-  const int more = p.key_mask ? Keys::shared_bytes(p.length) : p.tiles ? ManyBits::kSharedBytes : 0;
-  return TilePlace::kSharedBytes + more;
+  if (p.tiles) return ManyBits::kPlace + ManyBits::kSharedBytes;
+  return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
 }
 
 }  // namespace bertfast

@@ -37,6 +37,17 @@ __device__ __forceinline__ Shared<T> shared_memory(int byte_offset) {
   return {reinterpret_cast<T*>(dynamic_shared_memory + byte_offset)};
 }
 
+// The same value, of which the compiler doesn't know that it is the same in each turn of a loop: so
+// what follows from it is computed in the loop, and keeps no registers over the whole of it.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ float anew(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 #ifdef __CUDACC__  // bindings.cpp includes this header too, and is plain C++
 
 // Launches kernel(params). Returns the launch's error, which the caller must look at.

@@ -11,6 +11,7 @@
 
 namespace bertfast {
 
+// thread: the caller's, of the block.
 template<int kDim>
 struct Tile {
   static_assert(kDim % 32 == 0, "rows are whole groups of four chunks");
@@ -31,14 +32,18 @@ struct Tile {
   struct Copies {
     static constexpr int kStep = kThreads / kLanes;
     static_assert(kRows % kStep == 0 && kStep <= 32, "each thread copies the same number of rows");
+    const int thread;
     const T* from;  // the thread's first chunk of its first row
     int stride;     // between rows
     int columns;    // of a row; up to kDim there are zeros
 
-    __device__ __forceinline__ Copies(const T* rows, int stride, int columns)
-        : from(rows + int64_t(first()) * stride + 8 * lane()), stride(stride), columns(columns) {}
-    static __device__ __forceinline__ int first() { return threadIdx.x / kLanes; }
-    static __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
+    __device__ __forceinline__ Copies(const T* rows, int stride, int columns, int thread)
+        : thread(thread),
+          from(rows + int64_t(first()) * stride + 8 * lane()),
+          stride(stride),
+          columns(columns) {}
+    __device__ __forceinline__ int first() const { return thread / kLanes; }
+    __device__ __forceinline__ int lane() const { return thread % kLanes; }
 
     // Starts copying the rows of a block: row r = first() + i if inside(i, r), else zeros.
     template<class Inside>
@@ -74,8 +79,8 @@ struct Tile {
 
   // The A fragment (16 x 16) of rows from `row` and columns from 16 k.
   static __device__ __forceinline__ void load_a(unsigned (&a)[4], Shared<uint4> tile, int row,
-                                                int k) {
-    const int lane = threadIdx.x % 32;
+                                                int k, int thread) {
+    const int lane = thread % 32;
     ldmatrix(a, tile, place(row + lane % 16, 2 * k + lane / 16));
   }
 
@@ -83,23 +88,23 @@ struct Tile {
   // `row`, rows are the columns from 16 k. b[0], b[1] are the first eight's, b[2], b[3] the
   // others'.
   static __device__ __forceinline__ void load_b(unsigned (&b)[4], Shared<uint4> tile, int row,
-                                                int k) {
-    const int lane = threadIdx.x % 32;
+                                                int k, int thread) {
+    const int lane = thread % 32;
     ldmatrix(b, tile, place(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
   }
 
   // Two B fragments for products with the tile itself: rows are the 16 rows from `row`, columns
   // those from 16 n.
   static __device__ __forceinline__ void load_b_trans(unsigned (&b)[4], Shared<uint4> tile, int row,
-                                                      int n) {
-    const int lane = threadIdx.x % 32;
+                                                      int n, int thread) {
+    const int lane = thread % 32;
     ldmatrix_trans(b, tile, place(row + lane % 16, 2 * n + lane / 16));
   }
 
   // Where lane l % 4 of four finds the i-th of its chunks of a row. Of wide rows odd ones take
   // pairs of fours in the other order, lest two rows read the same banks.
-  static __device__ __forceinline__ int quad_chunk(int row, int i) {
-    return threadIdx.x % 4 + 4 * (i ^ (kWide ? row & 1 : 0));
+  static __device__ __forceinline__ int quad_chunk(int row, int i, int thread) {
+    return thread % 4 + 4 * (i ^ (kWide ? row & 1 : 0));
   }
 
   // Rounds 16 rows of sums, times their factor (rows g, and g + 8), and writes them to rows from
@@ -108,9 +113,9 @@ struct Tile {
   template<class T, class Target, class Inside, class Counts>
   static __device__ __forceinline__ void store(Shared<uint4> tile, const float (&sums)[kDim / 8][4],
                                                float factor0, float factor1, T* to, int stride,
-                                               int columns, Target target, Inside inside,
-                                               Counts counts) {
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+                                               int columns, int thread, Target target,
+                                               Inside inside, Counts counts) {
+    const int lane = thread % 32, first = thread / 32 * 16;
     const Shared<unsigned> pairs = as_pairs(tile);
 #pragma unroll
     for (int n = 0; n < kChunks; ++n) {

@@ -87,7 +87,13 @@ inline unsigned vote(const char* name, unsigned mask, bool predicate, Site site)
 }  // namespace bertfast
 
 inline void __syncthreads(bertfast::host::Site site = bertfast::host::Site::here()) {
-  bertfast::host::block_barrier(site);
+  bertfast::host::block_barrier("__syncthreads", site);
+}
+
+// Whether the predicate is true in any of the block's threads.
+inline int __syncthreads_or(int predicate,
+                            bertfast::host::Site site = bertfast::host::Site::here()) {
+  return bertfast::host::block_barrier("__syncthreads_or", site, predicate != 0);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu,

@@ -38,6 +38,13 @@ struct Call {
 
 }  // namespace host
 
+inline int anew(int value) {
+  return value;
+}
+inline float anew(float value) {
+  return value;
+}
+
 // Runs kernel(params) to its end. Returns CUDA's error for arguments that CUDA refuses; throws what
 // the kernel did wrong.
 template<class Params>

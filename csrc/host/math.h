@@ -37,6 +37,11 @@ inline int __clz(int bits) {
   return bits ? __builtin_clz(unsigned(bits)) : 32;
 }
 
+// Rounded by itself: the compiler may not make one multiply-add of it and a sum.
+inline float __fmul_rn(float x, float y) {
+  return x * y;
+}
+
 template<class T>
 T __ldg(const T* address) {
   return *address;

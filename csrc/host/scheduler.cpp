@@ -82,6 +82,9 @@ Fiber launcher;
 int thread_count;
 int current;
 int at_barrier;
+const char* barrier_name;  // of the call that threads are arriving at
+bool any_at_barrier;       // of what those passed who have arrived
+bool any_at_last_one;  // the same of the barrier before: its result, until everybody has left it
 int returned_count;
 std::exception_ptr first_error;
 void (*body)(const void*);
@@ -188,7 +191,7 @@ void check_nobody_waits_for(int thread) {
   for (int i = 0; i < thread_count; ++i) {
     const Thread& other = threads[size_t(i)];
     if (!other.waits_at) continue;
-    bool for_block = std::strcmp(other.waits_at, "__syncthreads") == 0;
+    bool for_block = std::strncmp(other.waits_at, "__syncthreads", 13) == 0;
     if (!for_block && i / warpSize != warp) continue;
     fail(thread_name(thread) + " returned, but " + (for_block ? "every thread" : "every lane") +
          " must reach the call where others wait:" + who_waits_where());
@@ -264,6 +267,7 @@ void run_block(void (*new_body)(const void*), const void* argument) {
   body_argument = argument;
   thread_count = int(blockDim.x * blockDim.y * blockDim.z);
   at_barrier = 0;
+  any_at_barrier = false;
   returned_count = 0;
   first_error = nullptr;
   while (int(threads.size()) < thread_count) {
@@ -299,21 +303,30 @@ void run_block(void (*new_body)(const void*), const void* argument) {
   }
 }
 
-void block_barrier(Site site) {
+bool block_barrier(const char* name, Site site, bool predicate) {
   if (returned_count > 0) {
-    fail(call_name("__syncthreads", site) + " reached by " + thread_name(current) + " after " +
+    fail(call_name(name, site) + " reached by " + thread_name(current) + " after " +
          thread_name(first_returned(0, thread_count)) + " has returned");
   }
+  if (at_barrier > 0 && std::strcmp(name, barrier_name) != 0) {
+    fail(call_name(name, site) + " reached by " + thread_name(current) +
+         " while other threads of its block wait elsewhere:" + who_waits_where());
+  }
+  barrier_name = name;
+  any_at_barrier |= predicate;
   Thread& me = threads[size_t(current)];
   if (++at_barrier < thread_count) {
-    wait(me, "__syncthreads", site);
-    return;
+    wait(me, name, site);
+    return any_at_last_one;
   }
   at_barrier = 0;
+  any_at_last_one = any_at_barrier;
+  any_at_barrier = false;
   race_check::order_block();
   banks::close_block();
   release(0, thread_count);
   go_on(me);
+  return any_at_last_one;
 }
 
 void warp_collective(const char* name, Site site, void* lane_data, Collective compute,

@@ -45,8 +45,9 @@ int current_thread();
 std::string thread_name(int thread);
 std::string block_name();
 
-// __syncthreads: waits for every thread of the block.
-void block_barrier(Site site);
+// __syncthreads and its relatives: waits for every thread of the block. Returns whether any of them
+// passed true.
+bool block_barrier(const char* name, Site site, bool predicate = false);
 
 // Waits for every lane of the warp, then calls compute(lane_data, lanes) once, where lane_data[i]
 // is what lane i passed: its operands, and room for its results. It stays valid, since a lane that

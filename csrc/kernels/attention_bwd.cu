@@ -58,21 +58,23 @@ __device__ __forceinline__ float dot8(uint4 a, uint4 b) {
   return sum;
 }
 
+// A tile of queries, or of a shared one the sequence that is to be done alone; returns which one is
+// next.
 template<class T, int kDim, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlocks)
-    attention_backward_dq_kernel(AttentionBackward p) {
+__device__ __forceinline__ int dq_tile(const AttentionBackward& p, int alone) {
   using Shape = Backward<kDim>;
   using Rows = Tile<kDim>;
   constexpr int kKeys = Shape::kKeys;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = anew(int(threadIdx.x)) & (kAttentionThreads - 1);
+  const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
   // 1. where the tile lies, which keys count
-  TilePlace at = find_tile(p.batch);
-  if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kKeyTileBytes + TilePlace::kSharedBytes);
+  TilePlace at = find_tile(p.batch, alone);
+  if (at.first >= at.length && !p.batch.key_mask) return 0;
+  const Keys keys(p.batch, at, Shape::kKeyTileBytes + TilePlace::kSharedBytes, thread);
   if (kDropout) at.first -= -keys.low & 15;  // as in the forward
-  if (at.first >= at.length) return;
-  at.put(Shape::kKeyTileBytes);
+  if (at.first >= at.length) return 0;
+  at.put(Shape::kKeyTileBytes, thread);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
   // 2. copy q and dout, into the second stage, and the first block of keys and values
@@ -80,26 +82,30 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
     return shared_memory<uint4>(((block & 1) * 2 + part) * Shape::kKeyBytes);
   };
   const auto tile_row = [&](int, int row) { return at.inside(row); };
-  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1, 0), 0, tile_row);
-  copies_of<Rows, kTileRows, T>(p.dout, p.batch, at, at.first).start(stage(1, 1), 0, tile_row);
+  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first, thread).start(stage(1, 0), 0, tile_row);
+  copies_of<Rows, kTileRows, T>(p.dout, p.batch, at, at.first, thread)
+      .start(stage(1, 1), 0, tile_row);
   cp_async_commit();
-  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low);
-  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low);
+  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low, thread);
+  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low, thread);
   KeyBits<kKeys> next(keys, 0);
   if (blocks > 0) {
     next.start(k_copies, stage(0, 0), 0);
     next.start(v_copies, stage(0, 1), 0);
   }
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, kDropout);
-  constexpr int kManyBits = Shape::kKeyTileBytes + TilePlace::kSharedBytes;
+  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kKeyTileBytes, thread);
+  constexpr int kManyBits = Shape::kKeyTileBytes + ManyBits::kPlace;
   if (at.many > 1) {
+    if (kDropout) __syncthreads();  // what draws need is there
     const int row = 16 * warp + g;
-    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8).put(kManyBits);
+    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8, thread)
+        .put(kManyBits, thread);
   }
 
   // 3. delta, a row by four lanes, while they wait; lse
-  const float inverse_keep = p.batch.keep_scale > 0.f ? 1.f / p.batch.keep_scale : 0.f;
+  const float keep_scale = anew(p.batch.keep_scale);
+  const float inverse_keep = keep_scale > 0.f ? 1.f / keep_scale : 0.f;
   uint4 out[2][kDim / 32] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -109,8 +115,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
         reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
-      if (8 * Rows::quad_chunk(row, i) < p.batch.head_dim) {
-        out[r][i] = __ldg(chunks + Rows::quad_chunk(row, i));
+      if (8 * Rows::quad_chunk(row, i, thread) < p.batch.head_dim) {
+        out[r][i] = __ldg(chunks + Rows::quad_chunk(row, i, thread));
       }
     }
   }
@@ -123,7 +129,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
-      sum += dot8<T>(out[r][i], stage(1, 1).load(Rows::place(row, Rows::quad_chunk(row, i))));
+      sum +=
+          dot8<T>(out[r][i], stage(1, 1).load(Rows::place(row, Rows::quad_chunk(row, i, thread))));
     }
     delta[r] = lane_sum<4>(sum) * inverse_keep;
     lse[r] = 0.f;
@@ -136,13 +143,12 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   unsigned q[kDim / 16][4], dout[kDim / 16][4];
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
-    Rows::load_a(q[k], stage(1, 0), 16 * warp, k);
-    Rows::load_a(dout[k], stage(1, 1), 16 * warp, k);
+    Rows::load_a(q[k], stage(1, 0), 16 * warp, k, thread);
+    Rows::load_a(dout[k], stage(1, 1), 16 * warp, k, thread);
   }
 
   // 4. over the keys
   const float c = p.batch.scale * kLog2E;
-  const int batch_head = at.batch * p.batch.heads + at.head;
   const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * warp + g);
   float dq[kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -167,10 +173,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           unsigned b[4];
-          Rows::load_b(b, stage(block, 0), 32 * half + 16 * n, k);
+          Rows::load_b(b, stage(block, 0), 32 * half + 16 * n, k, thread);
           mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
           mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
-          Rows::load_b(b, stage(block, 1), 32 * half + 16 * n, k);
+          Rows::load_b(b, stage(block, 1), 32 * half + 16 * n, k, thread);
           mma_m16n8k16<T>(dp[2 * n], dout[k], b[0], b[1]);
           mma_m16n8k16<T>(dp[2 * n + 1], dout[k], b[2], b[3]);
         }
@@ -186,11 +192,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
       const unsigned bits = kDim == 128 ? keys.bits(keys.low + 32 * group)
                             : half      ? on.words[1]
                                         : on.words[0];
-      mask_keys(s, 0.f, bits, at, kManyBits, group);
+      mask_keys(s, 0.f, bits, at, kManyBits, group, thread);
 
       // 4c. dropout
       if constexpr (kDropout) {
-        drop_keys(dp, dropout, query_call, batch_head, at, kManyBits, group);
+        drop_keys(dp, dropout, query_call, at, kManyBits, group, thread);
       }
 
       // 4d. dq += ds k
@@ -206,7 +212,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
 #pragma unroll
         for (int n = 0; n < kDim / 16; ++n) {
           unsigned b[4];
-          Rows::load_b_trans(b, stage(block, 0), 32 * half + 16 * k, n);
+          Rows::load_b_trans(b, stage(block, 0), 32 * half + 16 * k, n, thread);
           mma_m16n8k16<T>(dq[2 * n], a, b[0], b[1]);
           mma_m16n8k16<T>(dq[2 * n + 1], a, b[2], b[3]);
         }
@@ -215,13 +221,27 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlock
   }
   cp_async_wait<0>();
 
-  // 5. scale and write, by way of the stage that nobody reads any more
-  const float factor = p.batch.scale * p.batch.keep_scale;
+  // 5. scale and write, by way of the stage that nobody reads any more, unless somebody's NaN or
+  // infinity is in others' sums
   const TilePlace to = TilePlace::get(p.batch, Shape::kKeyTileBytes);
+  if (to.spoilt(all_finite(dq))) return to.next_alone(p.batch);
+  const float factor = anew(p.batch.scale) * p.batch.keep_scale;
   Rows::store(
       stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
-      p.batch.head_dim, [](int row) { return row; }, [&](int row) { return to.inside(row); },
-      [](int) { return true; });
+      p.batch.head_dim, thread, [](int row) { return row; },
+      [&](int row) { return to.inside(row); }, [](int) { return true; });
+  if (to.alone == 0) return 0;
+  __syncthreads();  // the next one overwrites what others may still read
+  return to.next_alone(p.batch);
+}
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlocks)
+    attention_backward_dq_kernel(AttentionBackward p) {
+  int alone = 0;
+  do {
+    alone = dq_tile<T, kDim, kDropout>(p, alone);
+  } while (alone > 0);
 }
 
 // The key of a row of the second kernel's tile. A Philox call serves keys 0, 8, 16, 24 of 32, and a
@@ -236,10 +256,10 @@ __device__ __forceinline__ int key_of_row(int row) {
 // further on (b): keys in the halves of word [e][b]. Lanes with g < 4 draw for e = 0 and the others
 // for e = 1, and they exchange the halves that belong to the other's keys.
 __device__ __forceinline__ void share_draws(unsigned (&words)[2][2], const ScoreDropout& dropout,
-                                            int first_query, int key_call, int batch_head) {
-  const int lane = threadIdx.x % 32, e = lane / 16;
+                                            int first_query, int key_call, int thread) {
+  const int lane = thread % 32, e = lane / 16;
   const int query = first_query + lane % 4 * 2 + e;
-  const uint4 drawn = dropout.draw(ScoreDropout::query_call(query), key_call, batch_head);
+  const uint4 drawn = dropout.draw(ScoreDropout::query_call(query), key_call);
   const unsigned of_query[2][2] = {{drawn.x, drawn.y}, {drawn.z, drawn.w}};
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
@@ -253,23 +273,24 @@ __device__ __forceinline__ void share_draws(unsigned (&words)[2][2], const Score
   }
 }
 
+// The same of a tile of keys.
 template<class T, int kDim, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
-    attention_backward_dkv_kernel(AttentionBackward p) {
+__device__ __forceinline__ int dkv_tile(const AttentionBackward& p, int alone) {
   using Shape = Backward<kDim>;
   using Rows = Tile<kDim>;
   constexpr int kQueries = Shape::kQueries;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = anew(int(threadIdx.x)) & (kAttentionThreads - 1);
+  const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
   // 1. where the tile lies, which of its keys count
-  TilePlace at = find_tile(p.batch);
-  if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kQueryTileBytes + TilePlace::kSharedBytes);
+  TilePlace at = find_tile(p.batch, alone);
+  if (at.first >= at.length && !p.batch.key_mask) return 0;
+  const Keys keys(p.batch, at, Shape::kQueryTileBytes + TilePlace::kSharedBytes, thread);
   if (kDropout) at.first -= -keys.low & 31;  // a call serves keys of one 32 from the first on
-  if (at.first >= at.length) return;
+  if (at.first >= at.length) return 0;
   at.low_keys = at.first < 0 ? keys.bits(0) << -at.first : keys.bits(at.first);  // from -31 on
   at.high_keys = keys.bits(at.first + 32);
-  at.put(Shape::kQueryTileBytes);
+  at.put(Shape::kQueryTileBytes, thread);
   // Queries come in blocks of 16 from the first key, as in the other kernels.
   const int first_query = kDropout ? -(-keys.low & 15) : 0;
   const bool any = (at.low_keys | at.high_keys) != 0;
@@ -286,23 +307,23 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   const Shared<uint4> v_tile =
       Shape::kInRegisters ? stage(1, 1) : shared_memory<uint4>(Shape::kOwnBytes);
   const auto key_on = [&](int key) { return at.counts(key); };
-  copies_of<Rows, kTileRows, T>(p.k, p.batch, at, at.first)
+  copies_of<Rows, kTileRows, T>(p.k, p.batch, at, at.first, thread)
       .start_permuted(k_tile, key_of_row, key_on);
-  copies_of<Rows, kTileRows, T>(p.v, p.batch, at, at.first)
+  copies_of<Rows, kTileRows, T>(p.v, p.batch, at, at.first, thread)
       .start_permuted(v_tile, key_of_row, key_on);
   cp_async_commit();
-  const auto q_copies = copies_of<Rows, kQueries, T>(p.q, p.batch, at, first_query);
-  const auto dout_copies = copies_of<Rows, kQueries, T>(p.dout, p.batch, at, first_query);
+  const auto q_copies = copies_of<Rows, kQueries, T>(p.q, p.batch, at, first_query, thread);
+  const auto dout_copies = copies_of<Rows, kQueries, T>(p.dout, p.batch, at, first_query, thread);
   const float2* const statistics_from = p.statistics + statistics_of(p.batch, at, first_query);
   const auto load_block = [&](int block) {
     // Beyond the sequence everything is zero, lse and delta too: p is 1, and its products are zero.
-    const int first = first_query + block * kQueries;
+    const int first = first_query - at.from + block * kQueries;
     const auto inside = [&](int, int row) {
-      return static_cast<unsigned>(first + row) < static_cast<unsigned>(at.length);
+      return static_cast<unsigned>(first + row) < static_cast<unsigned>(at.length - at.from);
     };
     q_copies.start(stage(block, 0), block, inside);
     dout_copies.start(stage(block, 1), block, inside);
-    const int row = threadIdx.x;
+    const int row = thread;
     if (row < kQueries) {
       cp_async(shared_memory<float2>(Shape::kStatistics), (block & 1) * kQueries + row,
                statistics_from + block * kQueries + row, inside(0, row));
@@ -310,12 +331,14 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   };
   if (blocks > 0) load_block(0);
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, kDropout);
+  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kQueryTileBytes, thread);
   const int my_key = key_of_row(16 * warp + g);
-  constexpr int kManyBits = Shape::kQueryTileBytes + TilePlace::kSharedBytes;
+  constexpr int kManyBits = Shape::kQueryTileBytes + ManyBits::kPlace;
   if (at.many > 1) {
+    if (kDropout) __syncthreads();  // what draws need is there
     const int other_key = key_of_row(16 * warp + g + 8);
-    ManyBits::find<kDropout, true>(p.batch, at, dropout, my_key, other_key).put(kManyBits);
+    ManyBits::find<kDropout, true>(p.batch, at, dropout, my_key, other_key, thread)
+        .put(kManyBits, thread);
   }
   cp_async_wait<1>();
   __syncthreads();
@@ -324,14 +347,13 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   if constexpr (Shape::kInRegisters) {
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      Rows::load_a(k_held[k], k_tile, 16 * warp, k);
-      Rows::load_a(v_held[k], v_tile, 16 * warp, k);
+      Rows::load_a(k_held[k], k_tile, 16 * warp, k, thread);
+      Rows::load_a(v_held[k], v_tile, 16 * warp, k, thread);
     }
   }
 
   // 3. over the queries
   const float c = p.batch.scale * kLog2E;
-  const int batch_head = at.batch * p.batch.heads + at.head;
   const int key_call = ScoreDropout::key_call(at.first - keys.low + my_key);
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -352,15 +374,15 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = held[k][i];
           } else {
-            Rows::load_a(a, tile, 16 * warp, k);
+            Rows::load_a(a, tile, 16 * warp, k, thread);
           }
         };
         own_rows(k_held, k_tile);
-        Rows::load_b(b, stage(block, 0), 16 * step, k);
+        Rows::load_b(b, stage(block, 0), 16 * step, k, thread);
         mma_m16n8k16<T>(s[0], a, b[0], b[1]);
         mma_m16n8k16<T>(s[1], a, b[2], b[3]);
         own_rows(v_held, v_tile);
-        Rows::load_b(b, stage(block, 1), 16 * step, k);
+        Rows::load_b(b, stage(block, 1), 16 * step, k, thread);
         mma_m16n8k16<T>(dp[0], a, b[0], b[1]);
         mma_m16n8k16<T>(dp[1], a, b[2], b[3]);
       }
@@ -379,7 +401,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
       }
       const int columns = block * kQueries / 8 + 2 * step;  // so far, in eights
       if (at.many > 1) {
-        const unsigned same = ManyBits::get(kManyBits).same >> (2 * columns);
+        const unsigned same = ManyBits::get(kManyBits, thread).same >> (2 * columns);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -395,14 +417,14 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
       if constexpr (kDropout) {
         if (at.many > 1) {
           // Draws that give the bits: the largest, or zero.
-          const unsigned keep = ManyBits::get(kManyBits).keep >> (2 * columns);
+          const unsigned keep = ManyBits::get(kManyBits, thread).keep >> (2 * columns);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             words[i % 2][i / 2] = (keep >> i & 0x10001u) * 0xffffu;
           }
         } else {
           share_draws(words, dropout, first_query - keys.low + block * kQueries + 16 * step,
-                      key_call, batch_head);
+                      key_call, thread);
         }
       }
 #pragma unroll
@@ -427,10 +449,10 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         unsigned b[4];
-        Rows::load_b_trans(b, stage(block, 1), 16 * step, n);
+        Rows::load_b_trans(b, stage(block, 1), 16 * step, n, thread);
         mma_m16n8k16<T>(dv[2 * n], p_operand, b[0], b[1]);
         mma_m16n8k16<T>(dv[2 * n + 1], p_operand, b[2], b[3]);
-        Rows::load_b_trans(b, stage(block, 0), 16 * step, n);
+        Rows::load_b_trans(b, stage(block, 0), 16 * step, n, thread);
         mma_m16n8k16<T>(dk[2 * n], ds_operand, b[0], b[1]);
         mma_m16n8k16<T>(dk[2 * n + 1], ds_operand, b[2], b[3]);
       }
@@ -438,16 +460,30 @@ __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
   }
   cp_async_wait<0>();
 
-  // 4. scale and write; a key that doesn't count gets exact zeros
+  // 4. scale and write, unless somebody's NaN or infinity is in others' sums; a key that doesn't
+  // count gets exact zeros
   const TilePlace to = TilePlace::get(p.batch, Shape::kQueryTileBytes);
+  if (to.spoilt(all_finite(dk) && all_finite(dv))) return to.next_alone(p.batch);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
-  const float dk_factor = p.batch.scale * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
+  const float dk_factor = anew(p.batch.scale) * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
   Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
-              p.batch.head_dim, key_of_row, inside, counts);
+              p.batch.head_dim, thread, key_of_row, inside, counts);
   __syncwarp();
   Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, to, to.first), p.dv.token,
-              p.batch.head_dim, key_of_row, inside, counts);
+              p.batch.head_dim, thread, key_of_row, inside, counts);
+  if (to.alone == 0) return 0;
+  __syncthreads();  // the next one overwrites what others may still read
+  return to.next_alone(p.batch);
+}
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
+    attention_backward_dkv_kernel(AttentionBackward p) {
+  int alone = 0;
+  do {
+    alone = dkv_tile<T, kDim, kDropout>(p, alone);
+  } while (alone > 0);
 }
 
 }  // namespace

@@ -10,9 +10,12 @@
 // Scores become an operand where they are, as the fragments of a sum and of an operand are the
 // same.
 //
-// The online softmax: m is the largest score of a row so far, l the sum of exp2(c (s - m)) with
-// c = scale * log2 e, and the sums hold the sum of exp2(c (s - m)) v; when m grows both are scaled
-// down. A negative scale is taken to q's sign. Dropout acts on what goes into the sums, not on l.
+// The online softmax: with c = scale * log2 e, m is the largest c * score of a row so far, rounded;
+// l is the sum of exp2(c s - m), and the sums hold the sum of exp2(c s - m) v. When m grows both
+// are scaled down by exp2 of the difference of the two m. The product is rounded before anything is
+// subtracted from it: were it the exact one here and the rounded one there, as by a fused
+// multiply-add, large scores would scale by the rounding error. A negative scale is taken to q's
+// sign. Dropout acts on what goes into the sums, not on l.
 //
 // Moves 4 values an element of q (q, k, v read; out written) where a tile holds all queries of a
 // sequence, and 2 + 2 * tiles where it doesn't, mostly from the second-level cache.
@@ -36,22 +39,23 @@ struct Forward {
   static constexpr int kBlocks = blocks_that_fit(kTileBytes, kDim == 32 ? 4 : kDim < 128 ? 3 : 2);
 };
 
+// A tile, or of a shared one the sequence that is to be done alone; returns which one is next.
 template<class T, int kDim, bool kDropout>
-__global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
-    attention_forward_kernel(AttentionForward p) {
+__device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone) {
   using Shape = Forward<kDim>;
   using Rows = Tile<kDim>;
   constexpr int kKeys = Shape::kKeys;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int thread = anew(int(threadIdx.x)) & (kAttentionThreads - 1);
+  const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
   // 1. where the tile lies, which keys count
-  TilePlace at = find_tile(p.batch);
-  if (at.first >= at.length && !p.batch.key_mask) return;
-  const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes);
+  TilePlace at = find_tile(p.batch, alone);
+  if (at.first >= at.length && !p.batch.key_mask) return 0;
+  const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
   // Dropout counts from the first key that counts: fragments must start at multiples of 16 from it.
   if (kDropout) at.first -= -keys.low & 15;
-  if (at.first >= at.length) return;
-  at.put(Shape::kTileBytes);
+  if (at.first >= at.length) return 0;
+  at.put(Shape::kTileBytes, thread);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
   // 2. copy the queries, into the second stage, and the first block of keys and values
@@ -62,21 +66,23 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     return shared_memory<uint4>((block & 1) * Shape::kStageBytes + Shape::kKeyBytes);
   };
   const auto tile_row = [&](int, int row) { return at.inside(row); };
-  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first).start(stage(1), 0, tile_row);
+  copies_of<Rows, kTileRows, T>(p.q, p.batch, at, at.first, thread).start(stage(1), 0, tile_row);
   cp_async_commit();
-  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low);
-  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low);
+  const auto k_copies = copies_of<Rows, kKeys, T>(p.k, p.batch, at, keys.low, thread);
+  const auto v_copies = copies_of<Rows, kKeys, T>(p.v, p.batch, at, keys.low, thread);
   KeyBits<kKeys> next(keys, 0);
   if (blocks > 0) {
     next.start(k_copies, stage(0), 0);
     next.start(v_copies, value_stage(0), 0);
   }
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, kDropout);
-  constexpr int kManyBits = Shape::kTileBytes + TilePlace::kSharedBytes;
+  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kTileBytes, thread);
+  constexpr int kManyBits = Shape::kTileBytes + ManyBits::kPlace;
   if (at.many > 1) {
+    if (kDropout) __syncthreads();  // what draws need is there
     const int row = 16 * warp + g;
-    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8).put(kManyBits);
+    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8, thread)
+        .put(kManyBits, thread);
   }
   cp_async_wait<1>();
   __syncthreads();
@@ -84,14 +90,13 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   const unsigned sign = p.batch.scale < 0.f ? 0x80008000u : 0u;
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
-    Rows::load_a(q[k], stage(1), 16 * warp, k);
+    Rows::load_a(q[k], stage(1), 16 * warp, k, thread);
 #pragma unroll
     for (int i = 0; i < 4; ++i) q[k][i] ^= sign;
   }
 
   // 3. over the keys
   const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
-  const int batch_head = at.batch * p.batch.heads + at.head;
   const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * warp + g);
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
   float sums[kDim / 8][4] = {};
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         unsigned b[4];
-        Rows::load_b(b, stage(block), 16 * n, k);
+        Rows::load_b(b, stage(block), 16 * n, k, thread);
         mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
         mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
       }
@@ -122,25 +127,25 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
       const int group = block * kKeys / 32 + half;
-      mask_keys(s + 4 * half, -INFINITY, on.words[half], at, kManyBits, group);
+      mask_keys(s + 4 * half, -INFINITY, on.words[half], at, kManyBits, group, thread);
     }
 
     // 3b. probabilities
     bool grows = false;
-    float shift[2], alpha[2];
+    float used[2], alpha[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float highest = m[r];
+      float highest = -INFINITY;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
         highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       }
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+      highest = fmaxf(m[r], __fmul_rn(highest, c));
       // A row that has seen no key yet is all -inf: any finite m serves it.
-      const float used = highest == -INFINITY ? 0.f : highest;
-      shift[r] = -used * c;
-      alpha[r] = exp2_approx(fmaf(m[r], c, shift[r]));
+      used[r] = highest == -INFINITY ? 0.f : highest;
+      alpha[r] = exp2_approx(m[r] - used[r]);
       grows |= highest != m[r];
       m[r] = highest;
       l[r] *= alpha[r];
@@ -149,11 +154,11 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(fmaf(s[n][i], c, shift[i / 2]));
+        s[n][i] = exp2_approx(fmaf(s[n][i], c, -used[i / 2]));
         l[i / 2] += s[n][i];
       }
     }
-    // After a few blocks m hardly grows.
+    // After a few blocks m hardly grows; then alpha is 1.
     if (block > 0 && __any_sync(0xffffffffu, grows)) {
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -167,7 +172,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
       for (int half = 0; half < kKeys / 32; ++half) {
         const int group = block * kKeys / 32 + half;
-        drop_keys(s + 4 * half, dropout, query_call, batch_head, at, kManyBits, group);
+        drop_keys(s + 4 * half, dropout, query_call, at, kManyBits, group, thread);
       }
     }
 
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         unsigned b[4];
-        Rows::load_b_trans(b, value_stage(block), 16 * k, n);
+        Rows::load_b_trans(b, value_stage(block), 16 * k, n, thread);
         mma_m16n8k16<T>(sums[2 * n], a, b[0], b[1]);
         mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
       }
@@ -187,8 +192,9 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
   }
   cp_async_wait<0>();
 
-  // 4. normalise and write
+  // 4. normalise and write, unless somebody's NaN or infinity is in others' sums
   const TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
+  if (to.spoilt(all_finite(sums))) return to.next_alone(p.batch);
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -197,15 +203,26 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     factor[r] = empty ? 0.f : p.batch.keep_scale / l[r];
     const int row = 16 * warp + g + 8 * r;
     if (p.lse && t == 0 && to.inside(row)) {
-      p.lse[statistics_of(p.batch, to, to.first + row)] =
-          empty ? 0.f : fmaf(m[r], c, log2_approx(l[r]));
+      p.lse[statistics_of(p.batch, to, to.first + row)] = empty ? 0.f : m[r] + log2_approx(l[r]);
     }
   }
   // Nobody reads the stage that comes next any more.
   Rows::store(
       stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, to, to.first), p.out.token,
-      p.batch.head_dim, [](int row) { return row; }, [&](int row) { return to.inside(row); },
-      [](int) { return true; });
+      p.batch.head_dim, thread, [](int row) { return row; },
+      [&](int row) { return to.inside(row); }, [](int) { return true; });
+  if (to.alone == 0) return 0;
+  __syncthreads();  // the next one overwrites what others may still read
+  return to.next_alone(p.batch);
+}
+
+template<class T, int kDim, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
+    attention_forward_kernel(AttentionForward p) {
+  int alone = 0;
+  do {
+    alone = forward_tile<T, kDim, kDropout>(p, alone);
+  } while (alone > 0);
 }
 
 }  // namespace

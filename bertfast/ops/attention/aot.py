@@ -107,6 +107,7 @@ def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) 
         threads,
         elements=chosen.block_m * columns / threads,
         loop=not values["SINGLE"],
+        again=bool(tile),
         scalar_stores=1,
     )
     return TritonCase(kernel, arguments, chosen.num_warps, described)
@@ -136,8 +137,9 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     in_stage, at_a_time = _cuda_keys_at_a_time(kernel, head_dim)
     row_bytes = 2 * head_dim
     shared = _STAGES * 2 * in_stage * row_bytes
-    # Where the tile lies, and what threads know of a shared one. A key mask adds a bit a key.
-    shared += 32 + 8 * 32 * _CUDA_WARPS
+    # Where the tile lies, and of a shared one its keys and what threads know of it. A key mask adds
+    # a bit a key.
+    shared += 64 + 4 * (2 * _CUDA_WARPS + 6) + 8 * 32 * _CUDA_WARPS
     if kernel == "attention_backward_dkv_kernel":
         shared += _STAGES * in_stage * 8  # lse and delta
         shared += 2 * 16 * _CUDA_WARPS * row_bytes if head_dim > 64 else 0
@@ -147,6 +149,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         threads=32 * _CUDA_WARPS,
         elements=16 * at_a_time / 32,
         loop=True,
+        again=True,
         scalar_loads=1 if kernel == "attention_backward_dkv_kernel" else 0,  # lse with delta
         dynamic_shared=shared,
     )
