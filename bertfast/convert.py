@@ -24,9 +24,9 @@ def optimize(
     """Makes the BERT-like encoders in a model run on bertfast's kernels, in place; returns it.
 
     backend: as in `bertfast.ops`. packed: compute nothing for padding, where nobody can see the
-    difference; a model for question answering keeps its padding, which its softmax reads, unless
-    packed is "always". Where padding was taken out, the encoder's output repeats its row's first
-    token (in torch.nn's encoders it is zero, as in torch's own eval).
+    difference. "always": also in question answering, whose softmax reads it, and where the masked
+    tokens are not the padding token. Where padding was taken out, the encoder's output repeats its
+    row's first token (in torch.nn's encoders it is zero, as in torch's own eval).
     strict: raise ValueError if nothing in the model could be converted, or if a model of a known
     family couldn't. Call it again to change these.
     """
@@ -40,7 +40,7 @@ def optimize(
     readers = {} if packed == "always" else _readers_of_padding(model)
     for module in model.modules():
         keep_padding = readers.get(id(module)) if packed else "packed=False"
-        settings = Settings(backend, keep_padding)
+        settings = Settings(backend, keep_padding, packed == "always")
         if is_swapped(module):
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()

@@ -17,6 +17,7 @@ KEPT = ATTRIBUTE + "_kept"  # why its last batch with padding kept it, for repor
 class Settings:
     backend: str
     keep_padding: str | None = None  # the reason; None: it is taken out
+    always: bool = False  # the caller says that all that is masked is padding
 
     @property
     def packed(self) -> bool:

@@ -57,6 +57,15 @@ def test_without_a_padding_token_nothing_can_be_told():
     assert "config.pad_token_id" in notes(fused)
 
 
+def test_always_takes_out_all_that_is_masked():
+    _, fused = both()
+    bertfast.optimize(fused, packed="always")
+    inputs = batch(pad=4)
+    assert packs(fused, inputs)
+    fused.config.pad_token_id = None
+    assert packs(fused, inputs) and notes(fused) == ""
+
+
 def test_a_row_of_padding_alone_is_reported():
     _, fused = both()
     inputs = batch()

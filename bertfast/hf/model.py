@@ -72,9 +72,9 @@ class Model:
 
     def why_padded(self) -> str | None:
         """Why padding is kept, whatever the call; None if it needn't."""
-        reason = self.__dict__[ATTRIBUTE].keep_padding
-        if reason is not None:
-            return reason
+        settings = self.__dict__[ATTRIBUTE]
+        if settings.keep_padding is not None:
+            return settings.keep_padding
         reason = self._why_untold()
         if reason is not None:
             return reason
@@ -85,7 +85,7 @@ class Model:
             reason = layer.why_rows_are_seen()
             if reason is not None:
                 return f"in layer {number} {reason}"
-        if self.config.pad_token_id is None:
+        if self.config.pad_token_id is None and not settings.always:
             return "without config.pad_token_id it can't be told from tokens that are read"
         return None
 
@@ -106,12 +106,12 @@ class Model:
         mask = mask.bool()
         if mask.device.type == "cpu" and can_look_at(mask) and mask.all():
             return Batch()
-        backend = self.__dict__[ATTRIBUTE].backend
+        settings = self.__dict__[ATTRIBUTE]
         kept = self._why_kept(arguments)
         ids, padding = arguments.get("input_ids"), None
-        if kept is None and ids is not None:
+        if kept is None and ids is not None and not settings.always:
             padding = ids == self.config.pad_token_id
-        batch = layout(mask, kept is None, x.device, backend, not self.training, padding)
+        batch = layout(mask, kept is None, x.device, settings.backend, not self.training, padding)
         if not torch.compiler.is_compiling():
             self.__dict__[KEPT] = kept or batch.kept
         return batch
