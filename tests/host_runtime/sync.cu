@@ -145,6 +145,20 @@ __global__ void different_calls(Params params) {
   }
 }
 
+// A barrier that also answers, and one that doesn't. Repaired, each answer is its own barrier's.
+template<bool kRepaired>
+__global__ void different_barriers(Params params) {
+  int t = int(threadIdx.x);
+  if (kRepaired || t < 32) {
+    int one = __syncthreads_or(t == 5);  // different_barriers: with an answer
+    int none = __syncthreads_or(t > 64);
+    int last = __syncthreads_or(t == 63);
+    params.out[t] = one + 10 * none + 100 * last;
+  } else {
+    __syncthreads();  // different_barriers: without
+  }
+}
+
 template<bool kRepaired>
 __global__ void partial_mask(Params params) {
   int t = int(threadIdx.x);
@@ -198,6 +212,7 @@ CASE(barrier_after_return, 64);
 CASE(shuffle_after_return, 64);
 CASE(deadlock, 64);
 CASE(different_calls, 32);
+CASE(different_barriers, 64);
 CASE(partial_mask, 32);
 CASE(missing_lane, 48);
 Case barriers_in_branches_case("barriers_in_branches", [](const Arguments&) {

@@ -59,6 +59,11 @@ MEETINGS = {  # case: comments at calls that the message must name, what it says
         "wait elsewhere",
         [3] * 32,
     ),
+    "different_barriers": (
+        ["different_barriers: with an answer", "different_barriers: without"],
+        "wait elsewhere",
+        [101] * 64,
+    ),
     "partial_mask": (["partial_mask"], "__shfl_sync", [3] * 32),
     "missing_lane": (["missing_lane"], "of a warp with 16 lanes", [t ^ 8 for t in range(48)]),
 }
