@@ -85,7 +85,22 @@ struct TilePlace {
     }
     return 0;
   }
+  // The same at a turn's end; 0 after a turn of all at once.
+  __device__ __forceinline__ int after(const AttentionBatch& p) const {
+    if (alone == 0) return 0;
+    __syncthreads();  // the next one overwrites what others may still read
+    return next_alone(p);
+  }
 };
+
+// Calls turn(alone), which returns the next one's: once with 0 and, if need be, with each sequence.
+template<class Turn>
+__device__ __forceinline__ void for_each_turn(Turn turn) {
+  int alone = 0;
+  do {
+    alone = turn(alone);
+  } while (alone > 0);
+}
 
 // Whether no sum is NaN or infinite: 0 times those is NaN.
 template<int kCount>

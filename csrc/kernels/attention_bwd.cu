@@ -231,18 +231,13 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, int alone) {
       stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
       p.batch.head_dim, thread, [](int row) { return row; },
       [&](int row) { return to.inside(row); }, [](int) { return true; });
-  if (to.alone == 0) return 0;
-  __syncthreads();  // the next one overwrites what others may still read
-  return to.next_alone(p.batch);
+  return to.after(p.batch);
 }
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kQueryBlocks)
     attention_backward_dq_kernel(AttentionBackward p) {
-  int alone = 0;
-  do {
-    alone = dq_tile<T, kDim, kDropout>(p, alone);
-  } while (alone > 0);
+  for_each_turn([&](int alone) { return dq_tile<T, kDim, kDropout>(p, alone); });
 }
 
 // The same of a tile of keys.
@@ -444,18 +439,13 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, int alone) {
   __syncwarp();
   Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, to, to.first), p.dv.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);
-  if (to.alone == 0) return 0;
-  __syncthreads();  // the next one overwrites what others may still read
-  return to.next_alone(p.batch);
+  return to.after(p.batch);
 }
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Backward<kDim>::kKeyBlocks)
     attention_backward_dkv_kernel(AttentionBackward p) {
-  int alone = 0;
-  do {
-    alone = dkv_tile<T, kDim, kDropout>(p, alone);
-  } while (alone > 0);
+  for_each_turn([&](int alone) { return dkv_tile<T, kDim, kDropout>(p, alone); });
 }
 
 }  // namespace

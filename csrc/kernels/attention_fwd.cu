@@ -211,18 +211,13 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
       stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, to, to.first), p.out.token,
       p.batch.head_dim, thread, [](int row) { return row; },
       [&](int row) { return to.inside(row); }, [](int) { return true; });
-  if (to.alone == 0) return 0;
-  __syncthreads();  // the next one overwrites what others may still read
-  return to.next_alone(p.batch);
+  return to.after(p.batch);
 }
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     attention_forward_kernel(AttentionForward p) {
-  int alone = 0;
-  do {
-    alone = forward_tile<T, kDim, kDropout>(p, alone);
-  } while (alone > 0);
+  for_each_turn([&](int alone) { return forward_tile<T, kDim, kDropout>(p, alone); });
 }
 
 }  // namespace
