@@ -45,6 +45,7 @@ def optimize(
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()
             module.__dict__[ATTRIBUTE] = settings
+            module.__dict__.pop(KEPT, None)  # it was said of the settings before
             found = True
             continue
         swapped = _swapped_class(module)

@@ -79,6 +79,7 @@ def test_hidden_states_are_reported_as_the_reason():
     _, fused = both()
     fused(**batch(), output_hidden_states=True)
     assert "kept padding in its last call: hidden states were asked for" in notes(fused)
+    assert notes(bertfast.optimize(fused)) == ""
 
 
 @pytest.mark.parametrize("token", [None, "[PAD]"])
