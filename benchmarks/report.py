@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bertfast.bench.compare import PM, Ratio, Unit, baseline, grouped, is_ours, verdicts  # noqa: E402
-from bertfast.bench.lengths import MIXES  # noqa: E402
-from bertfast.bench.record import Environment, Row  # noqa: E402
-from bertfast.bench.tables import by_op, percent  # noqa: E402
+from bertfast.commands.bench.compare import PM, Ratio, Unit, baseline, grouped, is_ours, verdicts  # noqa: E402
+from bertfast.commands.bench.lengths import MIXES  # noqa: E402
+from bertfast.commands.bench.record import Environment, Row  # noqa: E402
+from bertfast.commands.bench.tables import by_op, percent  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         if generated != text:
             print("README.md's tables are not those of the CSV files: run benchmarks/report.py")
         return int(generated != text)
-    from bertfast.bench import plots
+    from bertfast.commands.bench import plots
 
     for run in found:
         for path in plots.draw(run.rows, run.environment, run.path.parent):

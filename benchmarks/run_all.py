@@ -159,7 +159,7 @@ def ceilings(run: Run, recorder):
     """Copy bandwidth, launch gap and matrix products: what the floors are made of."""
     import torch
 
-    from bertfast.bench.ceilings import Machine
+    from bertfast.commands.bench.ceilings import Machine
 
     machine = Machine(run.device, recorder.add, quick=run.dry)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -203,8 +203,8 @@ def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
     """What is measured, and by whom."""
     import torch
 
-    from bertfast.bench import cases, encoder, models, parts
-    from bertfast.bench.measure import Bench
+    from bertfast.commands.bench import cases, encoder, models, parts
+    from bertfast.commands.bench.measure import Bench
 
     options = dict(
         repeats=3 if run.dry else 9,
@@ -325,8 +325,8 @@ def measurements(run: Run, recorder, machine) -> None:
 
 def summary(run: Run, rows: list) -> str:
     """The tables of everything that was timed, and what wasn't."""
-    from bertfast.bench.compare import verdicts
-    from bertfast.bench.tables import by_op, legend, op_table
+    from bertfast.commands.bench.compare import verdicts
+    from bertfast.commands.bench.tables import by_op, legend, op_table
 
     text = []
     for op, cases in by_op(rows).items():
@@ -340,8 +340,8 @@ def summary(run: Run, rows: list) -> str:
 
 def check_needs(dry: bool) -> None:
     """Raises UserError, with the way to get it, where something is missing that a step needs."""
-    from bertfast.errors import UserError, install_hint, need
-    from bertfast.kernels.sass import MissingTool, tool
+    from bertfast.commands.errors import UserError, install_hint, need
+    from bertfast.commands.kernels.sass import MissingTool, tool
 
     need("run_all.py", ("pytest",) if dry else ("pytest", *BUILD_NEEDS), "test")
     if not dry:
@@ -385,8 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch finds no GPU here: this is a dry run, and its times mean nothing")
     # Triton reads it at import; a GPU machine compiles.
     os.environ["TRITON_INTERPRET"] = "1" if dry else "0"
-    from bertfast.bench import record
-    from bertfast.errors import UserError, writable_directory
+    from bertfast.commands.bench import record
+    from bertfast.commands.errors import UserError, writable_directory
 
     try:
         check_needs(dry)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import checks
-from .hooks import has_global_hooks, is_own_forward
+from .nn.hooks import has_global_hooks, is_own_forward
 from .notice import warn_once
 from .ops.dispatch import CHOICES
 from .settings import ATTRIBUTE, KEPT, Settings, is_converted, is_swapped

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import packing
-from .batch import Batch
-from .hooks import has_user_hooks, sees_layout
-from .linear import Weights, has_own_forward, plain
 from .nn import Parts, can_look_at, gelu_form, layout, run_layer
+from .nn.hooks import has_user_hooks, sees_layout
+from .nn.linear import Weights, has_own_forward, plain
+from .nn.per_token import why_rows_are_seen
 from .notice import warn_once
-from .per_token import why_rows_are_seen
+from .packing.batch import Batch
 from .settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.guard import run_guarded
 
 from bertfast import packing
-from bertfast.bench.lengths import MIXES
+from bertfast.commands.bench.lengths import MIXES
 from bertfast.ops import attention, attention_qkv, dispatch, dropout_keep_mask
 from bertfast.testing import attention as table
-from bertfast.testing import compare, hold_to_budget, run_guarded, worst
+from bertfast.testing import compare, hold_to_budget, worst
 from bertfast.testing.attention import Case
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from bertfast import saved
-from bertfast.bench import cases, command, encoder, models
-from bertfast.bench.record import COLUMNS
-from bertfast.errors import UserError
+from bertfast.commands import saved
+from bertfast.commands.bench import cases, command, encoder, models
+from bertfast.commands.bench.record import COLUMNS
+from bertfast.commands.errors import UserError
 
 TINY = models.Model("tiny", 32, 64, 2, 2)
 CPU = not torch.cuda.is_available()

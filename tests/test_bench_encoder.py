@@ -6,9 +6,18 @@ import statistics
 import pytest
 import torch
 
-from bertfast.bench import baselines, ceilings, encoder, floor, models, names, parts, record
-from bertfast.bench.lengths import MIXES
-from bertfast.errors import UserError
+from bertfast.commands.bench import (
+    baselines,
+    ceilings,
+    encoder,
+    floor,
+    models,
+    names,
+    parts,
+    record,
+)
+from bertfast.commands.bench.lengths import MIXES
+from bertfast.commands.errors import UserError
 
 TINY = models.Model("tiny", 32, 64, 2, 2)
 

@@ -1,4 +1,4 @@
-"""benchmarks/run_all.py on a CPU, and the rules of bertfast.bench."""
+"""benchmarks/run_all.py on a CPU, and the rules of bertfast.commands.bench."""
 
 import csv
 import importlib.util
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertfast import errors
-from bertfast.bench import cases, ceilings, measure, record, timing
+from bertfast.commands import errors
+from bertfast.commands.bench import cases, ceilings, measure, record, timing
 from bertfast.ops import available
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,10 @@ def test_providers_take_turns_and_stop_in_time():
 
 
 def test_the_package_measures_without_a_gpu_or_triton():
-    code = "import sys; sys.modules['triton'] = None; from bertfast.bench import cases, measure"
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from bertfast.commands.bench import cases, measure"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

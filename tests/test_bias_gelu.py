@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.guard import run_guarded
 
 from bertfast.ops import bias_gelu
 from bertfast.ops.bias_gelu import coefficients, fit
-from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, run_guarded, worst
+from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, worst
 from bertfast.testing import bias_gelu as table
 from bertfast.testing.bias_gelu import Case
 

@@ -10,17 +10,18 @@ import sys
 
 import pytest
 
-from bertfast import __version__, errors, kernels, terminal
-from bertfast import demo as demo_module
-from bertfast import env as env_module
-from bertfast import verify as verify_module
-from bertfast.bench import command
-from bertfast.bench.command import DTYPES, WHAT
-from bertfast.bench.encoder import PASSES
-from bertfast.bench.lengths import MIXES
-from bertfast.bench.models import MODELS
-from bertfast.cli import main
-from bertfast.kernels import rows
+from bertfast import __version__
+from bertfast.commands import demo as demo_module
+from bertfast.commands import env as env_module
+from bertfast.commands import errors, kernels, terminal
+from bertfast.commands import verify as verify_module
+from bertfast.commands.bench import command
+from bertfast.commands.bench.command import DTYPES, WHAT
+from bertfast.commands.bench.encoder import PASSES
+from bertfast.commands.bench.lengths import MIXES
+from bertfast.commands.bench.models import MODELS
+from bertfast.commands.cli import main
+from bertfast.commands.kernels import rows
 from bertfast.ops import dispatch
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.hf_models import batch, tiny
 
 import bertfast
-from bertfast import cpu_linear
+from bertfast.ops.linear import onednn as cpu_linear
 from bertfast.testing.budget import UNIT_ROUNDOFF
-from bertfast.testing.hf import batch, tiny
 
 FORMS = ("linear", "none", "tanh", "add")
 

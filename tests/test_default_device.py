@@ -8,12 +8,12 @@ import copy
 
 import pytest
 import torch
+from support.hf_models import batch, packs, tiny
 from torch import nn
 
 import bertfast
 from bertfast import packing
 from bertfast.ops import attention, bias_gelu, layer_norm
-from bertfast.testing.hf import batch, packs, tiny
 
 
 @pytest.fixture(params=["set_default_device", "context"])

@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from bertfast import demo
-from bertfast.bench.timing import Sample
-from bertfast.errors import UserError
+from bertfast.commands import demo
+from bertfast.commands.bench.timing import Sample
+from bertfast.commands.errors import UserError
 
 NEEDED = all(importlib.util.find_spec(name) for name in demo.PACKAGES)
 needs_extra = pytest.mark.skipif(not NEEDED, reason="the extra `demo` is not installed")

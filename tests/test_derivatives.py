@@ -186,7 +186,7 @@ def test_compiled_first_derivatives(case):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_joined_product_has_further_derivatives(autocast):
     """It is a product; x's and each parameter's, of each gradient."""
-    from bertfast.qkv import JoinedWeights, _concatenated, joined_product
+    from bertfast.nn.qkv import JoinedWeights, _concatenated, joined_product
 
     linears = [torch.nn.Linear(6, 4) for _ in range(3)]
     leaves = [p for linear in linears for p in linear.parameters()]
@@ -219,7 +219,8 @@ def test_the_joined_product_has_further_derivatives(autocast):
 def test_forward_mode_of_a_converted_model(packed, gradients):
     """In eval on a CPU, where oneDNN's products, which know no tangents, serve it otherwise."""
     pytest.importorskip("transformers")
-    from bertfast.testing.hf import batch, tiny
+    from support.hf_models import batch, tiny
+
     from bertfast.testing.model import HIDDEN_ATOL
 
     model, mask = tiny(attn_implementation="eager"), batch()["attention_mask"]

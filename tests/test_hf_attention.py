@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from support.hf_models import FAMILIES, batch, tiny
 
 import bertfast.hf
-from bertfast.testing.hf import FAMILIES, batch, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")

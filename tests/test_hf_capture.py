@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from support.hf_models import batch, packs, tiny
 
 import bertfast
-from bertfast.testing.hf import batch, packs, tiny
 
 transformers = pytest.importorskip("transformers")
 

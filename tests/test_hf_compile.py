@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from support.hf_models import batch, tiny
 
 import bertfast
-from bertfast.testing.hf import batch, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hf_models import FAMILIES, batch, packs, tiny
 from torch import nn
 
 import bertfast
-from bertfast.testing.hf import FAMILIES, batch, packs, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
@@ -302,7 +302,7 @@ def test_the_report_prints():
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_a_saved_model(tmp_path, capsys, as_json):
-    from bertfast.verify_model import verify_model
+    from bertfast.commands.verify_model import verify_model
 
     tiny("BertForTokenClassification").save_pretrained(tmp_path)
     assert verify_model(str(tmp_path), as_json=as_json) == 0
@@ -323,8 +323,8 @@ def test_verify_a_saved_model(tmp_path, capsys, as_json):
 @pytest.mark.parametrize("fault", ["mask", "eps", "scale"])
 def test_verify_finds_a_fault(tmp_path, capsys, monkeypatch, fault):
     """Each is wrong by little, or only where there is padding."""
+    from bertfast.commands.verify_model import verify_model
     from bertfast.hf import layer
-    from bertfast.verify_model import verify_model
 
     run = layer.run_layer
 
@@ -344,7 +344,7 @@ def test_verify_finds_a_fault(tmp_path, capsys, monkeypatch, fault):
 
 
 def test_verify_reads_texts(tmp_path, capsys):
-    from bertfast.verify_model import verify_model
+    from bertfast.commands.verify_model import verify_model
 
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on a mat".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -357,7 +357,7 @@ def test_verify_reads_texts(tmp_path, capsys):
 
 
 def test_nothing_to_compare_is_a_fault(tmp_path, capsys):
-    from bertfast.verify_model import verify_model
+    from bertfast.commands.verify_model import verify_model
 
     tiny("BertModel", is_decoder=True).save_pretrained(tmp_path)
     assert verify_model(str(tmp_path)) == 1

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
+from support.hf_models import PAD, batch, packs, rows_seen, tiny
 
 import bertfast
-from bertfast.testing.hf import PAD, batch, packs, rows_seen, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")

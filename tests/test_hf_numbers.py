@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from support.hf_models import FAMILIES, VOCABULARY, batch, tiny
 
 import bertfast
 from bertfast.testing.budget import worst
-from bertfast.testing.hf import FAMILIES, VOCABULARY, batch, tiny
 from bertfast.testing.model import HIDDEN_ATOL, beside_stock
 
 transformers = pytest.importorskip("transformers")

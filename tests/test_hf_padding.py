@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from support.hf_models import FAMILIES, PAD, WIDTH, batch, packs, rows_seen, tiny
 from torch import nn
 
 import bertfast
-from bertfast.testing.hf import FAMILIES, PAD, WIDTH, batch, packs, rows_seen, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
@@ -214,7 +214,7 @@ PEFT = {
 def test_listed_methods_of_peft_act_on_each_token(name):
     """Also in training: what they draw there is not drawn once a row."""
     peft = pytest.importorskip("peft", reason="its layers are tested")
-    from bertfast.per_token import why_rows_are_seen
+    from bertfast.nn.per_token import why_rows_are_seen
 
     if not hasattr(peft, name):
         pytest.skip("this version of peft doesn't have it")

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from support.hf_models import batch, packs, rows_seen, tiny
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -15,7 +16,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 import bertfast
-from bertfast.testing.hf import batch, packs, rows_seen, tiny
 
 transformers = pytest.importorskip("transformers")
 

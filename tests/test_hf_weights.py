@@ -12,12 +12,12 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+from support.hf_models import batch, packs, tiny
 from torch import nn
 
 import bertfast
+from bertfast.nn.qkv import JoinedWeights, joined_product, same_form
 from bertfast.ops import available
-from bertfast.qkv import JoinedWeights, joined_product, same_form
-from bertfast.testing.hf import batch, packs, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hf_models import batch, packs, rows_seen, tiny
 
 import bertfast
-from bertfast.testing.hf import batch, packs, rows_seen, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 transformers = pytest.importorskip("transformers")
@@ -122,7 +122,7 @@ def test_weights_that_come_with_their_layer_are_used_and_put_back():
 def test_a_batch_moves_to_where_its_layer_is():
     from accelerate.utils import send_to_device
 
-    from bertfast.batch import pack
+    from bertfast.packing.batch import pack
 
     mask = batch()["attention_mask"].bool()
     packed = pack(mask, torch.device("cpu"), "triton")
@@ -220,6 +220,9 @@ def test_ddp_and_fsdp2_in_two_processes():
         "WORLD_SIZE": "2",
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(
+            (str(script.parent.parent), os.environ.get("PYTHONPATH", ""))
+        ),
     }
     running = [
         subprocess.Popen(

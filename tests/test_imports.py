@@ -1,8 +1,10 @@
 """bertfast without its optional parts: each is blocked in a process of its own."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +25,13 @@ from bertfast.ops import available, layer_norm
 
 def run(blocked, body):
     program = f"BLOCKED = {blocked!r}\n" + PRELUDE + textwrap.dedent(body)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -84,7 +92,7 @@ def test_a_model_is_converted_without_triton_and_the_modules():
     run(
         ("triton", "bertfast._host", "bertfast._cuda"),
         """
-        from bertfast.testing.hf import batch, packs, tiny
+        from support.hf_models import batch, packs, tiny
         model = bertfast.optimize(tiny(), strict=True)
         assert packs(model, batch())
         assert [row.reason for row in bertfast.report(model)] == [None, None]

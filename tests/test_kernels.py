@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import bertfast.kernels as kernels
-from bertfast.errors import UserError
-from bertfast.kernels import Reading, budget, cuda_modules, sass, triton_aot
-from bertfast.kernels.rows import Row, aot_modules, narrowest
+import bertfast.commands.kernels as kernels
+from bertfast.commands.errors import UserError
+from bertfast.commands.kernels import Reading, budget, cuda_modules, sass, triton_aot
+from bertfast.commands.kernels.rows import Row, aot_modules, narrowest
 from bertfast.ops.aot import Case
 
 DATA = Path(__file__).parent / "data"

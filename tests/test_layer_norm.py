@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.guard import run_guarded
 
 from bertfast.ops import layer_norm
-from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, run_guarded, worst
+from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, worst
 from bertfast.testing import layer_norm as table
 from bertfast.testing.layer_norm import Case
 

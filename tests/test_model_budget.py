@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from support.hf_models import batch, tiny
 
-from bertfast.testing.hf import batch, tiny
 from bertfast.testing.model import beside_stock
 
 pytest.importorskip("transformers")

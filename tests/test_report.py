@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bertfast import terminal
-from bertfast.bench import compare, plots, style, tables
-from bertfast.bench.baselines import MODEL_PROVIDERS
-from bertfast.bench.layer_baselines import LAYER_PROVIDERS
-from bertfast.bench.record import COLUMNS, Environment, Recorder, Row
+from bertfast.commands import terminal
+from bertfast.commands.bench import compare, plots, style, tables
+from bertfast.commands.bench.baselines import MODEL_PROVIDERS
+from bertfast.commands.bench.layer_baselines import LAYER_PROVIDERS
+from bertfast.commands.bench.record import COLUMNS, Environment, Recorder, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "report.py"

@@ -7,14 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
-
-import bertfast
-from bertfast import ops, torch_nn
-from bertfast.ops.dropout import draw_seed
-from bertfast.testing.torch_nn import (
+from support.torch_nn_models import (
     CAUSAL,
     FINITE,
     HEADS,
@@ -34,6 +27,13 @@ from bertfast.testing.torch_nn import (
     outputs_and_grads,
     training_path,
 )
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+import bertfast
+from bertfast import ops, torch_nn
+from bertfast.ops.dropout import draw_seed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors"

@@ -7,13 +7,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrizations, prune
-
-import bertfast
-from bertfast import torch_nn
-from bertfast.testing.torch_nn import (
+from support.torch_nn_models import (
     HEADS,
     INNER,
     RIGHT,
@@ -26,6 +20,12 @@ from bertfast.testing.torch_nn import (
     outputs_and_grads,
     training_path,
 )
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrizations, prune
+
+import bertfast
+from bertfast import torch_nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 REAL = ~RIGHT[..., None]

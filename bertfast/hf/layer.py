@@ -5,13 +5,13 @@ import functools
 import torch
 from torch import nn
 
-from ..batch import Batch
-from ..hooks import has_user_hooks, is_replaced
-from ..linear import has_own_forward
 from ..nn import Parts, run_layer
+from ..nn.hooks import has_user_hooks, is_replaced
+from ..nn.linear import has_own_forward
+from ..nn.per_token import why_rows_are_seen
+from ..nn.qkv import JoinedWeights
 from ..notice import warn_once
-from ..per_token import why_rows_are_seen
-from ..qkv import JoinedWeights
+from ..packing.batch import Batch
 from ..settings import ATTRIBUTE, is_converted, is_disabled
 
 # The argument by which a converted model tells its layers how the batch lies: a Batch, or None for

@@ -14,11 +14,11 @@ import sys
 import torch
 from torch import nn
 
-from ..batch import Batch, packed_by_caller
-from ..hooks import has_global_hooks, is_replaced, sees_layout
 from ..nn import can_look_at, layout
+from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
+from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
-from ..per_token import why_rows_are_seen
+from ..packing.batch import Batch, packed_by_caller
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import ARGUMENT, Layer, changes_layers
 

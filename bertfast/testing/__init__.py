@@ -10,23 +10,13 @@ One module an op, named after it, with
     plain_torch(inputs)      the same names: what stock torch computes in that dtype
 """
 
-from .budget import (
-    UNIT_ROUNDOFF,
-    Finding,
-    compare,
-    hold_to_budget,
-    nearest_to_budget,
-    worst,
-)
-from .guard import guarded_allocations, run_guarded
+from .budget import UNIT_ROUNDOFF, Finding, compare, hold_to_budget, nearest_to_budget, worst
 
 __all__ = [
     "UNIT_ROUNDOFF",
     "Finding",
     "compare",
-    "guarded_allocations",
     "hold_to_budget",
     "nearest_to_budget",
-    "run_guarded",
     "worst",
 ]

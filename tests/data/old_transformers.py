@@ -58,7 +58,7 @@ assert TEXT in raised(ValueError, lambda: bertfast.optimize(Both(), strict=True)
 assert raised(ImportError, import_hf) == TEXT
 bertfast.optimize(Both().plain, strict=True)
 
-from bertfast import cli  # noqa: E402
+from bertfast.commands import cli  # noqa: E402
 
 for command in (["demo"], ["bench", "--shapes", "1x8"], ["bench", "layer", "--shapes", "1x8"]):
     said = io.StringIO()

@@ -11,12 +11,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+from support.hf_models import batch, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import bertfast
-from bertfast.testing.hf import batch, tiny
 from bertfast.testing.model import HIDDEN_ATOL
 
 RANK = int(os.environ["RANK"])

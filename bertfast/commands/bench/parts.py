@@ -1,0 +1,99 @@
+"""Where the time of a layer goes: its products, its attention and the rest, each timed apart.
+
+A part runs on the shapes that it has in a layer's forward. Their sum is the layer without what lies
+between its kernels. The ops' numbers are checked where the ops are measured.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ... import ops
+from . import floor
+from .ceilings import Machine
+from .models import Model, Tokens
+from .record import Recorder, Row, dtype_name
+from .timing import graph_timer, interleaved, process_timer
+
+
+class _Layer:
+    """The tensors of one layer."""
+
+    def __init__(self, model: Model, tokens: Tokens, device: str, dtype: torch.dtype):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+        rows, length = len(tokens.lengths), tokens.longest
+        width, inner, heads = model.width, model.inner, model.heads
+        self.x, self.h = normal(rows, length, width), normal(rows, length, inner)
+        self.qkv = normal(rows, length, 3, heads, width // heads)
+        self.joined, self.out = normal(3 * width, width), normal(width, width)
+        self.up, self.down = normal(inner, width), normal(width, inner)
+        self.bias, self.inner_bias, self.one = normal(width), normal(inner), 1 + normal(width)
+
+
+def _ours(t: _Layer) -> dict[str, Callable]:
+    norm = functools.partial(
+        ops.layer_norm, t.x, t.one, t.bias, residual=t.x, x_bias=t.bias, eps=1e-12
+    )
+    return {
+        "products": lambda: (
+            F.linear(t.x, t.joined),
+            F.linear(t.x, t.out),
+            F.linear(t.x, t.up),
+            F.linear(t.h, t.down),
+        ),
+        "attention": lambda: ops.attention_qkv(t.qkv),
+        "memory": lambda: (norm(), ops.bias_gelu(t.h, t.inner_bias), norm()),
+    }
+
+
+def _stock(t: _Layer) -> dict[str, Callable]:
+    """What Hugging Face's layer calls with SDPA."""
+    q, k, v = (part.transpose(1, 2).contiguous() for part in t.qkv.unbind(2))
+    query = t.joined[: t.out.shape[0]]
+
+    def norm() -> torch.Tensor:
+        return F.layer_norm(t.x + t.x, t.bias.shape, t.one, t.bias, 1e-12)
+
+    return {
+        "products": lambda: (
+            *(F.linear(t.x, weight, t.bias) for weight in (query, query, query, t.out)),
+            F.linear(t.x, t.up, t.inner_bias),
+            F.linear(t.h, t.down, t.bias),
+        ),
+        "attention": lambda: F.scaled_dot_product_attention(q, k, v),
+        "memory": lambda: (norm(), F.gelu(t.h), norm()),
+    }
+
+
+def measure_parts(
+    machine: Machine,
+    recorder: Recorder,
+    model: Model,
+    tokens: Tokens,
+    dtype: torch.dtype,
+    repeats: int = 7,
+) -> None:
+    """A row for each part, by bertfast and by what Hugging Face's layer calls with SDPA."""
+    tensors = _Layer(model, tokens, machine.device, dtype)
+    stream = torch.cuda.Stream() if machine.device == "cuda" else None
+    timers = {}
+    with torch.no_grad():
+        for provider, parts in (("bertfast", _ours(tensors)), ("HF SDPA", _stock(tensors))):
+            for kind, call in parts.items():
+                timer = graph_timer([call], stream) if stream else process_timer([call])
+                timers[provider, kind] = timer
+        samples = interleaved(timers, repeats)
+    work = floor.forward(model.size, tokens.lengths, dtype.itemsize)
+    limits = machine.ceilings(dtype)
+    for (provider, kind), sample in samples.items():
+        op = f"{model.name} layer {kind}"
+        row = Row(provider, op, "forward", tokens.name, dtype_name(dtype), clock=machine.clock)
+        row.cache = "warm"
+        row.floor_us = floor.floor_us([k for k in work if k.kind == kind], limits)
+        recorder.add(row.timed(sample))

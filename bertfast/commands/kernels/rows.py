@@ -1,0 +1,105 @@
+"""A row of the table: one kernel in one form, compiled for one architecture."""
+
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+from ... import ops
+from ...ops.aot import Case
+from .sass import Code, Resources
+
+
+@dataclass(frozen=True)
+class Row:
+    source: str  # "triton" or "cuda"
+    op: str
+    kernel: str
+    label: str
+    dtypes: str
+    arch: str
+    threads: int
+    registers: int
+    stack: int
+    shared: int  # bytes a block, static and dynamic
+    instructions: int  # of the whole kernel
+    instructions_per_element: float | None  # of the loop's body, where the kernel has a main loop
+    load_bits: int | None  # the narrowest load of row data
+    store_bits: int | None
+    loads: dict[int, int]
+    stores: dict[int, int]
+    shared_accesses: int
+    barriers: int
+    tensor_core: int
+    mufu: int
+
+    @property
+    def form(self) -> tuple[str, str, str, str]:
+        return self.source, self.kernel, self.label, self.dtypes
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def make_row(
+    source: str,
+    op: str,
+    kernel: str,
+    arch: str,
+    case: Case,
+    code: Code,
+    resources: Resources,
+    dynamic_shared: int,
+) -> Row:
+    # A kernel that should have a loop and has none was unrolled altogether: all of it counts.
+    body = code.loop if case.again and code.loop is not None else code
+    counted = body.loop if case.loop and body.loop is not None else body
+    per_element = None
+    if case.elements is not None:
+        per_element = round(counted.instructions / case.elements, 2)
+    return Row(
+        source=source,
+        op=op,
+        kernel=kernel,
+        label=case.label,
+        dtypes=case.dtypes,
+        arch=arch,
+        threads=case.threads,
+        registers=resources.registers,
+        stack=resources.stack,
+        shared=resources.static_shared + dynamic_shared,
+        instructions=code.instructions,
+        instructions_per_element=per_element,
+        load_bits=narrowest(counted.loads, case.scalar_loads),
+        store_bits=narrowest(counted.stores, case.scalar_stores),
+        loads=counted.loads,
+        stores=counted.stores,
+        shared_accesses=code.shared_accesses,
+        barriers=code.barriers,
+        tensor_core=code.tensor_core,
+        mufu=code.mufu,
+    )
+
+
+def narrowest(accesses: dict[int, int], scalars: int) -> int | None:
+    """The narrowest access, in bits, apart from the `scalars` narrowest ones."""
+    for bits in sorted(accesses):
+        scalars -= accesses[bits]
+        if scalars < 0:
+            return bits
+    return None
+
+
+def aot_names() -> dict[str, str]:
+    """The ops that describe their kernels: op -> the module, which imports Triton."""
+    names = {
+        info.name: f"{ops.__name__}.{info.name}.aot"
+        for info in pkgutil.iter_modules(ops.__path__)
+        if info.ispkg
+    }
+    return {op: name for op, name in names.items() if importlib.util.find_spec(name) is not None}
+
+
+def aot_modules() -> dict[str, ModuleType]:
+    return {op: importlib.import_module(name) for op, name in aot_names().items()}

@@ -1,0 +1,213 @@
+"""`bertfast verify`: the numbers of every op on every backend of this machine, against float64.
+
+Each backend is checked in a process of its own, since Triton's interpreter must be switched on
+before Triton is imported and off where it compiles for a GPU. On a machine without a GPU the
+Triton kernels run in the interpreter and the CUDA sources in their build for the host.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..ops import available, dispatch
+from ..testing import Finding, compare, worst
+from .terminal import BAD, GOOD, Column, Progress, Table, console, paragraph
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HOST_PLACES = {"torch": "cpu", "triton": "interpreter", "cuda": "host build"}
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The worst finding of one tensor over all cases."""
+
+    op: str
+    backend: str
+    where: str
+    dtype: str
+    tensor: str
+    case: str
+    max_error: float
+    max_budget: float
+    rms_error: float
+    rms_budget: float
+    share: float  # of the budget, the larger of max and RMS
+    torch_max_error: float  # stock torch's, in the same dtype and case
+    ok: bool
+
+
+def where(backend: str, device: str) -> str:
+    """What runs the backend's kernels on this device, for people."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return HOST_PLACES[backend]
+
+
+def check(op: str, backend: str, device: str) -> list[Row]:
+    """Runs the op's quick cases in this process. A case that raises is a fault, not an end."""
+    module = importlib.import_module(f"bertfast.testing.{op}")
+    rows = []
+    for dtype in DTYPES:
+        if dispatch.unsupported_reason(op, backend, device, dtype) is not None:
+            continue
+        found: dict[str, list[tuple[Finding, str, float]]] = {}
+        for case in module.quick_cases():
+            inputs = module.make_inputs(case, dtype)
+            oracle = module.oracle(inputs)
+            actual = module.run(inputs, backend, device)
+            stock = module.plain_torch(inputs)
+            findings = compare(actual, oracle, module.rounding_model(inputs), module.scales(inputs))
+            for finding in findings:
+                stock_error = (stock[finding.name].double() - oracle[finding.name]).abs().max()
+                found.setdefault(finding.name, []).append((finding, str(case), stock_error.item()))
+        for name, entries in found.items():
+            bad = worst([finding for finding, _, _ in entries])
+            case_name, stock_error = next(e[1:] for e in entries if e[0] is bad)
+            rows.append(
+                Row(
+                    op=op,
+                    backend=backend,
+                    where=where(backend, device),
+                    dtype=str(dtype).removeprefix("torch."),
+                    tensor=name,
+                    case=case_name,
+                    max_error=bad.max_error,
+                    max_budget=bad.max_budget,
+                    rms_error=bad.rms_error,
+                    rms_budget=bad.rms_budget,
+                    share=bad.share,
+                    torch_max_error=stock_error,
+                    ok=bad.ok,
+                )
+            )
+    return rows
+
+
+def _check_in_process(op: str, backend: str, device: str) -> tuple[list[Row], str | None]:
+    """The rows, or why there are none: either the backend isn't here, or it failed (a fault)."""
+    env = dict(os.environ, TRITON_INTERPRET="0" if device == "cuda" else "1")
+    command = [sys.executable, "-m", "bertfast.commands.verify", op, backend, device]
+    # From the package's parent: `-m` puts the working directory first on the path, and another
+    # bertfast may lie there, such as a checkout without the compiled modules.
+    home = Path(__file__).parents[2]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=home)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr.strip() or f"exit status {result.returncode}")
+    answer = json.loads(result.stdout)
+    return [Row(**row) for row in answer["rows"]], answer["left_out"]
+
+
+def verify(op: str | None = None, backend: str | None = None, as_json: bool = False) -> int:
+    """Prints a table for each op as soon as it is done; returns the exit code: 1 if any number is
+    outside its budget."""
+    out = console()
+    ops = [op] if op else list(dispatch.AUTO_ORDER)
+    backends = [backend] if backend else list(dispatch.BACKENDS)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows: list[Row] = []
+    left_out: list[tuple[str, str, str]] = []  # op, where, why
+    failed: list[str] = []
+    with Progress(len(ops) * len(devices) * len(backends)) as progress:
+        for name in ops:
+            found: list[Row] = []
+            faults: list[str] = []
+            for device in devices:
+                for one in backends:
+                    place = f"{one} ({where(one, device)})"
+                    progress.show(f"{name} on {place}")
+                    try:
+                        new, reason = _check_in_process(name, one, device)
+                    except RuntimeError as error:
+                        faults.append(f"{name} on {place}: {error}")
+                    else:
+                        found += new
+                        if reason:
+                            left_out.append((name, place, reason))
+                    progress.step()
+            rows += found
+            failed += faults
+            if not as_json:
+                progress.clear()
+                _print_op(out, name, found, faults)
+    ok = bool(rows) and not failed and all(row.ok for row in rows)
+    if as_json:
+        lines = [f"{name} on {place}: {reason}" for name, place, reason in left_out]
+        record = {"ok": ok, "rows": [asdict(r) for r in rows], "left_out": lines, "failed": failed}
+        print(json.dumps(record, indent=1))
+    else:
+        _print_end(out, rows, left_out)
+    return 0 if ok else 1
+
+
+def _print_op(out: Console, op: str, rows: list[Row], faults: list[str]) -> None:
+    """A line for each backend and dtype: the tensor nearest to its budget."""
+    table = Table(
+        [
+            *(Column(heading, left=True) for heading in ("backend", "dtype", "tensor")),
+            *(Column(heading) for heading in ("error", "allowed", "torch's")),
+            Column("", left=True),
+        ],
+        f"{op}: error against float64, and what rounding alone allows",
+    )
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.backend, row.where, row.dtype), []).append(row)
+    for (backend, place, dtype), group in groups.items():
+        row = max(group, key=lambda r: float("inf") if r.share != r.share else r.share)
+        ok = all(r.ok for r in group)
+        numbers = (f"{e:.1e}" for e in (row.max_error, row.max_budget, row.torch_max_error))
+        place = place if place in HOST_PLACES.values() else "GPU"
+        verdict = "right" if ok else "WRONG"
+        cells = (f"{backend} ({place})", SHORT[dtype], row.tensor, *numbers, verdict)
+        table.add(*cells, style=GOOD if ok else BAD)
+    if rows:
+        table.print(out)
+    for row in rows:
+        if not row.ok:
+            finding = Finding(
+                row.tensor, row.max_error, row.max_budget, row.rms_error, row.rms_budget
+            )
+            text = f"WRONG {row.backend} {row.dtype} {row.case}: {finding}"
+            out.print(paragraph(text, indent=2), style=BAD)
+    for line in faults:
+        out.print(f"FAILED {line}", style=BAD)
+
+
+def _print_end(out: Console, rows: list[Row], left_out: list[tuple[str, str, str]]) -> None:
+    if torch.cuda.is_available():
+        out.print(f"GPU: {torch.cuda.get_device_name()}")
+    if rows:
+        out.print(
+            paragraph(
+                "Each line is the output or gradient that came nearest to its budget, with its "
+                "largest error (the root mean square has a budget of its own) and, last, the error "
+                "of stock torch in that dtype."
+            )
+        )
+    else:
+        out.print("nothing could be checked", style=BAD)
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for op, place, reason in left_out:
+        by_reason.setdefault((place, reason), []).append(op)
+    for (place, reason), ops in by_reason.items():
+        out.print(paragraph(f"left out: {', '.join(ops)} on {place}: {reason}", indent=2))
+
+
+def _main(op: str, backend: str, device: str) -> None:
+    reason = available(device)[op][backend]
+    rows = [] if reason else [asdict(row) for row in check(op, backend, device)]
+    for dtype in () if reason else DTYPES:
+        reason = reason or dispatch.unsupported_reason(op, backend, device, dtype)
+    print(json.dumps({"rows": rows, "left_out": reason}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

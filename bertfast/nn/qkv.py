@@ -1,0 +1,187 @@
+"""q, k and v of a layer in one product.
+
+The three weights lie in one allocation, one after the other, but each is a tensor with a storage of
+its own, so that whoever saves a model by storages loses none. Many things move a weight elsewhere
+(`.to`, deepcopy, `.data =`, sharding); in eager the addresses are compared on every call, which
+takes a few microseconds, and the weights gathered again when they differ.
+
+Weights that somebody else may free or fill behind their Parameter are left where they are: the
+three are then concatenated for each product, as they are while something is traced.
+"""
+
+import threading
+import weakref
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import dispatch
+
+_gathering = threading.Lock()
+
+
+class JoinedWeights:
+    """The allocation of one layer's weights. A copy of the layer, or one from a pickle, starts
+    without, as its parameters lie elsewhere."""
+
+    def __init__(self, linears: tuple[nn.Module, ...] = ()) -> None:
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+        self.stays = False  # another process may have the same weights
+        plain = [linear for linear in linears if type(linear) is nn.Linear]
+        self._own = [weakref.ref(p) for linear in plain for p in linear.parameters()]
+
+    def __deepcopy__(self, memo) -> "JoinedWeights":
+        return JoinedWeights()
+
+    def __reduce__(self):
+        return JoinedWeights, ()
+
+    def holds(self, weights, biases) -> bool:
+        """Whether the parameters are those in the allocation."""
+        if not _lie_in(self.weight, weights):
+            return False
+        if biases is None:
+            return self.bias is None
+        return _lie_in(self.bias, biases)
+
+    def gather(self, weights, biases) -> bool:
+        """Moves the parameters into one allocation, their values as they are; False if they have
+        to stay where they are."""
+        parameters = [*weights, *(biases or ())]
+        if not self._may_move(parameters):
+            return False
+        with _gathering, torch.inference_mode(False), torch.no_grad():
+            if not self.holds(weights, biases):  # another thread may have been here
+                joined = _join(weights)
+                self.bias = None if biases is None else _join(biases)
+                self.weight = joined
+        return True
+
+    def _may_move(self, parameters) -> bool:
+        # What other processes read or write must stay in the memory that they know.
+        if self.stays or any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+            return False
+        # Sharding keeps the storage of a gathered Parameter to itself and makes new Parameters; so
+        # where there are processes to shard over, only those from before it may be moved.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            own = [ref() for ref in self._own]
+            if not all(any(p is known for known in own) for p in parameters):
+                return False
+        return all(
+            type(p) is nn.Parameter
+            and p.is_leaf
+            and not p.is_inference()
+            and p.untyped_storage().nbytes() == p.nbytes  # no part of something else
+            for p in parameters
+        ) and len({p.data_ptr() for p in parameters}) == len(parameters)
+
+
+def _for_another_process(joined: JoinedWeights) -> tuple:
+    """How multiprocessing sends it: from then on two processes have the weights. Of a GPU's tensors
+    nothing else tells."""
+    joined.stays = True
+    return _staying, ()
+
+
+def _staying() -> JoinedWeights:
+    joined = JoinedWeights()
+    joined.stays = True
+    return joined
+
+
+ForkingPickler.register(JoinedWeights, _for_another_process)
+
+
+def _lie_in(joined: torch.Tensor | None, parts) -> bool:
+    """Whether the three lie in `joined`, one after the other, and are all of it."""
+    if joined is None or joined.shape[0] != 3 * parts[0].shape[0]:
+        return False
+    address, step = joined.data_ptr(), joined.nbytes // 3
+    for part in parts:
+        if part.data_ptr() != address or part.dtype != joined.dtype or not part.is_contiguous():
+            return False
+        address += step
+    return True
+
+
+def _join(parameters) -> torch.Tensor:
+    """One tensor of all; each parameter then owns its part of the memory."""
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joined.chunk(3), strict=True):
+        parameter.data = torch.from_dlpack(part)
+    return joined
+
+
+def same_form(linears) -> bool:
+    """Whether one product can serve the three Linears: one shape, dtype and place."""
+    q, k, v = (linear.weight for linear in linears)
+    biases = [linear.bias for linear in linears]
+    if any(bias is None for bias in biases):
+        if any(bias is not None for bias in biases):
+            return False
+    elif any(bias.dtype != q.dtype for bias in biases):
+        return False
+    return (
+        q.shape == k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
+    )
+
+
+def joined_product(linears, x: torch.Tensor, joined: JoinedWeights) -> torch.Tensor:
+    """[q(x), k(x), v(x)] in one tensor (..., 3 * width) of plain Linears of the same form."""
+    q, k, v = linears
+    weights = q.weight, k.weight, v.weight
+    biases = None if q.bias is None else (q.bias, k.bias, v.bias)
+    if not dispatch.plain_call(x, *weights) or dispatch.only_reference():
+        return _concatenated(x, weights, biases)
+    if not joined.holds(weights, biases):
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _concatenated(x, weights, biases)  # the graph must not move weights
+        if not joined.gather(weights, biases):
+            return _concatenated(x, weights, biases)
+    if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _JoinedProduct.apply(x, joined.weight, joined.bias, *weights, *(biases or ()))
+
+
+def _concatenated(x: torch.Tensor, weights, biases) -> torch.Tensor:
+    return F.linear(x, torch.cat(weights), None if biases is None else torch.cat(biases))
+
+
+class _JoinedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *parameters):
+        ctx.dtype = weight.dtype
+        if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        # The parameters are saved too: torch then notices one that changed before the backward,
+        # which it can't by the joined weights, as each of all these counts its own changes.
+        ctx.save_for_backward(x, weight, *parameters)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, *parameters = ctx.saved_tensors
+        dx = dweights = dbiases = None
+        if torch.is_grad_enabled():  # a second derivative leads to the parameters themselves
+            weight = torch.cat(parameters[:3]).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+        rows = dy.reshape(-1, dy.shape[-1])  # which batched gradients can, unlike flatten
+        wanted = ctx.needs_input_grad[3:]
+        if any(wanted[:3]):
+            dweights = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtype).chunk(3)
+        if any(wanted[3:]):
+            dbiases = rows.sum(0).to(ctx.dtype).chunk(3)
+        grads = [*(dweights or (None,) * 3), *(dbiases or (None,) * 3)][: len(parameters)]
+        return (
+            dx,
+            None,
+            None,
+            *(g if want else None for g, want in zip(grads, wanted, strict=True)),
+        )

@@ -1,0 +1,1 @@
+"""The matrix products of a layer, with what follows them."""

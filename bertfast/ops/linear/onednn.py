@@ -1,0 +1,149 @@
+"""A Linear on a CPU with what follows it fused, by oneDNN: bias, GELU, residual.
+
+torch has these products for its compiler's use. They are not public, so they are looked for and
+tried against F.linear once a process. They are used where they were measured to win, by the
+instruction set alone, so that every process, thread and call has the same bits. oneDNN's order of
+sums differs from F.linear's; a layer in eval is served with and without gradients, one in training
+never.
+"""
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+
+from .. import dispatch
+
+VARIABLE = "BERTFAST_ONEDNN"
+# Of torch.backends.cpu.get_cpu_capability(): as fast as F.linear or faster. With AVX2 they gain
+# nothing; others were not measured.
+WINS = ("AVX512",)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _call(x, weight, bias, None, None)
+
+
+def linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, approximate: str
+) -> torch.Tensor:
+    return _call(x, weight, bias, None, approximate)
+
+
+def linear_add(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """linear(x) + residual"""
+    return _call(x, weight, bias, residual, None)
+
+
+def serves(x: torch.Tensor, training: bool) -> bool:
+    """Whether these functions are to be used for x now, in a layer that is in training or not."""
+    return (
+        not training
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and dispatch.plain_call(x)
+        and not dispatch.only_reference()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and why_not() is None
+    )
+
+
+@functools.lru_cache(None)
+def why_not() -> str | None:
+    """Why this process doesn't use them; None if it does."""
+    setting = os.environ.get(VARIABLE, "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0, 1 or unset, got {setting!r}")
+    if setting == "0":
+        return f"{VARIABLE} is 0"
+    if not _are_right():
+        if setting == "1":
+            raise ValueError(
+                f"{VARIABLE} is 1, but this torch doesn't have oneDNN's fused products"
+            )
+        return "this torch doesn't have them"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if setting != "1" and capability not in WINS:
+        return f"they gain nothing, or weren't measured, with {capability}"
+    return None
+
+
+def _call(x, weight, bias, residual, approximate) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias, residual, approximate)
+    return _product(x, weight, bias, residual, approximate)
+
+
+def _product(x, weight, bias, residual, approximate) -> torch.Tensor:
+    op = torch.ops.mkldnn._linear_pointwise
+    if residual is not None:
+        return op.binary(x, residual, weight, bias, "add")
+    if approximate is not None:
+        return op(x, weight, bias, "gelu", [], approximate)
+    return op(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """The derivatives are those of torch's own ops, which have further ones.
+
+    With a GELU the backward makes z = x @ weight^T + bias once more, by F.linear. That z differs
+    from oneDNN's by rounding, as any two orders of its sum do, and GELU'(z), whose slope is at most
+    0.8, differs by no more: the gradient is that of the exact function at the same x, weight and
+    bias, up to rounding, not that of a function which is a little different.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, approximate):
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if approximate is not None:
+            ctx.save_for_backward(x, weight, bias)
+        else:
+            ctx.save_for_backward(x if need_weight else None, weight if need_x else None, None)
+        ctx.approximate = approximate
+        return _product(x, weight, bias, residual, approximate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        dz = dy
+        if ctx.approximate is not None:
+            z = F.linear(x, weight, bias)
+            dz = torch.ops.aten.gelu_backward(dy, z, approximate=ctx.approximate)
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        rows = dz.reshape(-1, dz.shape[-1])  # which batched gradients can, unlike flatten
+        return (
+            dz @ weight if need_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+            dy if need_residual else None,
+            None,
+        )
+
+
+def _are_right() -> bool:
+    """Whether they exist and do what is expected of them."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    like = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    x, weight, residual = (
+        torch.randn(shape, **like) for shape in ((64, 256), (128, 256), (64, 128))
+    )
+    bias = torch.randn(128, **like)
+    z = F.linear(x, weight, bias)
+    try:
+        pairs = (
+            (_product(x, weight, bias, None, None), z),
+            (_product(x, weight, bias, residual, None), z + residual),
+            (_product(x, weight, bias, None, "none"), F.gelu(z)),
+            (_product(x, weight, bias, None, "tanh"), F.gelu(z, approximate="tanh")),
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    # 256 products of standard normal values, summed in another order.
+    bound = 2 * 256**0.5 * 2**-24 * 256
+    return all((a - b).abs().max().item() <= bound for a, b in pairs)

@@ -1,0 +1,157 @@
+"""How a batch lies in memory, as every layer sees it: padded, or packed without its padding.
+
+A padded batch is (rows, length, ...) with a mask of the tokens that are attended. Packing keeps
+those tokens alone, row after row, as (1, tokens, ...): nothing is computed for padding. It happens
+once before the first layer and is undone once after the last.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from .. import packing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded: key_mask, bool (rows, length), or None where every token is attended.
+    Packed: cu_seqlens and what goes with it."""
+
+    key_mask: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None  # int32 (rows + 1)
+    max_seqlen: int | None = None
+    plan: "packing.Plan | None" = None
+    index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
+    firsts: torch.Tensor | None = None  # (rows,): where each row's first token stands in the packed
+    padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
+    kept: str | None = None  # why its padding was not taken out, where that shows in the values
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def layout(self) -> dict:
+        """attention's arguments, for tensors of shape (rows, length, ...) or (1, tokens, ...)."""
+        if self.packed:
+            return dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, plan=self.plan)
+        return dict(key_mask=self.key_mask)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """On another device, for models that are spread over several."""
+        fields = {}
+        for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts"):
+            value = getattr(self, name)
+            fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, **fields)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, length, ...) -> (1, tokens, ...); a first size of 1 stands for every row."""
+        rows, length = self.padded_shape
+        if x.shape[0] not in (1, rows) or x.shape[1] != length:
+            raise ValueError(f"x must have shape [{rows} or 1, {length}, ...], got {list(x.shape)}")
+        if x.shape[0] == 1 != rows:
+            x = x.expand(rows, *x.shape[1:])
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, x: torch.Tensor, zeros: bool = False) -> torch.Tensor:
+        """(1, tokens, ...) -> (rows, length, ...).
+
+        Where a token was taken out its row's first token is repeated, without a gradient, or with
+        `zeros` there are zeros. So what comes back is finite, has a direction, changes no maximum
+        over a row, and carries nothing from one row to another.
+        """
+        rows, length = self.padded_shape
+        packed = x[0]
+        flat = packed.new_empty(rows * length, *packed.shape[1:])
+        if zeros:
+            flat.zero_()
+        else:
+            firsts = packed.detach().index_select(0, self.firsts)
+            flat.unflatten(0, (rows, length)).copy_(firsts[:, None])
+        return flat.index_copy_(0, self.index, packed).unflatten(0, (rows, length))
+
+
+def pack(
+    mask: torch.Tensor,
+    device: torch.device | None = None,
+    backend: str = "auto",
+    sort: bool = False,
+    padding: torch.Tensor | None = None,
+) -> Batch:
+    """The packed form, for tensors on `device`, of a batch by its mask, bool (rows, length), True =
+    attended. If nothing is padding: padded, without a mask.
+
+    It stays padded, and `kept` says why, if a row's position 0 is masked, which poolers read, or if
+    a masked token is none of `padding`, bool (rows, length): somebody put it there to read it.
+
+    sort: rows may change places, which nobody sees but dropout; on a CPU those of one length then
+    share attention calls. The host waits for the device once, if the mask is not on the CPU.
+    """
+    rows, length = mask.shape
+    if mask.numel() == 0:
+        return Batch()
+    device = mask.device if device is None else device
+    counts = [mask.sum(1, dtype=torch.int32), mask[:, :1].sum(0, dtype=torch.int32)]
+    if padding is not None:
+        counts.append((mask | padding.to(mask.device)).sum(dtype=torch.int32)[None])
+    known = torch.cat(counts).tolist()
+    lengths, first = known[:rows], known[rows]
+    tokens = sum(lengths)
+    if tokens == rows * length:
+        return Batch()
+    kept = None
+    if first != rows:
+        kept = "a row begins with padding, or is nothing else"
+    elif padding is not None and known[-1] != rows * length:
+        kept = "tokens at mask 0 are not the padding token: they may be there to be read"
+    if kept is not None:
+        return Batch(key_mask=mask.to(device), kept=kept)
+    if sort and mask.device.type == device.type == "cpu":
+        order = sorted(range(rows), key=lengths.__getitem__)
+        lengths = [lengths[row] for row in order]
+        order = torch.tensor(order, device="cpu")
+        row, column = mask[order].nonzero(as_tuple=True)
+        index = order[row] * length + column
+        cu_seqlens, plan = packing.lay_out(lengths, device)
+        firsts = torch.empty_like(cu_seqlens[1:]).index_copy_(0, order, cu_seqlens[:-1])
+    else:
+        index = _positions(mask.flatten(), tokens)
+        cu_seqlens, plan = packing.lay_out(lengths, device)
+        firsts = cu_seqlens[:-1]
+    return Batch(
+        cu_seqlens=cu_seqlens,
+        max_seqlen=plan.max_seqlen,
+        plan=plan if _wants_plan(backend, device) else None,
+        index=index.to(device, non_blocking=True),
+        firsts=firsts,
+        padded_shape=(rows, length),
+    )
+
+
+def packed_by_caller(
+    cu_seqlens: torch.Tensor, max_seqlen: int | None, tokens: int, backend: str = "auto"
+) -> Batch:
+    """A batch that came packed, as (1, tokens). Without max_seqlen the host waits for it."""
+    if max_seqlen is None:
+        max_seqlen = tokens if torch.compiler.is_compiling() else cu_seqlens.diff().max().item()
+    elif isinstance(max_seqlen, torch.Tensor):
+        max_seqlen = max_seqlen.item()
+    cu_seqlens, plan = cu_seqlens.to(torch.int32), None
+    if not torch.compiler.is_compiling() and _wants_plan(backend, cu_seqlens.device):
+        plan = packing.plan(cu_seqlens, max_seqlen, tokens)
+    return Batch(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plan=plan)
+
+
+def _wants_plan(backend: str, device: torch.device) -> bool:
+    """Not where torch does the work on a GPU."""
+    return backend != "torch" or device.type == "cpu"
+
+
+def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the mask is True: nonzero, without waiting to learn how many there are."""
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    everything = torch.arange(mask.shape[0], device=mask.device)
+    place = torch.where(mask, mask.cumsum(0) - 1, count)  # what is masked goes to a slot too many
+    return torch.empty_like(everything[: count + 1]).scatter_(0, place, everything)[:count]
