@@ -88,7 +88,7 @@ def test_a_layer_checks_what_it_is_given():
     layer = Encoder(1, 8, 2, 8).layer[0]
     with pytest.raises(ValueError, match=re.escape("x must have shape [rows, length, 8], got [5")):
         layer(X[0])
-    with pytest.raises(TypeError, match="batch must be a bertfast.packing.Batch, got Tensor"):
+    with pytest.raises(TypeError, match="batch must be a bertfast.packing.batch.Batch, got Tensor"):
         layer(X, MASK)
 
 

@@ -315,7 +315,9 @@ class EncoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:
         _check_tokens(x, self.width)
         if batch is not None and not isinstance(batch, Batch):
-            raise TypeError(f"batch must be a bertfast.packing.Batch, got {checks.kind(batch)}")
+            raise TypeError(
+                f"batch must be a bertfast.packing.batch.Batch, got {checks.kind(batch)}"
+            )
         batch = batch or Batch()
         return run_layer(bert_parts(self), x, batch, self._joined, self.training, self.backend)
 
