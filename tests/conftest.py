@@ -1,6 +1,7 @@
 """Which kernels run where. Without a GPU Triton interprets, as is settled before its import."""
 
 import os
+from unittest import mock
 
 import torch
 
@@ -37,6 +38,14 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """A test gives the environment back, whatever others' code leaves there: PEFT's BOFT leaves CXX
+    behind where its CUDA extension can't be built."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)
