@@ -19,8 +19,10 @@
 //
 // The first moves 6 values an element of q and more (dout, out, q; k, v for each tile; dq), the
 // second 6 and more (k, v; dout, q for each tile; dk, dv), mostly from the second-level cache.
-#include "device/attention.cuh"
-#include "device/key_rows.cuh"
+#include "device/attention/key_rows.cuh"
+#include "device/attention/launch.cuh"
+#include "device/attention/scores.cuh"
+#include "device/attention/turns.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.cuh"
 #include "device/vec.cuh"
@@ -225,13 +227,13 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, int alone) {
   // 5. scale and write, by way of the stage that nobody reads any more, unless somebody's NaN or
   // infinity is in others' sums
   const TilePlace to = TilePlace::get(p.batch, Shape::kKeyTileBytes);
-  if (to.spoilt(all_finite(dq))) return to.next_alone(p.batch);
+  if (spoilt(to, all_finite(dq))) return next_alone(p.batch, to);
   const float factor = anew(p.batch.scale) * p.batch.keep_scale;
   Rows::store(
       stage(blocks, 0), dq, factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
       p.batch.head_dim, thread, [](int row) { return row; },
       [&](int row) { return to.inside(row); }, [](int) { return true; });
-  return to.after(p.batch);
+  return turn_after(p.batch, to);
 }
 
 template<class T, int kDim, bool kDropout>
@@ -430,7 +432,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, int alone) {
   // 4. scale and write, unless somebody's NaN or infinity is in others' sums; a key that doesn't
   // count gets exact zeros
   const TilePlace to = TilePlace::get(p.batch, Shape::kQueryTileBytes);
-  if (to.spoilt(all_finite(dk) && all_finite(dv))) return to.next_alone(p.batch);
+  if (spoilt(to, all_finite(dk) && all_finite(dv))) return next_alone(p.batch, to);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
   const float dk_factor = anew(p.batch.scale) * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
@@ -439,7 +441,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, int alone) {
   __syncwarp();
   Rows::store(stage(blocks, 0), dv, dv_factor, dv_factor, row_of<T>(p.dv, to, to.first), p.dv.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);
-  return to.after(p.batch);
+  return turn_after(p.batch, to);
 }
 
 template<class T, int kDim, bool kDropout>

@@ -21,7 +21,9 @@
 // sequence, and 2 + 2 * tiles where it doesn't, mostly from the second-level cache.
 #include <cmath>
 
-#include "device/attention.cuh"
+#include "device/attention/launch.cuh"
+#include "device/attention/scores.cuh"
+#include "device/attention/turns.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.cuh"
 
@@ -194,7 +196,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
 
   // 4. normalise and write, unless somebody's NaN or infinity is in others' sums
   const TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
-  if (to.spoilt(all_finite(sums))) return to.next_alone(p.batch);
+  if (spoilt(to, all_finite(sums))) return next_alone(p.batch, to);
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -211,7 +213,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
       stage(blocks), sums, factor[0], factor[1], row_of<T>(p.out, to, to.first), p.out.token,
       p.batch.head_dim, thread, [](int row) { return row; },
       [&](int row) { return to.inside(row); }, [](int) { return true; });
-  return to.after(p.batch);
+  return turn_after(p.batch, to);
 }
 
 template<class T, int kDim, bool kDropout>

@@ -2,7 +2,7 @@
 // lanes can share the calls of dropout.
 #pragma once
 
-#include "device/attention.cuh"
+#include "device/attention/dropout.cuh"
 
 namespace bertfast {
 
