@@ -8,9 +8,12 @@ once before the first layer and is undone once after the last.
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from .. import packing
+from .layout import lay_out_array
+from .planning import plan as plan_batch
+from .tiles import Plan
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Batch:
     key_mask: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None  # int32 (rows + 1)
     max_seqlen: int | None = None
-    plan: "packing.Plan | None" = None
+    plan: Plan | None = None
     index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
     firsts: torch.Tensor | None = None  # (rows,): where each row's first token stands in the packed
     padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
@@ -95,9 +98,9 @@ def pack(
     counts = [mask.sum(1, dtype=torch.int32), mask[:, :1].sum(0, dtype=torch.int32)]
     if padding is not None:
         counts.append((mask | padding.to(mask.device)).sum(dtype=torch.int32)[None])
-    known = torch.cat(counts).tolist()
+    known = torch.cat(counts).cpu().numpy().astype(np.int64)
     lengths, first = known[:rows], known[rows]
-    tokens = sum(lengths)
+    tokens = int(lengths.sum())
     if tokens == rows * length:
         return Batch()
     kept = None
@@ -108,16 +111,15 @@ def pack(
     if kept is not None:
         return Batch(key_mask=mask.to(device), kept=kept)
     if sort and mask.device.type == device.type == "cpu":
-        order = sorted(range(rows), key=lengths.__getitem__)
-        lengths = [lengths[row] for row in order]
-        order = torch.tensor(order, device="cpu")
+        places = np.argsort(lengths, kind="stable")
+        order = torch.tensor(places, device="cpu")
         row, column = mask[order].nonzero(as_tuple=True)
         index = order[row] * length + column
-        cu_seqlens, plan = packing.lay_out(lengths, device)
+        cu_seqlens, plan = lay_out_array(lengths[places], device)
         firsts = torch.empty_like(cu_seqlens[1:]).index_copy_(0, order, cu_seqlens[:-1])
     else:
         index = _positions(mask.flatten(), tokens)
-        cu_seqlens, plan = packing.lay_out(lengths, device)
+        cu_seqlens, plan = lay_out_array(lengths, device)
         firsts = cu_seqlens[:-1]
     return Batch(
         cu_seqlens=cu_seqlens,
@@ -139,7 +141,7 @@ def packed_by_caller(
         max_seqlen = max_seqlen.item()
     cu_seqlens, plan = cu_seqlens.to(torch.int32), None
     if not torch.compiler.is_compiling() and _wants_plan(backend, cu_seqlens.device):
-        plan = packing.plan(cu_seqlens, max_seqlen, tokens)
+        plan = plan_batch(cu_seqlens, max_seqlen, tokens)
     return Batch(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plan=plan)
 
 

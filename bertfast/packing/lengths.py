@@ -1,0 +1,58 @@
+"""Sequence lengths that the host can read: whether it can, whether they hold, which are equal."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+def readable(cu_seqlens: torch.Tensor) -> bool:
+    """Whether the lengths can be looked at without waiting: on a CPU, and not while tracing."""
+    return (
+        type(cu_seqlens) is torch.Tensor
+        and cu_seqlens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def check_bounds(
+    bounds: Sequence[int] | np.ndarray, max_seqlen: int, total: int | None, name: str
+) -> None:
+    """That these can be cu_seqlens' values. total: where they must end, and `name` what says so."""
+    bounds = np.asarray(bounds, dtype=np.int64)
+    lengths = np.diff(bounds)
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must begin with 0, got {bounds[0]}")
+    if lengths.size and lengths.min() < 0:
+        raise ValueError("cu_seqlens must not decrease")
+    if total is not None and total != bounds[-1]:
+        raise ValueError(f"cu_seqlens must end at {total}, {name}, got {bounds[-1]}")
+    longest = lengths.max() if lengths.size else 0
+    if longest > max_seqlen:
+        raise ValueError(
+            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
+        )
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of one length."""
+
+    sequence: int  # the first of them
+    token: int  # its first
+    count: int  # how many
+    length: int
+
+
+def equal_runs(bounds: Sequence[int] | np.ndarray) -> tuple[Run, ...]:
+    """All runs but those of empty sequences."""
+    bounds = np.asarray(bounds)
+    lengths = np.diff(bounds)
+    if not lengths.size:
+        return ()
+    first = np.flatnonzero(np.diff(lengths, prepend=-1))  # the length differs from the one before
+    counts = np.diff(first, append=lengths.size)
+    columns = (first, bounds[first], counts, lengths[first])
+    runs = zip(*(column.tolist() for column in columns), strict=True)
+    return tuple(Run(*run) for run in runs if run[-1])
