@@ -66,8 +66,11 @@ def _refusing(
     if not sources:
         return results
     present = [result for result in results if result is not None]
-    connected = iter(_Refused.apply(len(present), *present, *sources))
-    return tuple(None if result is None else next(connected) for result in results)
+    connected = list(results)
+    places = [place for place, result in enumerate(results) if result is not None]
+    for place, result in zip(places, _Refused.apply(len(present), *present, *sources), strict=True):
+        connected[place] = result
+    return tuple(connected)
 
 
 class _Refused(torch.autograd.Function):

@@ -63,7 +63,6 @@ def unsupported_reason(op: str, backend: str, *case) -> str | None:
     return module if isinstance(module, str) else module.unsupported_reason(*case)
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, backend: str, device_type: str, *case) -> str:
     """The backend that runs this case. An explicit one never falls back: it raises ValueError."""
     if type(backend) is not str:
@@ -75,11 +74,17 @@ def choose(op: str, backend: str, device_type: str, *case) -> str:
     return chosen
 
 
+# What torch.compiler.assume_constant_result sets. Calling that would import torch._dynamo, which
+# takes longer than all of torch.
+choose._dynamo_marked_constant = True
+
+
 def _choose(op: str, backend: str, device_type: str, *case) -> str:
     checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
         order = AUTO_ORDER[op].get(device_type, ("torch",))
-        return next(b for b in order if unsupported_reason(op, b, device_type, *case) is None)
+        served = (b for b in order if unsupported_reason(op, b, device_type, *case) is None)
+        return next(served, "torch")
     reason = unsupported_reason(op, backend, device_type, *case)
     if reason is not None:
         raise ValueError(f"backend {backend!r} can't run {op} here: {reason}")
