@@ -4,7 +4,7 @@ import sys
 import threading
 import warnings
 
-import torch
+from . import tracing
 
 # Packages between the user's line and a converted module.
 _BETWEEN = frozenset(
@@ -17,7 +17,7 @@ _telling = threading.Lock()
 
 
 def warn_once(text: str) -> None:
-    if torch.compiler.is_compiling():
+    if tracing.is_compiling():
         return
     with _telling:
         if text in _told:

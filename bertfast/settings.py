@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import tracing
+
 ATTRIBUTE = "_bertfast"  # a converted module's Settings
 KEPT = ATTRIBUTE + "_kept"  # why its last batch with padding kept it, for reports
 
@@ -71,7 +73,7 @@ def _checkpoint() -> tuple[object | None, bool]:
     """torch's record of the innermost non-reentrant checkpoint whose function runs now, which is
     the same when it is run again, and whether it is. None where there is no checkpoint, or where
     another hook for saved tensors or another version of torch hides it."""
-    hooks = None if torch.compiler.is_compiling() else _top_hooks(False)
+    hooks = None if tracing.is_compiling() else _top_hooks(False)
     if hooks is None:
         return None, False
     pack = inspect.unwrap(hooks[0])

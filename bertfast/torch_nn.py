@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import packing
-from .nn import Parts, can_look_at, gelu_form, layout, run_layer
+from . import packing, tracing
+from .nn import Parts, gelu_form, layout, run_layer
 from .nn.hooks import has_user_hooks, sees_layout
 from .nn.linear import Weights, has_own_forward, plain
 from .nn.per_token import why_rows_are_seen
@@ -157,7 +157,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 *(settings.packed, settings.backend, not self.training),
             )
         if isinstance(entered, Entered):
-            if not torch.compiler.is_compiling():
+            if not tracing.is_compiling():
                 self.__dict__[KEPT] = entered.batch.kept
             output = entered.x
             for layer in self.layers:
@@ -263,7 +263,7 @@ def enter(
 
 def _enter_nested(src: torch.Tensor) -> Entered | str:
     """A nested tensor is a packed batch already; torch keeps its lengths on the host."""
-    if not can_look_at(src) or src.dim() != 3:
+    if not tracing.can_look_at(src) or src.dim() != 3:
         return "src is nested, and traced or not of rows of tokens"
     parts = src.unbind()
     lengths = [part.shape[0] for part in parts]
@@ -285,7 +285,7 @@ def _attended(padding: torch.Tensor) -> torch.Tensor | None:
         not padding.is_floating_point()
         or padding.requires_grad
         or padding.device.type != "cpu"
-        or not can_look_at(padding)
+        or not tracing.can_look_at(padding)
     ):
         return None
     keep = padding == 0

@@ -336,4 +336,4 @@ def test_a_long_masked_row_is_refused_as_the_binding_would(need):
     with pytest.raises(ValueError, match=re.escape(text)):
         attention(q, q, q, key_mask=mask, backend="cuda")
     with pytest.raises(ValueError, match=re.escape("has at most 2**17 tokens, got 131073")):
-        registered.infer_impl(q, q, q, mask, None, None, 0, None, 0, 1.0, 0, 0, "cuda")
+        registered.infer.direct(q, q, q, mask, None, None, 0, None, 0, 1.0, 0, 0, "cuda")

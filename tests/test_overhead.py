@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bertfast import ops
-from bertfast.ops import dispatch
+from bertfast import ops, tracing
 
 BUDGET_US = 12.0
 # What stock layer_norm on 8 x 768 values takes on the CPU of the committed baseline
@@ -58,7 +57,7 @@ def test_call_without_gradients_meets_its_budget(tensors):
 
 
 def test_a_plain_call_leaves_out_the_dispatcher(tensors):
-    assert dispatch.plain_call(*tensors, None)
+    assert tracing.plain_call(*tensors, None)
 
 
 def test_whatever_acts_on_a_whole_op_still_sees_it(tensors):
@@ -77,16 +76,16 @@ def test_whatever_acts_on_a_whole_op_still_sees_it(tensors):
             return function(*args, **(kwargs or {}))
 
     x = tensors[0]
-    assert not dispatch.plain_call(x.as_subclass(Subclass))
-    assert not dispatch.plain_call(torch.complex(x, x).conj().imag)  # memory holds -x
+    assert not tracing.plain_call(x.as_subclass(Subclass))
+    assert not tracing.plain_call(torch.complex(x, x).conj().imag)  # memory holds -x
     with Mode():
-        assert not dispatch.plain_call(x)
+        assert not tracing.plain_call(x)
     with FunctionMode():
-        assert not dispatch.plain_call(x)
+        assert not tracing.plain_call(x)
         with torch.device("cpu"):
-            assert not dispatch.plain_call(x)
+            assert not tracing.plain_call(x)
     with torch.device("cpu"):  # a mode too, but one that acts on no op of ours
-        assert dispatch.plain_call(x)
+        assert tracing.plain_call(x)
 
 
 @pytest.mark.host

@@ -126,6 +126,6 @@ def test_a_registered_op_makes_dense_what_it_is_given(target, need, finest):
     cu = inputs["cu_seqlens"].to(device)
     tiles = packing.plan(cu, 20).tiles
     rest = (32, None, 20, 0.25, 0, 0, backend)
-    want = registered.infer(*parts, None, cu, tiles, *rest)
-    got = registered.infer(*parts, None, apart(cu), apart(tiles), *rest)
+    want = registered.infer.dispatched(*parts, None, cu, tiles, *rest)
+    got = registered.infer.dispatched(*parts, None, apart(cu), apart(tiles), *rest)
     assert torch.equal(got, want)

@@ -14,7 +14,8 @@ import sys
 import torch
 from torch import nn
 
-from ..nn import can_look_at, layout
+from .. import tracing
+from ..nn import layout
 from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
@@ -104,7 +105,7 @@ class Model:
         if mask is None:
             return Batch()
         mask = mask.bool()
-        if mask.device.type == "cpu" and can_look_at(mask) and mask.all():
+        if mask.device.type == "cpu" and tracing.can_look_at(mask) and mask.all():
             return Batch()
         settings = self.__dict__[ATTRIBUTE]
         kept = self._why_kept(arguments)
@@ -112,7 +113,7 @@ class Model:
         if kept is None and ids is not None and not settings.always:
             padding = ids == self.config.pad_token_id
         batch = layout(mask, kept is None, x.device, settings.backend, not self.training, padding)
-        if not torch.compiler.is_compiling():
+        if not tracing.is_compiling():
             self.__dict__[KEPT] = kept or batch.kept
         return batch
 

@@ -26,6 +26,7 @@ from ..ops.dropout import draw_seed
 from ..ops.linear import onednn as cpu_linear
 from ..packing.batch import Batch
 from ..packing.batch import pack as pack_batch
+from ..tracing import can_look_at
 from .linear import Weights, product, readable_linear, readable_norm, untouched
 from .qkv import JoinedWeights, joined_product, same_form
 
@@ -386,10 +387,3 @@ def layout(
     if may_pack and can_look_at(mask):
         return pack_batch(mask, device, backend, sort, padding)
     return Batch(key_mask=mask if device is None else mask.to(device))
-
-
-def can_look_at(mask: torch.Tensor) -> bool:
-    """Whether the number of tokens can be known now: not while something is traced or captured."""
-    if torch.compiler.is_compiling() or not dispatch.plain_call(mask) or mask.device.type == "meta":
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

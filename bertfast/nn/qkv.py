@@ -18,7 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import dispatch
+from .. import tracing
 
 _gathering = threading.Lock()
 
@@ -137,15 +137,16 @@ def joined_product(linears, x: torch.Tensor, joined: JoinedWeights) -> torch.Ten
     q, k, v = linears
     weights = q.weight, k.weight, v.weight
     biases = None if q.bias is None else (q.bias, k.bias, v.bias)
-    if not dispatch.plain_call(x, *weights) or dispatch.only_reference():
+    if not tracing.plain_call(x, *weights) or tracing.only_reference():
         return _concatenated(x, weights, biases)
     if not joined.holds(weights, biases):
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if tracing.is_capturing(x):
             return _concatenated(x, weights, biases)  # the graph must not move weights
         if not joined.gather(weights, biases):
             return _concatenated(x, weights, biases)
-    if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    cast = tracing.autocast(x)
+    if cast is not None:
+        x = x.to(cast)
     return _JoinedProduct.apply(x, joined.weight, joined.bias, *weights, *(biases or ()))
 
 
@@ -157,7 +158,7 @@ class _JoinedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *parameters):
         ctx.dtype = weight.dtype
-        if x.dtype != torch.float64 and dispatch.autocast_enabled(x.device.type):
+        if tracing.autocast(x) is not None:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         # The parameters are saved too: torch then notices one that changed before the backward,
         # which it can't by the joined weights, as each of all these counts its own changes.

@@ -10,24 +10,13 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
-from torch.autograd import forward_ad
+
+from ..tracing import has_tangent, in_forward_mode, is_batched
 
 REFUSED = (
     "bertfast's kernels have a first derivative in reverse mode only, and {} was asked for. For "
     "others run the original code within bertfast.disabled(), or an op with backend='torch'"
 )
-
-
-def in_forward_mode() -> bool:
-    """Whether dual tensors may be about: a level of torch.autograd.forward_ad is open."""
-    return forward_ad._current_level >= 0
-
-
-def is_batched(gradient: torch.Tensor) -> bool:
-    """Whether a gradient is a batch of them: by a transform, or by autograd's is_grads_batched,
-    which uses an older vmap that isn't one."""
-    return maybe_current_level() is not None or is_legacy_batchedtensor(gradient)
 
 
 def first_only(backward: Callable) -> Callable:
@@ -41,7 +30,7 @@ def first_only(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def wrapper(ctx, *gradients):
         saved = ctx.saved_tensors
-        if in_forward_mode() and any(map(_has_tangent, (*saved, *gradients))):
+        if in_forward_mode() and any(map(has_tangent, (*saved, *gradients))):
             raise RuntimeError(REFUSED.format("a forward-mode derivative of the backward"))
         if not torch.is_grad_enabled():
             return backward(ctx, saved, *gradients)
@@ -52,10 +41,6 @@ def first_only(backward: Callable) -> Callable:
         return _refusing(results, (*saved, *gradients))
 
     return wrapper
-
-
-def _has_tangent(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _refusing(
@@ -83,26 +68,3 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         raise RuntimeError(REFUSED.format("a second derivative"))
-
-
-def register_batched(name: str, library: torch.library.Library) -> None:
-    """Lets vmap run an op of bertfast's, one element of the batch after the other."""
-    op = getattr(torch.ops.bertfast, name).default
-
-    def batched(info, in_dims, *arguments):
-        results = []
-        for number in range(info.batch_size):
-            results.append(
-                op(
-                    *(
-                        value if dim is None else value.select(dim, number)
-                        for value, dim in zip(arguments, in_dims, strict=True)
-                    )
-                )
-            )
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
-        return stacked, (0,) * len(stacked)
-
-    torch.library.register_vmap(f"bertfast::{name}", batched, lib=library)

@@ -9,17 +9,8 @@ import functools
 import importlib
 
 import torch
-from torch._C import (
-    _get_function_stack_at,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._functorch import maybe_current_level
-from torch.utils._device import DeviceContext
 
 from .. import checks
-from .derivatives import in_forward_mode, is_batched
 
 BACKENDS = ("torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
@@ -100,57 +91,6 @@ def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     }
 
 
-def only_reference() -> bool:
-    """Whether only the torch reference can run: in a functorch transform (vmap, grad, jvp, ...),
-    and where there may be dual tensors of torch.autograd.forward_ad."""
-    return maybe_current_level() is not None or in_forward_mode()
-
-
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-
-
-def plain_call(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op's Python implementation may be called without torch's dispatcher.
-
-    The dispatcher costs 4 us a call. It is needed only if something acts on the op as a whole:
-    tracing, a transform, a mode, a tensor subclass, or a lazily negated tensor, whose memory holds
-    -x.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or (_len_torch_function_stack() and not _only_a_default_device())
-        or maybe_current_level() is not None
-        or _get_tracing_state() is not None
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
-            return False
-    return True
-
-
-def _only_a_default_device() -> bool:
-    """Whether the mode of torch.set_default_device is all there is: it acts on functions that make
-    tensors and are given no device, and all of ours are."""
-    return _len_torch_function_stack() == 1 and type(_get_function_stack_at(0)) is DeviceContext
-
-
-def plain_backward(gradient: torch.Tensor, *saved: torch.Tensor | None) -> bool:
-    """plain_call of a backward, whose gradient alone may be a batch of gradients."""
-    return plain_call(gradient, *saved) and not is_batched(gradient)
-
-
-def distinct(tensors) -> list[torch.Tensor | None]:
-    """The tensors, each its own object: torch.compile refuses one that a Function gets twice."""
-    seen: list[torch.Tensor | None] = []
-    for tensor in tensors:
-        if tensor is not None and any(tensor is other for other in seen):
-            tensor = tensor.view_as(tensor)
-        seen.append(tensor)
-    return seen
-
-
 def autocast_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """The dtype of torch's layer_norm of the tensors' sum under autocast: float32 on CUDA; a CPU's
     autocast leaves layer_norm alone, so there it is the sum's."""
@@ -158,8 +98,3 @@ def autocast_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     if present[0].is_cuda:
         return torch.float32
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in present))
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for this kind of device; some kinds don't know it and raise."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)

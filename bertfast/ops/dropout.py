@@ -16,10 +16,12 @@ The functions here compute the draws with torch, in int64 (uint32 arithmetic is 
 torch); the kernels compute the same bits in 32-bit registers.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .. import checks
-from . import dispatch
+from ..tracing import can_look_at
 
 ROUNDS = 7
 KINDS = ("row", "attention")
@@ -42,6 +44,43 @@ def keep_scale(threshold: int) -> float:
 def draw_seed(device: torch.device) -> torch.Tensor:
     """One int64 on the device from torch's generator: no host sync, replayable, checkpointable."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+class Dropout(NamedTuple):
+    """The dropout of one call, as it travels to the kernels."""
+
+    seed: torch.Tensor | None  # one int64 element; None: nothing is dropped
+    threshold: int  # the least 16-bit draw that is kept; 0: nothing is dropped
+    scale: float  # of what is kept
+    site: int
+    rows: torch.Tensor | None  # kind "row": the numbers of the rows, int64; None: from 0
+
+
+NO_DROPOUT = Dropout(None, 0, 1.0, 0, None)
+
+
+def dropout_of(
+    p: float,
+    seed: torch.Tensor | None,
+    site: int,
+    device: torch.device,
+    rows: torch.Tensor | None = None,
+) -> Dropout:
+    """The dropout of a public call; its seed is drawn from torch's generator if it is None."""
+    least = threshold(p)
+    if not least:
+        return NO_DROPOUT
+    return restored(draw_seed(device) if seed is None else seed, least, site, rows)
+
+
+def restored(
+    seed: torch.Tensor | None, threshold: int, site: int, rows: torch.Tensor | None = None
+) -> Dropout:
+    """The dropout whose parts went through a registered op one by one."""
+    if not threshold:
+        return NO_DROPOUT
+    rows = None if rows is None else rows.contiguous()
+    return Dropout(seed, threshold, keep_scale(threshold), site, rows)
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +147,7 @@ def attention_keep_mask(
 def _most_before(start: torch.Tensor, length: int) -> int:
     """How many positions come before a row's first token, at most, in 32s: calls repeat after that.
     On a CPU this is looked up; elsewhere nobody waits to learn it."""
-    if start.device.type == "cpu" and dispatch.plain_call(start) and start.numel() > 0:
+    if start.device.type == "cpu" and can_look_at(start) and start.numel() > 0:
         length = int(start.max())
     return -(-length // 32) * 32
 

@@ -5,8 +5,9 @@ host knows. `batch` takes padding out before the first layer and brings it back 
 """
 
 from .layout import lay_out
-from .lengths import Run, check_bounds, equal_runs, readable
+from .lengths import Run, check_bounds, equal_runs
 from .planning import plan
+from .sequences import Sequences, sequences_of
 from .tiles import SMALL_TILE, STEP, TILE, Plan, tile_size, useful_share
 
 __all__ = [
@@ -15,11 +16,12 @@ __all__ = [
     "TILE",
     "Plan",
     "Run",
+    "Sequences",
     "check_bounds",
     "equal_runs",
     "lay_out",
     "plan",
-    "readable",
+    "sequences_of",
     "tile_size",
     "useful_share",
 ]

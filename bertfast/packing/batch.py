@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .. import tracing
 from .layout import lay_out_array
 from .planning import plan as plan_batch
 from .tiles import Plan
@@ -136,11 +137,11 @@ def packed_by_caller(
 ) -> Batch:
     """A batch that came packed, as (1, tokens). Without max_seqlen the host waits for it."""
     if max_seqlen is None:
-        max_seqlen = tokens if torch.compiler.is_compiling() else cu_seqlens.diff().max().item()
+        max_seqlen = tokens if tracing.is_compiling() else cu_seqlens.diff().max().item()
     elif isinstance(max_seqlen, torch.Tensor):
         max_seqlen = max_seqlen.item()
     cu_seqlens, plan = cu_seqlens.to(torch.int32), None
-    if not torch.compiler.is_compiling() and _wants_plan(backend, cu_seqlens.device):
+    if not tracing.is_compiling() and _wants_plan(backend, cu_seqlens.device):
         plan = plan_batch(cu_seqlens, max_seqlen, tokens)
     return Batch(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plan=plan)
 

@@ -1,20 +1,9 @@
-"""Sequence lengths that the host can read: whether it can, whether they hold, which are equal."""
+"""Sequence lengths that the host knows: that they hold, and which are equal."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-
-
-def readable(cu_seqlens: torch.Tensor) -> bool:
-    """Whether the lengths can be looked at without waiting: on a CPU, and not while tracing."""
-    return (
-        type(cu_seqlens) is torch.Tensor
-        and cu_seqlens.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 def check_bounds(

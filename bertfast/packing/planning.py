@@ -7,7 +7,8 @@ knows the lengths, `lay_out` is cheaper.
 import torch
 
 from .. import checks
-from .lengths import check_bounds, readable
+from ..tracing import on_host
+from .lengths import check_bounds
 from .tiles import Plan, tile_size
 
 
@@ -23,7 +24,7 @@ def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) ->
     if total is not None:
         checks.check_int("total", total, 0, checks.INT32_MAX)
     known, bounds = total, None
-    if readable(cu_seqlens):
+    if on_host(cu_seqlens):
         check_bounds(cu_seqlens.numpy(), max_seqlen, total, "total")
         known, bounds = int(cu_seqlens[-1]), cu_seqlens.clone()
     batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .lengths import Run, equal_runs, readable
+from ..tracing import on_host
+from .lengths import Run, equal_runs
 
 SMALL_TILE, TILE = 32, 64
 STEP = 32  # keys (or queries) at a time at a sequence's end
@@ -40,7 +41,7 @@ class Plan:
     @functools.cached_property
     def runs(self) -> tuple[Run, ...] | None:
         """The runs of sequences of one length; None where the host doesn't know the lengths."""
-        if self.bounds is None or not readable(self.bounds):
+        if self.bounds is None or not on_host(self.bounds):
             return None
         return equal_runs(self.bounds.numpy())
 
@@ -71,7 +72,7 @@ class Plan:
             raise ValueError(
                 f"plan must be made for {tokens} tokens ({name}'s), got one for {self.total}"
             )
-        if self.bounds is not None and readable(cu_seqlens):
+        if self.bounds is not None and on_host(cu_seqlens):
             if not torch.equal(self.bounds, cu_seqlens):
                 raise ValueError("plan must be made from cu_seqlens: it has other lengths")
 

@@ -9,8 +9,9 @@ import operator
 
 import torch
 
-from ... import checks, packing
+from ... import checks, packing, tracing
 from .. import dispatch, dropout
+from ..registration import any_requires_grad, distinct
 from . import check, limits, reference, registered
 
 
@@ -49,33 +50,27 @@ def attention(
     ValueError.
     """
     checks.check_float("q", q)
-    device_type = q.device.type
-    autocast = q.dtype != torch.float64 and dispatch.autocast_enabled(device_type)
-    check.check_qkv(q, k, v, None if autocast else q.dtype)
+    cast = tracing.autocast(q)
+    check.check_qkv(q, k, v, q.dtype if cast is None else None)
     check.check_layout("q", q, q.shape[:-2], key_mask, cu_seqlens, max_seqlen, plan)
     scale = _check_scalars("q", q, dropout_p, seed, site, scale)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else q.dtype
-    backend = _choose("attention", backend, q, dtype, key_mask, cu_seqlens, max_seqlen)
+    layout = (key_mask, cu_seqlens, max_seqlen)
+    backend = _choose("attention", backend, q, cast or q.dtype, *layout)
 
-    if autocast:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    seed, threshold = _draws(q, dropout_p, seed)
-    if backend == "torch" or dispatch.only_reference():
-        runs = None if plan is None else plan.runs
-        return reference.forward(
-            q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs
-        )
-    tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
-    layout = (key_mask, cu_seqlens, tiles, tile, seed)
-    constants = (max_seqlen or 0, scale, threshold, site, backend)
-    plain = dispatch.plain_call(q, k, v, key_mask, cu_seqlens, tiles, seed)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if cast is not None:
+        q, k, v = q.to(cast), k.to(cast), v.to(cast)
+    drop = dropout.dropout_of(dropout_p, seed, site, q.device)
+    if backend == "torch" or tracing.only_reference():
+        sequences = packing.sequences_of(*layout, plan, q.shape[0])
+        return reference.forward(q, k, v, sequences, scale, drop)
+    rest = _flat(*layout, plan, drop, scale, backend)
+    plain = tracing.plain_call(q, k, v, *rest[:3], drop.seed)
+    if any_requires_grad(q, k, v):
         if not plain:
-            q, k, v = dispatch.distinct((q, k, v))
+            q, k, v = distinct((q, k, v))
         apply = registered.apply_plain if plain else registered.Attention.apply
-        return apply(q, k, v, *layout, *constants, plain)
-    infer = registered.infer_impl if plain else registered.infer
-    return infer(q, k, v, *layout, *constants)
+        return apply(q, k, v, *rest, plain)
+    return registered.infer.call(plain)(q, k, v, *rest)
 
 
 def attention_qkv(
@@ -97,41 +92,49 @@ def attention_qkv(
     is one buffer too. Everything else is as in `attention`.
     """
     check.check_one_buffer(qkv)
-    device_type = qkv.device.type
-    autocast = qkv.dtype != torch.float64 and dispatch.autocast_enabled(device_type)
     check.check_layout("qkv", qkv, qkv.shape[:-3], key_mask, cu_seqlens, max_seqlen, plan)
     scale = _check_scalars("qkv", qkv, dropout_p, seed, site, scale)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else qkv.dtype
-    backend = _choose("attention_qkv", backend, qkv, dtype, key_mask, cu_seqlens, max_seqlen)
+    cast = tracing.autocast(qkv)
+    layout = (key_mask, cu_seqlens, max_seqlen)
+    backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout)
 
-    if autocast:
-        qkv = qkv.to(dtype)
-    seed, threshold = _draws(qkv, dropout_p, seed)
-    if backend == "torch" or dispatch.only_reference():
-        parts = qkv.unbind(-3)
-        return reference.forward(
-            *parts,
-            key_mask,
-            cu_seqlens,
-            max_seqlen,
-            seed,
-            threshold,
-            site,
-            scale,
-            None if plan is None else plan.runs,
-        )
-    tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
-    layout = (key_mask, cu_seqlens, tiles, tile, seed)
-    constants = (max_seqlen or 0, scale, threshold, site, backend)
-    plain = dispatch.plain_call(qkv, key_mask, cu_seqlens, tiles, seed)
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if cast is not None:
+        qkv = qkv.to(cast)
+    drop = dropout.dropout_of(dropout_p, seed, site, qkv.device)
+    if backend == "torch" or tracing.only_reference():
+        sequences = packing.sequences_of(*layout, plan, qkv.shape[0])
+        return reference.forward(*qkv.unbind(-3), sequences, scale, drop)
+    rest = _flat(*layout, plan, drop, scale, backend)
+    plain = tracing.plain_call(qkv, *rest[:3], drop.seed)
+    if any_requires_grad(qkv):
         apply = registered.apply_qkv_plain if plain else registered.AttentionQKV.apply
-        return apply(qkv, *layout, *constants, plain)
-    infer = registered.infer_qkv_impl if plain else registered.infer_qkv
-    return infer(qkv, *layout, *constants)
+        return apply(qkv, *rest, plain)
+    return registered.infer_qkv.call(plain)(qkv, *rest)
 
 
-def _check_scalars(name, x, dropout_p, seed, site, scale) -> float:
+def _flat(
+    key_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    plan: "packing.Plan | None",
+    drop: dropout.Dropout,
+    scale: float,
+    backend: str,
+) -> tuple:
+    """What follows q, k and v in a registered op, one by one."""
+    tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
+    layout = (key_mask, cu_seqlens, tiles, tile, drop.seed, max_seqlen or 0)
+    return (*layout, scale, drop.threshold, drop.site, backend)
+
+
+def _check_scalars(
+    name: str,
+    x: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    site: int,
+    scale: float | None,
+) -> float:
     """The scale."""
     checks.check_dropout(dropout_p, site)
     if seed is not None:
@@ -142,18 +145,18 @@ def _check_scalars(name, x, dropout_p, seed, site, scale) -> float:
     return float(scale)
 
 
-def _draws(x, dropout_p, seed) -> tuple[torch.Tensor | None, int]:
-    """The seed if there is dropout, and its threshold."""
-    threshold = dropout.threshold(dropout_p)
-    if not threshold:
-        return None, 0
-    return dropout.draw_seed(x.device) if seed is None else seed, threshold
-
-
-def _choose(op: str, backend: str, x, dtype, key_mask, cu_seqlens, max_seqlen) -> str:
+def _choose(
+    op: str,
+    backend: str,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    key_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+) -> str:
     # Under torch.compile(dynamic=True) too, the head dimension is a constant.
     case = (x.device.type, dtype, operator.index(x.shape[-1]))
-    if torch.compiler.is_compiling():  # a size that is looked at is a size that can't change
+    if tracing.is_compiling():  # a size that is looked at is a size that can't change
         return dispatch.choose(op, backend, *case)
     sequences, length = x.shape[:2]
     if cu_seqlens is not None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import checks, packing
+from ... import checks, packing, tracing
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -65,5 +65,5 @@ def check_layout(name, x, batch_shape, key_mask, cu_seqlens, max_seqlen, plan) -
         plan.check(cu_seqlens, max_seqlen, batch_shape[0], name)
         if plan.bounds is not None:
             return  # its making has looked at the lengths
-    if packing.readable(cu_seqlens):
+    if tracing.on_host(cu_seqlens):
         packing.check_bounds(cu_seqlens.tolist(), max_seqlen, batch_shape[0], f"{name}'s tokens")

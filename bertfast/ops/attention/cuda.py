@@ -3,10 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from .. import dropout, native
+from ...packing.sequences import Sequences
+from .. import native
+from ..dropout import Dropout
 from ..native import DTYPE_TAG
 from ..pointers import Rows, head_rows, pointer, row_pointer
 from . import limits
+from .run import AnyHeads, Heads, Saved
 
 _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
@@ -43,10 +46,11 @@ def _give_back(written: torch.Tensor, x: torch.Tensor) -> None:
         x.copy_(written[..., : x.shape[-1]])
 
 
-def _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site):
+def _batch(q: torch.Tensor, sequences: Sequences, dropout: Dropout) -> tuple:
     """What both passes are told about a batch."""
     heads, head_dim = q.shape[-2:]
     head_dim += -head_dim % _VECTOR
+    key_mask, cu_seqlens, max_seqlen, tiles, tile, _ = sequences
     if cu_seqlens is None:
         batch, length = q.shape[:2]
         statistics = (heads * length, length)
@@ -56,19 +60,28 @@ def _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, si
     mask = row_pointer(key_mask, length)
     entries = 0 if tiles is None else tiles.shape[0]
     packed = (pointer(cu_seqlens), pointer(tiles), entries, tile)
-    seed_pointer = pointer(seed) if threshold else 0
-    drops = (seed_pointer, dropout.keep_scale(threshold), min(threshold, 65535), site)
+    drops = (pointer(dropout.seed), dropout.scale, min(dropout.threshold, 65535), dropout.site)
     return (mask, packed, drops, statistics, (batch, length, heads, head_dim))
 
 
+def _parts(heads: AnyHeads) -> Heads:
+    return Heads(*heads.unbind(-3)) if isinstance(heads, torch.Tensor) else heads
+
+
 def forward(
-    q, k, v, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, scale, threshold, site, out, lse
-):
-    """Fills out and, where it is given, lse. The last dimension of every tensor is dense."""
+    heads: AnyHeads,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
+    q, k, v = _parts(heads)
     head_dim = q.shape[-1]
     (q, q_rows), (k, k_rows), (v, v_rows) = (_readable(x, head_dim) for x in (q, k, v))
     written, out_rows = _writable(out, head_dim)
-    batch = _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site)
+    batch = _batch(q, sequences, dropout)
     native.module_for(q).attention_forward(
         *(q_rows, k_rows, v_rows, out_rows, pointer(lse)),
         *(*batch, scale, DTYPE_TAG[q.dtype]),
@@ -78,38 +91,29 @@ def forward(
 
 
 def backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    key_mask,
-    cu_seqlens,
-    tiles,
-    tile,
-    seed,
-    max_seqlen,
-    scale,
-    threshold,
-    site,
-    dq,
-    dk,
-    dv,
-):
-    """Fills dq, dk and dv."""
+    dout: torch.Tensor,
+    heads: AnyHeads,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    grads: AnyHeads,
+) -> None:
+    """Fills the gradients."""
+    q, k, v = _parts(heads)
+    out, lse = saved
     head_dim = q.shape[-1]
     inputs = [_readable(x, head_dim) for x in (dout, q, k, v, out)]
-    grads = [_writable(x, head_dim) for x in (dq, dk, dv)]
-    batch = _batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold, site)
+    outputs = [_writable(x, head_dim) for x in _parts(grads)]
+    batch = _batch(q, sequences, dropout)
     # lse and delta of each row, from the first kernel to the second.
     statistics = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
     native.module_for(q).attention_backward(
         *(rows for _, rows in inputs),
         *(pointer(lse), pointer(statistics)),
-        *(rows for _, rows in grads),
+        *(rows for _, rows in outputs),
         *(*batch, scale, DTYPE_TAG[q.dtype]),
         *native.place(q),
     )
-    for (written, _), grad in zip(grads, (dq, dk, dv), strict=True):
+    for (written, _), grad in zip(outputs, _parts(grads), strict=True):
         _give_back(written, grad)

@@ -13,27 +13,45 @@ gradients.
 import torch
 import torch.nn.functional as F
 
-from ... import packing
-from .. import dispatch, dropout
+from ... import packing, tracing
+from .. import dropout
+from ..dropout import Dropout
 
 
-def forward(q, k, v, key_mask, cu_seqlens, max_seqlen, seed, threshold, site, scale, runs=None):
-    """Padded (B, S, H, D) with key_mask (B, S) or None, or packed (T, H, D) with cu_seqlens."""
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: packing.Sequences,
+    scale: float,
+    drop: Dropout,
+) -> torch.Tensor:
+    """Padded (B, S, H, D) or packed (T, H, D)."""
+    key_mask, cu_seqlens, max_seqlen = sequences[:3]
     dtype = q.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
     q, k, v = (tensor.to(compute) for tensor in (q, k, v))
     if cu_seqlens is None:
-        out = _padded(q, k, v, key_mask, seed, threshold, site, scale)
-    elif cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        out = _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale)
+        out = _padded(q, k, v, key_mask, scale, drop)
+    elif cu_seqlens.device.type != "cpu" or tracing.is_compiling():
+        out = _through_padding(q, k, v, cu_seqlens, max_seqlen, scale, drop)
     else:
+        runs = sequences.runs
         if runs is None:
             runs = packing.equal_runs(cu_seqlens.tolist())
-        out = _by_runs(q, k, v, runs, seed, threshold, site, scale)
+        out = _by_runs(q, k, v, runs, scale, drop)
     return out.to(dtype)
 
 
-def _padded(q, k, v, key_mask, seed, threshold, site, scale, sequence=0):
+def _padded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    drop: Dropout,
+    sequence: int = 0,
+) -> torch.Tensor:
     """sequence: the number of the first one, for dropout."""
     if q.numel() == 0:
         return q * 1.0 + 0.0 * (k + v)
@@ -45,36 +63,52 @@ def _padded(q, k, v, key_mask, seed, threshold, site, scale, sequence=0):
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         mask = (key_mask | ~any_key)[:, None, None, :]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if threshold == 0 and not dispatch.only_reference():
+    if drop.threshold == 0 and not tracing.only_reference():
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         return out.transpose(1, 2)
     scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     probabilities = scores.softmax(-1)
-    if threshold:
+    if drop.threshold:
         # The mask counts from a sequence's first token, wherever that lies in the padded row.
         start = None if key_mask is None else key_mask.int().argmax(1)
-        keep = dropout.attention_keep_mask(seed, site, scores.shape, threshold, start, sequence)
-        factor = dropout.keep_scale(threshold)
-        probabilities = torch.where(keep, probabilities * factor, 0.0)
+        keep = dropout.attention_keep_mask(
+            drop.seed, drop.site, scores.shape, drop.threshold, start, sequence
+        )
+        probabilities = torch.where(keep, probabilities * drop.scale, 0.0)
     return (probabilities @ v).transpose(1, 2)
 
 
-def _by_runs(q, k, v, runs, seed, threshold, site, scale):
+def _by_runs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    runs: "tuple[packing.Run, ...]",
+    scale: float,
+    drop: Dropout,
+) -> torch.Tensor:
     """Sequences of one length that are neighbours are one padded batch without padding."""
     outs = []
     for run in runs:
         rows = slice(run.token, run.token + run.count * run.length)
         parts = (tensor[rows].unflatten(0, (run.count, run.length)) for tensor in (q, k, v))
-        out = _padded(*parts, None, seed, threshold, site, scale, run.sequence)
+        out = _padded(*parts, None, scale, drop, run.sequence)
         outs.append(out.flatten(0, 1))
     if not outs:
         return q * 1.0 + 0.0 * (k + v)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, scale):
+def _through_padding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    drop: Dropout,
+) -> torch.Tensor:
     """Every sequence as a row of a padded batch: no length is read on the host."""
     tokens, cu = q.shape[0], cu_seqlens.to(torch.int64)
     if tokens == 0:
@@ -86,7 +120,7 @@ def _through_padding(q, k, v, cu_seqlens, max_seqlen, seed, threshold, site, sca
     # Beyond a sequence's end lie its neighbours' tokens, in whose gradients a NaN would be no zero.
     outside = ~key_mask[:, :, None, None]
     padded = (tensor[index].masked_fill(outside, 0.0) for tensor in (q, k, v))
-    out = _padded(*padded, key_mask, seed, threshold, site, scale)
+    out = _padded(*padded, key_mask, scale, drop)
     token = torch.arange(tokens, device=q.device)
     row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=cu.shape[0] - 2)
     return out[row, token - cu[row]]

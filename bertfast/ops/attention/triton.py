@@ -5,10 +5,13 @@ import math
 import torch
 import triton
 
-from .. import dropout, triton_lib
+from ...packing.sequences import Sequences
+from .. import triton_lib
+from ..dropout import Dropout
 from ..pointers import dense, head_strides, row_stride, shared_head_strides
 from . import limits
 from .config import Config, block_d, config, device_architecture
+from .run import AnyHeads, Heads, Saved
 from .triton_bwd_dkv import attention_bwd_dkv_kernel
 from .triton_bwd_dq import attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
@@ -24,25 +27,27 @@ def unsupported_reason(device_type, dtype=None, head_dim=None, size=None) -> str
 class _Batch:
     """What all kernels are told about a batch."""
 
-    def __init__(self, q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold):
+    def __init__(self, q: torch.Tensor, sequences: Sequences, scale: float, drop: Dropout) -> None:
         self.heads, self.head_dim = q.shape[-2:]
         self.arch = device_architecture(q.device.index if q.is_cuda else None)
         self.itemsize = q.element_size()
-        self.dropout = threshold != 0
+        self.dropout = drop.threshold != 0
+        key_mask, cu_seqlens = sequences.key_mask, sequences.cu_seqlens
         if cu_seqlens is not None:
-            self.rows, self.length = cu_seqlens.shape[0] - 1, max_seqlen
+            self.rows, self.length = cu_seqlens.shape[0] - 1, sequences.max_seqlen
             lse_strides = (0, q.shape[0])
         else:
             self.rows, self.length = q.shape[:2]
             lse_strides = (self.heads * self.length, self.length)
-        self.tiles, self.tile = tiles, tile
+        self.tiles, self.tile = sequences.tiles, sequences.tile
         # A tile more where dropout's coordinates start inside the row, at a multiple of the tile.
         self.extra = int(key_mask is not None and self.dropout)
         mask = None if key_mask is None else key_mask.view(torch.uint8)
-        seed = dense(seed) if threshold else None
-        self.layout = (mask, dense(cu_seqlens), dense(tiles), seed)
+        self.layout = (mask, dense(cu_seqlens), dense(self.tiles), dense(drop.seed))
         mask_stride = 0 if mask is None else row_stride(mask, self.length)
         self.mask_and_lse = (mask_stride, *lse_strides)
+        self.scale, self.scale_log2 = scale, scale * math.log2(math.e)
+        self.drop = (drop.site, min(drop.threshold, 65535), drop.scale)
         # float32 is multiplied as float32, unless torch itself may use TF32.
         precision = torch.backends.cuda.matmul.fp32_precision  # reading allow_tf32 may raise
         self.tf32 = q.dtype == torch.float32 and precision == "tf32"
@@ -73,24 +78,21 @@ class _Batch:
         )
 
 
+def _parts(heads: AnyHeads) -> Heads:
+    return Heads(*heads.unbind(-3)) if isinstance(heads, torch.Tensor) else heads
+
+
 def forward(
-    q,
-    k,
-    v,
-    key_mask,
-    cu_seqlens,
-    tiles,
-    tile,
-    seed,
-    max_seqlen,
-    scale,
-    threshold,
-    site,
-    out,
-    lse,
-):
-    """Fills out and, where it is given, lse. The last dimension of every tensor is dense."""
-    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold)
+    heads: AnyHeads,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
+    q, k, v = _parts(heads)
+    batch = _Batch(q, sequences, scale, dropout)
     chosen = batch.config("forward")
     grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
     with triton_lib.on_device(q):
@@ -98,8 +100,7 @@ def forward(
             *(q, k, v, out, dense(lse), *batch.layout),
             *(stride for x in (q, k, v, out) for stride in head_strides(x)),
             *batch.mask_and_lse,
-            *(batch.heads, n_tiles, batch.length, scale * math.log2(math.e), site),
-            *(min(threshold, 65535), dropout.keep_scale(threshold)),
+            *(batch.heads, n_tiles, batch.length, batch.scale_log2, *batch.drop),
             **batch.constants(chosen, chosen.block_m),
             BLOCK_T=chosen.block_t,
             SINGLE=chosen.block_n >= batch.length,
@@ -107,32 +108,22 @@ def forward(
 
 
 def backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    key_mask,
-    cu_seqlens,
-    tiles,
-    tile,
-    seed,
-    max_seqlen,
-    scale,
-    threshold,
-    site,
-    dq,
-    dk,
-    dv,
-):
-    """Fills dq, dk and dv, whose strides are the same."""
-    batch = _Batch(q, key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, threshold)
-    layout, lse = batch.layout, dense(lse)
+    dout: torch.Tensor,
+    heads: AnyHeads,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    grads: AnyHeads,
+) -> None:
+    """Fills the gradients, whose strides are the same."""
+    q, k, v = _parts(heads)
+    dq, dk, dv = _parts(grads)
+    batch = _Batch(q, sequences, scale, dropout)
+    layout, out, lse = batch.layout, saved.out, dense(saved.lse)
     inputs = [stride for x in (dout, q, k, v) for stride in head_strides(x)]
-    grads = (*shared_head_strides(dq, dk, dv), *batch.mask_and_lse)
-    scales = (scale, scale * math.log2(math.e))
-    drop = (site, min(threshold, 65535), dropout.keep_scale(threshold))
+    strides = (*shared_head_strides(dq, dk, dv), *batch.mask_and_lse)
+    numbers = (batch.scale, batch.scale_log2, *batch.drop)
     with triton_lib.on_device(q):
         chosen, delta = batch.config("whole"), None
         whole = chosen is not None
@@ -141,16 +132,17 @@ def backward(
             chosen = batch.config("dq")
             grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
             attention_bwd_dq_kernel[grid](
-                *(dout, q, k, v, out, lse, delta, dq, *layout, *inputs, *head_strides(out), *grads),
-                *(batch.heads, n_tiles, batch.length, *scales, *drop),
+                *(dout, q, k, v, out, lse, delta, dq, *layout),
+                *(*inputs, *head_strides(out), *strides),
+                *(batch.heads, n_tiles, batch.length, *numbers),
                 **batch.constants(chosen, chosen.block_m),
                 BLOCK_T=chosen.block_t,
             )
             chosen = batch.config("dkv")
         grid, n_tiles = batch.grid(chosen.block_n, 0 if whole else batch.extra)
         attention_bwd_dkv_kernel[grid](
-            *(dout, q, k, v, lse, delta, dq, dk, dv, *layout, *inputs, *grads),
-            *(batch.heads, n_tiles, batch.length, *scales, *drop),
+            *(dout, q, k, v, lse, delta, dq, dk, dv, *layout, *inputs, *strides),
+            *(batch.heads, n_tiles, batch.length, *numbers),
             **batch.constants(chosen, chosen.block_n),
             WHOLE=whole,
             SINGLE=whole and chosen.block_m >= batch.length,

@@ -39,7 +39,7 @@ def _at(rows: torch.Tensor, width: int, first: int) -> tuple[int, int]:
     return address + first * rows.element_size(), stride
 
 
-def forward(x, bias, tanh, y):
+def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
     """Fills y. x is rows."""
     module = native.module_for(x)
     place = native.place(x)
@@ -67,7 +67,14 @@ def _chains(dy: torch.Tensor, rows: int, width: int) -> int:
     return max(min(filling, -(-rows // 2)), -(-rows // LONGEST_CHAIN))
 
 
-def backward(dy, x, bias, tanh, dx, dbias):
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    dx: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+) -> None:
     """Fills dx and dbias where they are given. dy and x are rows."""
     module = native.module_for(dy)
     place = native.place(dy)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(x, bias, tanh):
+def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     dtype = x.dtype if bias is None else bias.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
     v = x.to(compute)

@@ -241,7 +241,7 @@ def _shape(x, bias, *others) -> tuple[int, int]:
     return x.numel() // width, width
 
 
-def forward(x, bias, tanh, y):
+def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
     """Fills y. x is rows."""
     rows, width = _shape(x, bias)
     config = forward_config(width, y.element_size(), rows)
@@ -263,7 +263,14 @@ def forward(x, bias, tanh, y):
         )
 
 
-def backward(dy, x, bias, tanh, dx, dbias):
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    dx: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+) -> None:
     """Fills dx and dbias where they are given. dy and x are rows."""
     rows, width = _shape(x, bias, dy)
     config = backward_config(width, dy.element_size(), rows)

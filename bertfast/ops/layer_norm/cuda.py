@@ -4,10 +4,12 @@ import functools
 
 import torch
 
-from .. import dropout, native
+from .. import native
+from ..dropout import Dropout
 from ..native import DTYPE_TAG
 from ..pointers import pointer, row_pointer
 from . import limits
+from .run import Gradients, Norm, Outputs
 
 # A row group adds at most this many rows in one float32 chain before the compensated final sum:
 # what that rounds is within the error budget, whatever the number of rows.
@@ -18,9 +20,15 @@ def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
     return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
 
 
-def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
-    """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
-    mean, rstd = stats if stats is not None else (None, None)
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    norm: Norm,
+    dropout: Dropout,
+    outs: Outputs,
+) -> None:
+    """Fills the outputs that are there. x and residual are rows."""
     width = x.shape[-1]
     x_pointer, x_stride = row_pointer(x, width)
     residual_pointer, residual_stride = row_pointer(residual, width)
@@ -28,24 +36,24 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
         x_pointer,
         residual_pointer,
         pointer(x_bias),
-        pointer(weight),
-        pointer(bias),
-        pointer(seed) if threshold else 0,
-        pointer(row_index),
-        pointer(y),
-        pointer(z),
-        pointer(mean),
-        pointer(rstd),
+        pointer(norm.weight),
+        pointer(norm.bias),
+        pointer(dropout.seed),
+        pointer(dropout.rows),
+        pointer(outs.y),
+        pointer(outs.z),
+        pointer(outs.mean),
+        pointer(outs.rstd),
         x.numel() // width,
         x_stride,
         residual_stride,
         width,
-        eps,
-        dropout.keep_scale(threshold),
-        threshold,
-        site,
+        norm.eps,
+        dropout.scale,
+        dropout.threshold,
+        dropout.site,
         DTYPE_TAG[x.dtype],
-        DTYPE_TAG[y.dtype],
+        DTYPE_TAG[outs.y.dtype],
         *native.place(x),
     )
 
@@ -65,14 +73,22 @@ def _blocks(module, dy: torch.Tensor) -> int:
     return min(most, max(resident, -(-rows // (at_a_time * LONGEST_CHAIN))))
 
 
-def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
-    """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
+def backward(
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    dropout: Dropout,
+    grads: Gradients,
+) -> None:
+    """Fills the gradients that are there. dy and z are rows."""
     module = native.module_for(dy)
     width = dy.shape[-1]
     blocks = _blocks(module, dy)
-    outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
+    outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), blocks, width), dtype=torch.float32, device=dy.device)
-    sums = [pointer(partial) + 4 * i * blocks * width for i in range(len(outs))]
+    sums = iter(pointer(partial) + 4 * i * blocks * width for i in range(len(outs)))
     tag = DTYPE_TAG[dy.dtype]
     place = native.place(dy)
     dy_pointer, dy_stride = row_pointer(dy, width)
@@ -83,22 +99,20 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
         pointer(mean),
         pointer(rstd),
         pointer(weight),
-        pointer(seed) if threshold else 0,
-        pointer(row_index),
-        pointer(dz),
-        pointer(dx),
-        sums[0] if params else 0,
-        sums[1] if params else 0,
-        sums[-1] if x_bias is not None else 0,
+        pointer(dropout.seed),
+        pointer(dropout.rows),
+        pointer(grads.dz),
+        pointer(grads.dx),
+        *(0 if sum_ is None else next(sums) for sum_ in grads[2:]),
         dy.numel() // width,
         dy_stride,
         z_stride,
         width,
         blocks,
-        dropout.keep_scale(threshold),
-        threshold,
-        site,
-        DTYPE_TAG[dx.dtype] if dx is not None else tag,
+        dropout.scale,
+        dropout.threshold,
+        dropout.site,
+        DTYPE_TAG[grads.dx.dtype] if grads.dx is not None else tag,
         tag,
         *place,
     )

@@ -9,21 +9,29 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .. import dropout
+from ..dropout import Dropout, row_keep_mask
+from .run import Norm
 
 
-def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site):
+def forward(
+    x: torch.Tensor,
+    norm: Norm,
+    x_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dropout: Dropout,
+) -> torch.Tensor:
+    weight, bias, eps = norm
     dtype = weight.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
     z = x.to(compute)
     if x_bias is not None:
         z = z + x_bias.to(compute)
-    if threshold:
+    if dropout.threshold:
         rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-        row = torch.arange(rows, device=x.device) if row_index is None else row_index
-        keep = dropout.row_keep_mask(seed, site, row, width, threshold).view(x.shape)
+        row = torch.arange(rows, device=x.device) if dropout.rows is None else dropout.rows
+        keep = row_keep_mask(dropout.seed, dropout.site, row, width, dropout.threshold)
         # where, not a product: what is dropped may be Inf or NaN and must not survive.
-        z = torch.where(keep, z * dropout.keep_scale(threshold), 0.0)
+        z = torch.where(keep.view(x.shape), z * dropout.scale, 0.0)
     if residual is not None:
         z = z + residual.to(compute)
     y = F.layer_norm(z, z.shape[-1:], weight.to(compute), bias.to(compute), eps)

@@ -18,11 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import dropout, triton_lib
+from .. import triton_lib
+from ..dropout import Dropout
 from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
 from ..triton_lib import round_to, row_keep, to_float
 from . import limits
+from .run import Gradients, Norm, Outputs
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -195,31 +197,37 @@ def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
     return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
 
 
-def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, y, z, stats):
-    """Fills y and, where they are given, z and stats = (mean, rstd). x and residual are rows."""
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    norm: Norm,
+    dropout: Dropout,
+    outs: Outputs,
+) -> None:
+    """Fills the outputs that are there. x and residual are rows."""
     width = x.shape[-1]
     rows = x.numel() // width
-    config = forward_config(width, y.element_size())
-    mean, rstd = stats if stats is not None else (None, None)
+    config = forward_config(width, outs.y.element_size())
     with triton_lib.on_device(x):
         layer_norm_fwd_kernel[(rows,)](
             x,
             residual,
             dense(x_bias),
-            dense(weight),
-            dense(bias),
-            dense(seed) if threshold else None,
-            dense(row_index),
-            dense(y),
-            dense(z),
-            dense(mean),
-            dense(rstd),
+            dense(norm.weight),
+            dense(norm.bias),
+            dense(dropout.seed),
+            dense(dropout.rows),
+            dense(outs.y),
+            dense(outs.z),
+            dense(outs.mean),
+            dense(outs.rstd),
             row_stride(x, width),
             row_stride(residual, width),
-            eps,
-            site,
-            threshold,
-            dropout.keep_scale(threshold),
+            norm.eps,
+            dropout.site,
+            dropout.threshold,
+            dropout.scale,
             N=width,
             BLOCK_N=config.block_n,
             GROUP=config.group,
@@ -227,15 +235,24 @@ def forward(x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, 
         )
 
 
-def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx, params, x_bias):
-    """Fills dz and dx where given, params = (dweight, dbias) or None, x_bias = dx_bias or None."""
+def backward(
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    dropout: Dropout,
+    grads: Gradients,
+) -> None:
+    """Fills the gradients that are there. dy and z are rows."""
     width = dy.shape[-1]
     rows = dy.numel() // width
     config = backward_config(width, dy.element_size())
     programs = triton.cdiv(rows, config.rows)
-    outs = [*(params or ()), *(() if x_bias is None else (x_bias,))]
+    outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
-    sums = list(partial)
+    sums = iter(partial)
+    partials = [None if sum_ is None else next(sums) for sum_ in grads[2:]]
     with triton_lib.on_device(dy):
         layer_norm_bwd_kernel[(programs,)](
             dy,
@@ -243,19 +260,17 @@ def backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, dz, dx
             dense(mean),
             dense(rstd),
             dense(weight),
-            dense(seed) if threshold else None,
-            dense(row_index),
-            dense(dz),
-            dense(dx),
-            sums[0] if params else None,
-            sums[1] if params else None,
-            sums[-1] if x_bias is not None else None,
+            dense(dropout.seed),
+            dense(dropout.rows),
+            dense(grads.dz),
+            dense(grads.dx),
+            *partials,
             row_stride(dy, width),
             row_stride(z, width),
             rows,
-            site,
-            threshold,
-            dropout.keep_scale(threshold),
+            dropout.site,
+            dropout.threshold,
+            dropout.scale,
             N=width,
             BLOCK_N=config.block_n,
             GROUP=config.group,

@@ -13,7 +13,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch
+from ... import tracing
 
 VARIABLE = "BERTFAST_ONEDNN"
 # Of torch.backends.cpu.get_cpu_capability(): as fast as F.linear or faster. With AVX2 they gain
@@ -45,8 +45,8 @@ def serves(x: torch.Tensor, training: bool) -> bool:
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() > 0
-        and dispatch.plain_call(x)
-        and not dispatch.only_reference()
+        and tracing.plain_call(x)
+        and not tracing.only_reference()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and why_not() is None

@@ -1,0 +1,95 @@
+"""Attention's calls of a backend: new tensors for what it writes, and what it reads made dense.
+
+q, k and v are three tensors, or one that has all three of them in its dimension -3; so are their
+gradients. Padded tensors are (batch, length, heads, head_dim), packed ones (tokens, heads,
+head_dim).
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from ...packing.sequences import Sequences
+from .. import dispatch
+from ..dropout import Dropout
+from ..registration import empty
+
+
+class Heads(NamedTuple):
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+AnyHeads: TypeAlias = "Heads | torch.Tensor"
+
+
+class Saved(NamedTuple):
+    """The output, and of each of its rows the logarithm to base 2 of the sum of its weights."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+
+
+def forward(
+    heads: AnyHeads,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    backend: str,
+    save: bool,
+) -> Saved:
+    """save: lse is wanted, for a backward."""
+    saved = new_saved(heads, sequences.cu_seqlens is not None, save)
+    if saved.out.numel():
+        module = dispatch.backend_module("attention", backend)
+        module.forward(_dense_heads(heads), sequences, scale, dropout, *saved)
+    return saved
+
+
+def backward(
+    dout: torch.Tensor,
+    heads: AnyHeads,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    backend: str,
+) -> AnyHeads:
+    """The gradients of q, k and v, in the form of `heads`."""
+    grads = new_like(heads)
+    if dout.numel():
+        module = dispatch.backend_module("attention", backend)
+        heads = _dense_heads(heads)
+        module.backward(_dense(dout), heads, saved, sequences, scale, dropout, grads)
+    return grads
+
+
+def new_saved(heads: AnyHeads, packed: bool, save: bool) -> Saved:
+    if isinstance(heads, torch.Tensor):
+        *places, _, count, head_dim = heads.shape
+        x = heads
+    else:
+        x = heads.q
+        *places, count, head_dim = x.shape
+    out = torch.empty(*places, count, head_dim, dtype=x.dtype, device=x.device)
+    if not save:
+        return Saved(out, None)
+    shape = (count, places[0]) if packed else (places[0], count, places[1])
+    return Saved(out, torch.empty(shape, dtype=torch.float32, device=x.device))
+
+
+def new_like(heads: AnyHeads) -> AnyHeads:
+    return empty(heads) if isinstance(heads, torch.Tensor) else Heads(*map(empty, heads))
+
+
+def _dense_heads(heads: AnyHeads) -> AnyHeads:
+    return _dense(heads, -4) if isinstance(heads, torch.Tensor) else Heads(*map(_dense, heads))
+
+
+def _dense(x: torch.Tensor, token: int = -3) -> torch.Tensor:
+    """x with a dense last dimension, and offsets inside a tile that fit 32 bits. token: the
+    dimension in which tokens follow each other."""
+    if x.stride(-1) == 1 and x.stride(token) < 2**22:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() keeps a size of 1's stride
