@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bertfast import packing
-from bertfast.ops import attention, attention_qkv
+from bertfast.ops import attention, attention_qkv, dropout
 from bertfast.ops.attention import reference
 
 NAMES = ("q", "k", "v", "dout")
@@ -109,8 +109,8 @@ def test_on_torch_where_lengths_cannot_be_looked_at(name, p):
 
     def results(given):
         leaves = [given[n][inside].clone().requires_grad_() for n in NAMES[:3]]
-        seed, threshold = torch.tensor([7]), round(65536 * p)
-        out = reference._through_padding(*leaves, bounds, 17, seed, threshold, 0, 0.25)
+        drop = dropout.dropout_of(p, torch.tensor([7]), 0, bounds.device)
+        out = reference._through_padding(*leaves, bounds, 17, 0.25, drop)
         return [out.detach(), *torch.autograd.grad(out, leaves, given["dout"][inside])]
 
     for row in range(4):
