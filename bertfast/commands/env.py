@@ -31,11 +31,12 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(
-                line.split(":")[1].strip() for line in lines if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":")[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def describe() -> dict:

@@ -70,7 +70,7 @@ def check(op: str, backend: str, device: str) -> list[Row]:
                 found.setdefault(finding.name, []).append((finding, str(case), stock_error.item()))
         for name, entries in found.items():
             bad = worst([finding for finding, _, _ in entries])
-            case_name, stock_error = next(e[1:] for e in entries if e[0] is bad)
+            ((_, case_name, stock_error),) = (entry for entry in entries if entry[0] is bad)
             rows.append(
                 Row(
                     op=op,

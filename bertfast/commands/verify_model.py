@@ -58,7 +58,7 @@ def check(
 
 def _inputs(model, texts, tokenizer) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     config = model.config
-    device = next(model.parameters()).device
+    device = model.device
     length = min(LENGTH, config.max_position_embeddings - 2)
     generator = torch.Generator().manual_seed(0)
     pad = config.pad_token_id or 0

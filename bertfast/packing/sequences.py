@@ -51,5 +51,6 @@ def restored(
     if cu_seqlens is None:
         return Sequences(None if key_mask is None else key_mask.contiguous())
     tiles = None if tiles is None else tiles.contiguous()
-    # No sequence is longer than all of them.
-    return Sequences(None, cu_seqlens.contiguous(), min(max_seqlen, tokens), tiles, tile)
+    if not torch.compiler.is_exporting():  # which refuses what depends on comparing a size
+        max_seqlen = min(max_seqlen, tokens)  # no sequence is longer than all of them
+    return Sequences(None, cu_seqlens.contiguous(), max_seqlen, tiles, tile)

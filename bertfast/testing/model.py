@@ -56,7 +56,7 @@ def numbers(
 
     by_row: each row through the model for itself.
     """
-    rows = next(iter(inputs.values())).shape[0]
+    rows, *_ = (len(tensor) for tensor in inputs.values())
     parts = [slice(n, n + 1) for n in range(rows)] if by_row else [slice(rows)]
     outputs: dict[str, list[torch.Tensor]] = {}
     model.zero_grad(set_to_none=True)

@@ -160,6 +160,6 @@ def _choose(
         return dispatch.choose(op, backend, *case)
     sequences, length = x.shape[:2]
     if cu_seqlens is not None:
-        sequences, length = cu_seqlens.shape[0] - 1, min(max_seqlen, x.shape[0])
+        sequences, length = 1, limits.packed_length(x.shape[0], cu_seqlens.shape[0] - 1)
     size = limits.unusual(sequences, x.shape[-2], length, key_mask is not None)
     return dispatch.choose(op, backend, *case, size)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import limits
+
 # Compute capability of a class: Ampere, Ada, Hopper, and Blackwell's two. Those with wgmma or
 # tcgen05 share their lines; the others multiply with mma.sync and share theirs.
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -160,4 +162,7 @@ def config(
     None for "whole" where one tile can't hold all keys: then dq and dkv run."""
     kind = "fp32" if itemsize == 4 else "wide" if arch in _WIDE else "mma"
     case = (arch, length, block_d(head_dim), dropout, tile)
-    return next(line.config for line in _TABLE[pass_, kind] if line.serves(*case))
+    for line in _TABLE[pass_, kind]:
+        if line.serves(*case):
+            return line.config
+    raise ValueError(limits.unsupported_reason(head_dim, None, None))

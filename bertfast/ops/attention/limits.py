@@ -19,6 +19,12 @@ def unusual(sequences: int, heads: int, length: int, masked: bool) -> Size | Non
     return sequences, heads, length, masked
 
 
+def packed_length(tokens: int, sequences: int) -> int:
+    """The length of the one sequence that takes as many tiles as a packed batch may: a plan's tiles
+    of 64 are full but for the last of each sequence."""
+    return tokens + 64 * sequences
+
+
 def unsupported_reason(
     head_dim: int | None, size: Size | None, masked_length: int | None
 ) -> str | None:

@@ -113,8 +113,7 @@ def _through_padding(
     tokens, cu = q.shape[0], cu_seqlens.to(torch.int64)
     if tokens == 0:
         return q * 1.0 + 0.0 * (k + v)
-    # No sequence is longer than all of them. sym_min compares no sizes while they are symbols.
-    position = torch.arange(torch.sym_min(max_seqlen, tokens), device=q.device)
+    position = torch.arange(max_seqlen, device=q.device)
     key_mask = position < (cu[1:] - cu[:-1])[:, None]
     index = (cu[:-1, None] + position).clamp(max=tokens - 1)
     # Beyond a sequence's end lie its neighbours' tokens, in whose gradients a NaN would be no zero.

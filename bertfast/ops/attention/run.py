@@ -9,10 +9,12 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from ...packing.planning import plan
 from ...packing.sequences import Sequences
 from .. import dispatch
 from ..dropout import Dropout
 from ..registration import empty
+from . import limits
 
 
 class Heads(NamedTuple):
@@ -43,6 +45,7 @@ def forward(
     saved = new_saved(heads, sequences.cu_seqlens is not None, save)
     if saved.out.numel():
         module = dispatch.backend_module("attention", backend)
+        sequences = _in_few_programs(sequences, saved.out)
         module.forward(_dense_heads(heads), sequences, scale, dropout, *saved)
     return saved
 
@@ -60,7 +63,7 @@ def backward(
     grads = new_like(heads)
     if dout.numel():
         module = dispatch.backend_module("attention", backend)
-        heads = _dense_heads(heads)
+        heads, sequences = _dense_heads(heads), _in_few_programs(sequences, dout)
         module.backward(_dense(dout), heads, saved, sequences, scale, dropout, grads)
     return grads
 
@@ -81,6 +84,18 @@ def new_saved(heads: AnyHeads, packed: bool, save: bool) -> Saved:
 
 def new_like(heads: AnyHeads) -> AnyHeads:
     return empty(heads) if isinstance(heads, torch.Tensor) else Heads(*map(empty, heads))
+
+
+def _in_few_programs(sequences: Sequences, out: torch.Tensor) -> Sequences:
+    """A packed batch with a plan of its own where CUDA couldn't start the programs of as many tiles
+    in each sequence as the longest has, or of a plan with room for that."""
+    _, cu_seqlens, longest, tiles, tile, _ = sequences
+    if cu_seqlens is not None:
+        room = (cu_seqlens.shape[0] - 1) * (longest + 128) if tiles is None else len(tiles) * tile
+        if room * out.shape[-2] > limits.MAX_POSITIONS:
+            made = plan(cu_seqlens, longest, out.shape[0])
+            return sequences._replace(tiles=made.tiles, tile=made.tile)
+    return sequences
 
 
 def _dense_heads(heads: AnyHeads) -> AnyHeads:

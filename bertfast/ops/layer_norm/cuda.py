@@ -103,7 +103,7 @@ def backward(
         pointer(dropout.rows),
         pointer(grads.dz),
         pointer(grads.dx),
-        *(0 if sum_ is None else next(sums) for sum_ in grads[2:]),
+        *(0 if sum_ is None else next(sums, 0) for sum_ in grads[2:]),
         dy.numel() // width,
         dy_stride,
         z_stride,

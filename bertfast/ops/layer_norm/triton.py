@@ -252,7 +252,7 @@ def backward(
     outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
     sums = iter(partial)
-    partials = [None if sum_ is None else next(sums) for sum_ in grads[2:]]
+    partials = [None if sum_ is None else next(sums, None) for sum_ in grads[2:]]
     with triton_lib.on_device(dy):
         layer_norm_bwd_kernel[(programs,)](
             dy,
