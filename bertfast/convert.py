@@ -4,6 +4,7 @@ import functools
 import html
 import types
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -13,22 +14,37 @@ from .notice import warn_once
 from .ops.dispatch import CHOICES
 from .settings import ATTRIBUTE, KEPT, Settings, is_converted, is_swapped
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def optimize(
-    model: nn.Module,
+    model: M,
     *,
     backend: str = "auto",
-    packed: bool | str = True,
+    packed: bool | Literal["always"] = True,
     strict: bool = False,
-) -> nn.Module:
+) -> M:
     """Makes the BERT-like encoders in a model run on bertfast's kernels, in place; returns it.
 
-    backend: as in `bertfast.ops`. packed: compute nothing for padding, where nobody can see the
-    difference. "always": also in question answering, whose softmax reads it, and where the masked
-    tokens are not the padding token. Where padding was taken out, the encoder's output repeats its
-    row's first token (in torch.nn's encoders it is zero, as in torch's own eval).
-    strict: raise ValueError if nothing in the model could be converted, or if a model of a known
-    family couldn't. Call it again to change these.
+    The classes of the model, its encoder and its layers are swapped for subclasses of the same
+    name. Parameters, state_dict keys, hooks and config stay as they are, and `revert` undoes it. A
+    call that can't be fused runs the original code, and a warning says why, once. `report` lists
+    what is fused. Call optimize again to change the options.
+
+    model: any module; encoders of Hugging Face and torch.nn are found wherever they are in it.
+
+    backend: "auto" picks for the device; "torch", "triton" or "cuda" runs that one, or raises
+    ValueError in the call that it can't run.
+
+    packed: True computes nothing for padding where that can't be seen in the results. "always" also
+    takes it out in question answering, whose softmax reads it, and where masked tokens are not the
+    padding token. False keeps all padding. Where padding was taken out, the encoder's output
+    repeats its row's first token; in torch.nn's encoders it is zero, as in torch's own eval.
+
+    strict: raise ValueError if the model has no encoder that bertfast knows, or one of a known
+    family that it can't convert. Otherwise such a model is left as it is.
+
+    Raises ValueError for a model that FSDP2 has sharded already: convert it first, then shard.
     """
     checks.check_module("model", model)
     checks.check_choice("backend", backend, CHOICES)
@@ -63,8 +79,16 @@ def optimize(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
-    """Undoes `optimize`: the same classes as before, the same numbers to the bit."""
+def revert(model: M) -> M:
+    """Undoes `optimize`, in place; returns the model.
+
+    The classes are those from before, and so are the results, to the bit. Weights that were
+    trained or loaded in between stay. A module that was never converted is left as it is.
+
+    model: what `optimize` was given, or a module that has it inside.
+
+    Raises ValueError for a model that FSDP2 has sharded since.
+    """
     checks.check_module("model", model)
     converted = [module for module in model.modules() if is_swapped(module)]
     for module in converted:
@@ -171,9 +195,11 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Row:
+    """An encoder layer: its name in the model, its class, and why it isn't fused, or None."""
+
     name: str
     kind: str
-    reason: str | None  # why it isn't fused
+    reason: str | None
 
     @property
     def status(self) -> str:
@@ -213,8 +239,14 @@ class Report(list):
 
 
 def report(model: nn.Module) -> Report:
-    """One row for each encoder layer: fused, or the reason why not. Below them, which model keeps
-    its padding, and why: always, or in its last call."""
+    """Lists what became of each encoder layer: fused, or the reason why not.
+
+    The result is a list of `Row`s (name, kind, reason; `status` is "fused" or the reason) that
+    prints as a table, in a notebook too. Its `notes`, printed below, say which model keeps its
+    padding, and why: always, or in its last call.
+
+    model: any module, converted or not. Nothing is computed and nothing in it changes.
+    """
     checks.check_module("model", model)
     rows = Report()
     unknown: dict[int, str | None] = {}  # why a module's model doesn't tell it of masks

@@ -27,12 +27,12 @@ class Settings:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the module's class is one of those that `optimize` puts in another's place."""
+    """True for a module whose class is one that `optimize` puts in another's place."""
     return hasattr(type(module), "_original")
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether `optimize` has been here. A swapped class alone doesn't say so: `type(model)(config)`
+    """True where `optimize` has been. A swapped class alone doesn't say so: `type(model)(config)`
     makes an instance of it, which runs its original code until it is optimized."""
     return ATTRIBUTE in module.__dict__ and is_swapped(module)
 
@@ -55,7 +55,10 @@ def is_disabled() -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Within it, in this thread, converted models run their original code.
+    """Runs the original code of converted models, in this thread, as a context or a decorator.
+
+        with bertfast.disabled():
+            stock = model(**tokens)
 
     What a non-reentrant checkpoint runs again in the backward does as it did in the forward. A
     reentrant one leaves no trace of that: it goes by the block and the thread that its backward

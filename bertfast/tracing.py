@@ -22,6 +22,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_exporting() -> bool:
+    """True while torch.export traces: sizes that may change must not be compared."""
+    return torch.compiler.is_exporting()
+
+
 def plain_call(*tensors: torch.Tensor | None) -> bool:
     """True where an op's Python implementation may be called without torch's dispatcher.
 

@@ -173,8 +173,10 @@ def dropout_keep_mask(
 ) -> torch.Tensor:
     """The very mask that the kernels draw: True where a value is kept.
 
-    seed: one int64 element; the mask lies on its device. kind "row" takes any shape whose last
-    dimension is the row's width; kind "attention" takes (batch, heads, queries, keys).
+    seed: one int64 element; the mask lies on its device. site: the number of the dropout in its
+    layer, as the op was given it. p: the probability with which a value is dropped. kind "row"
+    takes any shape whose last dimension is the row's width; kind "attention" takes (batch, heads,
+    queries, keys).
     """
     checks.check_seed(seed)
     checks.check_int("site", site, 0, checks.INT32_MAX)

@@ -16,7 +16,8 @@ from .tiles import Plan, tile_size
 def lay_out(
     lengths: Sequence[int], device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, Plan]:
-    """cu_seqlens, int32 (sequences + 1,), and the plan of a batch of sequences of these lengths."""
+    """cu_seqlens, int32 (sequences + 1,), and the plan of a batch of sequences of these lengths,
+    both on `device`. Raises ValueError if they have more than 2**31 - 1 tokens together."""
     lengths = checks.check_ints("lengths", lengths, 0)
     device = checks.check_device("device", device)
     if (total := sum(lengths)) > checks.INT32_MAX:

@@ -15,6 +15,9 @@ from .tiles import Plan, tile_size
 def plan(cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None = None) -> Plan:
     """The tile list of the packed batch whose sequence b has tokens cu_seqlens[b] to [b + 1].
 
+    cu_seqlens: int32 (sequences + 1,), from 0 to the number of tokens. max_seqlen: the longest
+    length or more. attention takes the plan with the same two.
+
     total: the number of tokens, which a caller knows without waiting for the device: packed
     tensors' first size. Without it the list has room for sequences of max_seqlen each, whose empty
     part costs a little, and the tiles' size goes by max_seqlen alone.

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..tracing import is_exporting
 from .lengths import Run
 from .tiles import Plan
 
@@ -51,6 +52,6 @@ def restored(
     if cu_seqlens is None:
         return Sequences(None if key_mask is None else key_mask.contiguous())
     tiles = None if tiles is None else tiles.contiguous()
-    if not torch.compiler.is_exporting():  # which refuses what depends on comparing a size
+    if not is_exporting():  # which refuses what depends on comparing a size
         max_seqlen = min(max_seqlen, tokens)  # no sequence is longer than all of them
     return Sequences(None, cu_seqlens.contiguous(), max_seqlen, tiles, tile)

@@ -26,17 +26,20 @@ def tile_size(batch: int, max_seqlen: int, total: int | None) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """tiles: int32 (n, 3): sequence, first position in it, number of sequences (0: no tile).
-    count: int32 (1,), how many of them there are. Both lie where cu_seqlens does.
-    tile: their size in tokens."""
+    """The tiles of a packed batch, made by `plan` or `lay_out`.
+
+    tiles: int32 (n, 3): sequence, first position in it, number of sequences (0: no tile). count:
+    int32 (1,), how many of them there are. Both lie where cu_seqlens does. tile: their size in
+    tokens. total: the number of tokens, if it is known. bounds: on a CPU, a copy of cu_seqlens.
+    """
 
     tiles: torch.Tensor
     count: torch.Tensor
     tile: int
     sequences: int
     max_seqlen: int
-    total: int | None = None  # number of tokens, where it is known
-    bounds: torch.Tensor | None = None  # on a CPU: a copy of cu_seqlens
+    total: int | None = None
+    bounds: torch.Tensor | None = None
 
     @functools.cached_property
     def runs(self) -> tuple[Run, ...] | None:

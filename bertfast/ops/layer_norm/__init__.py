@@ -34,7 +34,7 @@ def layer_norm(
 
     x and residual have any leading shape; x_bias, weight and bias have the shape of a row. All
     dtypes are x's. Under autocast each may have its own, and the output has the dtype that torch's
-    layer_norm(x + residual) has there: float32 on CUDA.
+    layer_norm(x + residual) has there: float32 on CUDA. eps is added to a row's variance.
 
     The dropout mask is a function of (seed, site, row, column). seed is an int64 tensor with one
     element on x's device, drawn from torch's generator if it is None. site tells a layer's dropouts
