@@ -136,7 +136,7 @@ def _readers_of_padding(model: nn.Module) -> dict[int, str]:
 
 
 def _expands_by_padding(module: nn.Module) -> bool:
-    """Whether sentence-transformers expands queries by unattended tokens that look like padding;
+    """True where sentence-transformers expands queries by unattended tokens that look like padding;
     expansion by another token is seen in the batch."""
     expansion = getattr(module, "query_expansion", None)
     if not isinstance(expansion, dict) or expansion.get("attend"):

@@ -1,4 +1,4 @@
-"""What a converted module knows: how it was converted, and whether bertfast is switched off."""
+"""The settings of a converted module, and the switch that turns bertfast off."""
 
 import contextlib
 import inspect

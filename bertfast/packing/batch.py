@@ -1,4 +1,4 @@
-"""How a batch lies in memory, as every layer sees it: padded, or packed without its padding.
+"""The batch as every layer sees it: padded, or packed without its padding.
 
 A padded batch is (rows, length, ...) with a mask of the tokens that are attended. Packing keeps
 those tokens alone, row after row, as (1, tokens, ...): nothing is computed for padding. It happens
@@ -19,8 +19,11 @@ from .tiles import Plan
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded: key_mask, bool (rows, length), or None where every token is attended.
-    Packed: cu_seqlens and what goes with it."""
+    """A padded or packed batch, once for all layers.
+
+    Padded: key_mask, bool (rows, length), or None where every token is attended. Packed: cu_seqlens
+    and what goes with it.
+    """
 
     key_mask: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None  # int32 (rows + 1)
@@ -152,7 +155,7 @@ def _wants_plan(backend: str, device: torch.device) -> bool:
 
 
 def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the mask is True: nonzero, without waiting to learn how many there are."""
+    """The places where the mask is True: nonzero for a known count, without waiting for it."""
     if mask.device.type == "cpu":
         return mask.nonzero().squeeze(1)
     everything = torch.arange(mask.shape[0], device=mask.device)

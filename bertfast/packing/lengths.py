@@ -1,4 +1,4 @@
-"""Sequence lengths that the host knows: that they hold, and which are equal."""
+"""Sequence lengths that the host knows: checked, and grouped into runs of equal ones."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,8 @@ import numpy as np
 def check_bounds(
     bounds: Sequence[int] | np.ndarray, max_seqlen: int, total: int | None, name: str
 ) -> None:
-    """That these can be cu_seqlens' values. total: where they must end, and `name` what says so."""
+    """Raises ValueError unless these can be cu_seqlens' values. total: where they must end, and
+    `name` what says so."""
     bounds = np.asarray(bounds, dtype=np.int64)
     lengths = np.diff(bounds)
     if bounds[0] != 0:

@@ -55,8 +55,8 @@ class Plan:
     def check(
         self, cu_seqlens: torch.Tensor, max_seqlen: int, tokens: int, name: str = "q"
     ) -> None:
-        """That this can be the plan of a batch, whose tensors (`name`) have so many tokens; on a
-        GPU the lengths can't be looked at."""
+        """Raises ValueError unless this can be the plan of a batch whose tensors (`name`) have so
+        many tokens. On a GPU the lengths can't be looked at."""
         if self.sequences != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"plan must be made from cu_seqlens: it has {self.sequences} sequences, "
