@@ -8,10 +8,9 @@ no file has a row for is written 'not measured'. Nothing between the README's ma
 """
 
 import argparse
-import csv
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from bertfast.commands.bench.compare import PM, Ratio, Unit, baseline, grouped, is_ours, verdicts  # noqa: E402
 from bertfast.commands.bench.lengths import MIXES  # noqa: E402
-from bertfast.commands.bench.record import Environment, Row  # noqa: E402
+from bertfast.commands.bench.record import Environment, Row, read  # noqa: E402
 from bertfast.commands.bench.tables import by_op, percent  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,43 +70,23 @@ class Run:
 
     path: Path
     rows: list[Row]
-    facts: dict[str, str]  # the environment's columns
-
-    @property
-    def environment(self) -> Environment:
-        return Environment(**{field.name: self.facts[field.name] for field in fields(Environment)})
+    environment: Environment
 
     @property
     def gpu(self) -> bool:
-        return not self.facts["device"].startswith("cpu: ")
+        return not self.environment.device.startswith("cpu: ")
 
     @property
     def where(self) -> str:
+        facts = vars(self.environment)
         names = ("torch", "triton", "transformers", "cuda", "driver")
-        versions = [f"{name} {self.facts[name]}" for name in names if self.facts[name]]
-        device = self.facts["device"].removeprefix("cpu: ")
-        return f"{device}, {', '.join(versions)}, commit {self.facts['bertfast_commit']}"
-
-
-def read(path: Path) -> Run:
-    kinds = {field.name: field.type for field in fields(Row)}
-    rows, facts = [], {}
-    with path.open(newline="") as file:
-        for record in csv.DictReader(file):
-            values = {}
-            for name, kind in kinds.items():
-                text = record.pop(name.rstrip("_"))
-                number = kind is float or kind == float | None or "float" in str(kind)
-                values[name] = (float(text) if text else None) if number else text
-            rows.append(Row(**values))
-            facts = record
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return Run(path, rows, facts)
+        versions = [f"{name} {facts[name]}" for name in names if facts[name]]
+        device = self.environment.device.removeprefix("cpu: ")
+        return f"{device}, {', '.join(versions)}, commit {self.environment.bertfast_commit}"
 
 
 def runs(directory: Path = RESULTS) -> list[Run]:
-    return [read(path) for path in sorted(directory.glob("*/results.csv"))]
+    return [Run(path, *read(path)) for path in sorted(directory.glob("*/results.csv"))]
 
 
 def table(heading: list[str], lines: list[list[str]]) -> str:
@@ -240,7 +219,7 @@ def parts(found: list[Run]) -> dict[str, str]:
         on_gpu += images(gpu)
     on_cpu = NOT_MEASURED
     if host is not None:
-        how = f"one thread, processor time, load {host.facts['load']} when it began"
+        how = f"one thread, processor time, load {host.environment.load} when it began"
         on_cpu = f"Measured on {host.where}; {how}. {SPREAD}\n\n{cpu(host)}{images(host)}"
     return {"gpu": on_gpu, "cpu": on_cpu}
 

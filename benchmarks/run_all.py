@@ -46,11 +46,13 @@ UNTIL = {
 BUILD_NEEDS = ("setuptools", "pybind11", "ninja")
 SHAPES = {
     "1x128": (1, 128),
+    "1x20": (1, 20),
     "8x128": (8, 128),
     "32x128": (32, 128),
     "32x512": (32, 512),
     "64x384": (64, 384),
 }
+MIXES = ("squad", "queries", "wikipedia", "passages")
 # A model's compilation may take this many seconds, autotuning more: with less left none is begun.
 COMPILES = {"compilers": 60.0, "autotune": 100.0}
 COMPILED = {
@@ -199,106 +201,89 @@ class Phase:
             self.done += 1
 
 
-def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
-    """What is measured, and by whom."""
+def plan(dry: bool) -> dict[str, list]:
+    """The cases of each phase, most important first. Dry, every model and batch is tiny, and what
+    has become the same is measured once."""
     import torch
 
-    from bertfast.commands.bench import cases, encoder, models, parts
-    from bertfast.commands.bench.measure import Bench
+    from bertfast.commands.bench import cases, models
+    from bertfast.commands.bench.encoder import cases as encoders
+
+    base, large, mini = models.MODELS.values()
+    shapes = {name: models.full_batch(*size) for name, size in SHAPES.items()}
+    mixes = {name: models.mixed_batch(name, 64) for name in MIXES}
+    bf16, fp16 = [torch.bfloat16], [torch.float16]
+    if dry:
+        base = large = mini = models.Model("tiny", 32, 64, 2, 2)
+        shapes = dict.fromkeys(shapes, models.full_batch(1, 12))
+        mixes = dict.fromkeys(mixes, models.mixed_batch("queries", 4))
+        fp16 = bf16
+    long, short, one = shapes["32x512"], shapes["32x128"], shapes["1x128"]
+    both, forward, latency = ("forward", "forward+backward"), ("forward",), ("latency",)
+    squad, queries, wikipedia, passages = mixes.values()
+    found = {
+        "ops": cases.dry_cases() if dry else cases.gpu_cases(),
+        "layers": [
+            *encoders([base], [long, short, shapes["64x384"]], both, bf16, layer=True),
+            *encoders([large, mini], [long, short], both, bf16, layer=True),
+        ],
+        "models": [
+            *encoders([base], [long, short, shapes["8x128"]], both, bf16),
+            *encoders([large], [shapes["64x384"], short], both, bf16),
+            *encoders([mini], [shapes["64x384"], short], both, bf16),
+            *encoders([base], [shapes["64x384"]], both, [*bf16, *fp16]),
+        ],
+        "mixes": [
+            *encoders([base], [squad, queries, wikipedia, passages], both, bf16),
+            *encoders([large, mini], [squad, queries], both, bf16),
+        ],
+        "latency": [
+            *encoders([base, mini, large], [one], latency, bf16),
+            *encoders([base], [shapes["1x20"]], latency, bf16),
+        ],
+        "compilers": [
+            *encoders([base], [long, squad], forward, bf16),
+            *encoders([base], [long], both[1:], bf16),
+        ],
+        "autotune": [
+            *encoders([base], [one], latency, bf16),
+            *encoders([base], [long], forward, bf16),
+        ],
+    }
+    return {name: list(dict.fromkeys(todo)) for name, todo in found.items()}
+
+
+def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
+    """What is measured, and by whom."""
+    from bertfast.commands.bench.harness import Bench
+    from bertfast.commands.bench.parts import measure_parts
 
     options = dict(
         repeats=3 if run.dry else 9,
         out_of_time=run.over,
         compile_backend="aot_eager" if run.dry else "inductor",
+        say=print,
     )
-    ops = Bench(machine, recorder, **options)
-    eager = encoder.EncoderBench(machine, recorder, slow=False, **options)
-    compiled = {
-        name: encoder.EncoderBench(machine, recorder, providers=providers, slow=True, **options)
-        for name, providers in COMPILED.items()
-    }
-    bf16, fp16 = torch.bfloat16, torch.float16
+    quick = Bench(machine, recorder, slow=False, **options)
+    benches = {"ops": Bench(machine, recorder, **options)}
+    for name, wanted in COMPILED.items():
+        benches[name] = Bench(machine, recorder, wanted=wanted, **options)
 
     def layer(case) -> None:
-        eager.measure(case)
+        quick.measure(case)
         if case.pass_ == "forward":
-            parts.measure_parts(machine, recorder, case.model, case.tokens, case.dtype)
+            measure_parts(machine, recorder, case)
 
-    if run.dry:
-        tiny = models.Model("tiny", 32, 64, 2, 2)
-        full, mixed = models.full_batch(1, 12), models.mixed_batch("queries", 4)
-        both = ("forward", "forward+backward")
-        many = {
-            "ops": cases.dry_cases(),
-            "layers": encoder.cases([tiny], [full], both, [bf16], layer=True),
-            "models": encoder.cases([tiny], [full], both, [torch.float32]),
-            "mixes": encoder.cases([tiny], [mixed], both, [torch.float32]),
-            "latency": encoder.cases([tiny], [full], ["latency"], [torch.float32]),
-            "compilers": encoder.cases([tiny], [full], ["forward"], [torch.float32]),
-            "autotune": encoder.cases([tiny], [full], ["latency"], [torch.float32]),
-        }
-    else:
-        base, large, mini = models.MODELS.values()
-        shapes = {name: models.full_batch(*size) for name, size in SHAPES.items()}
-        squad, queries, wikipedia, passages = (
-            models.mixed_batch(name, 64) for name in ("squad", "queries", "wikipedia", "passages")
-        )
-        both = ("forward", "forward+backward")
-        long, short = shapes["32x512"], shapes["32x128"]
-        one = shapes["1x128"]
-        many = {
-            "ops": cases.all_cases(),
-            "layers": [
-                *encoder.cases([base], [long, short, shapes["64x384"]], both, [bf16], layer=True),
-                *encoder.cases([large, mini], [long, short], both, [bf16], layer=True),
-            ],
-            "models": [
-                *encoder.cases([base], [long, short, shapes["8x128"]], both, [bf16]),
-                *encoder.cases([large], [shapes["64x384"], short], both, [bf16]),
-                *encoder.cases([mini], [shapes["64x384"], short], both, [bf16]),
-                *encoder.cases([base], [shapes["64x384"]], both, [bf16, fp16]),
-            ],
-            "mixes": [
-                *encoder.cases([base], [squad, queries], both, [bf16]),
-                *encoder.cases([base], [wikipedia, passages], both, [bf16]),
-                *encoder.cases([large, mini], [squad, queries], both, [bf16]),
-            ],
-            "latency": [
-                *encoder.cases([base, mini, large], [one], ["latency"], [bf16]),
-                *encoder.cases([base], [models.full_batch(1, 20)], ["latency"], [bf16]),
-            ],
-            "compilers": [
-                *encoder.cases([base], [long, squad], ["forward"], [bf16]),
-                *encoder.cases([base], [long], ["forward+backward"], [bf16]),
-            ],
-            "autotune": [
-                *encoder.cases([base], [one], ["latency"], [bf16]),
-                *encoder.cases([base], [long], ["forward"], [bf16]),
-            ],
-        }
-    measures = {"ops": ops.measure, "layers": layer}
-    measures |= {name: bench.measure for name, bench in compiled.items()}
-    found = [
-        Phase(
-            name,
-            UNTIL[name],
-            list(todo),
-            measures.get(name, eager.measure),
-            0.0 if run.dry else COMPILES.get(name, 0.0),
-        )
-        for name, todo in many.items()
-    ]
-    return found, [ops, eager, *compiled.values()]
+    measures = {name: bench.measure for name, bench in benches.items()} | {"layers": layer}
+    found = []
+    for name, todo in plan(run.dry).items():
+        least = 0.0 if run.dry else COMPILES.get(name, 0.0)
+        found.append(Phase(name, UNTIL[name], todo, measures.get(name, quick.measure), least))
+    return found, [quick, *benches.values()]
 
 
 def measurements(run: Run, recorder, machine) -> None:
     """Each phase in its share of the time, then what was left of each, in turns."""
-    from bertfast import ops
-
-    for op, backends in ops.available(run.device).items():
-        for backend, reason in backends.items():
-            if reason:
-                run.left_out.append(f"{op} on {backend}: {reason}")
     todo, benches = phases(run, recorder, machine)
     if importlib.util.find_spec("transformers") is None:
         run.left_out.append("layers and models: transformers is not installed")
@@ -313,14 +298,9 @@ def measurements(run: Run, recorder, machine) -> None:
         print(f"{phase.name}: {phase.done} of {total} cases measured")
         if phase.todo:
             run.left_out.append(f"{len(phase.todo)} of {total} {phase.name}: the time was over")
-    absent: dict[str, str] = {}
     for bench in benches:
         run.faults += bench.faults
-        if isinstance(bench.left_out, dict):
-            absent |= bench.left_out
-        else:
-            run.left_out += bench.left_out
-    run.left_out += [f"{name}: {reason}" for name, reason in absent.items()]
+        run.left_out += [line for line in bench.left_out if line not in run.left_out]
 
 
 def summary(run: Run, rows: list) -> str:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bertfast.commands import saved
-from bertfast.commands.bench import cases, command, encoder, models
+from bertfast.commands.bench import cases, command, encoder, harness, models
+from bertfast.commands.bench.cases.attention_qkv import AttentionQKVCase
+from bertfast.commands.bench.cases.layer_norm import LayerNormCase
 from bertfast.commands.bench.record import COLUMNS
 from bertfast.commands.errors import UserError
 
@@ -80,10 +82,10 @@ def test_a_layer_and_its_parts_are_measured(directory, capsys):
 
 def test_ops_are_measured(monkeypatch, capsys, directory):
     small = [
-        cases.LayerNormCase("forward", 5, 32, torch.float32),
-        cases.AttentionCase("forward", 2, 9, 1, 16, torch.float32, mix="queries"),
+        LayerNormCase("forward", 5, 32, torch.float32),
+        AttentionQKVCase("forward", models.mixed_batch("queries", 2), 1, 16, torch.float32),
     ]
-    for name in ("cpu_cases", "all_cases"):
+    for name in ("cpu_cases", "gpu_cases"):
         monkeypatch.setattr(cases, name, lambda: small)
     assert command.bench("ops") == 0
     said = capsys.readouterr().out
@@ -119,7 +121,7 @@ def test_rows_are_kept_when_it_is_interrupted(directory, monkeypatch):
     def interrupted(self, case):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoder.EncoderBench, "measure", interrupted)
+    monkeypatch.setattr(harness.Bench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.bench("model", shapes="1x9", csv=directory / "rows.csv")
     with (directory / "rows.csv").open(newline="") as file:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from bertfast.commands.bench import (
-    baselines,
     ceilings,
     encoder,
     floor,
+    harness,
     models,
     names,
     parts,
+    providers,
     record,
 )
 from bertfast.commands.bench.lengths import MIXES
@@ -65,7 +66,7 @@ def test_floor_is_the_slower_of_both_ceilings():
 def test_shapes_and_mixes_are_read():
     (a, b) = models.parse_shapes("1x128, 8x64")
     assert a.lengths == (128,) and b.lengths == (64,) * 8 and b.name == "8x64"
-    (mix,) = models.mixed_batches(["squad"], 5)
+    mix = models.mixed_batch("squad", 5)
     assert len(mix.lengths) == 5 and mix.real < mix.padded == 5 * mix.longest
     assert mix.name == f"squad 5x{mix.longest}"
     inputs = mix.inputs("cpu")
@@ -82,7 +83,7 @@ def bench():
     torch.set_num_threads(1)
     recorder = record.Recorder(None, record.environment("cpu"))
     machine = ceilings.Machine("cpu", lambda row: None, quick=True)
-    yield encoder.EncoderBench(machine, recorder, repeats=2, slow=False, say=lambda text: None)
+    yield harness.Bench(machine, recorder, repeats=2, slow=False)
     torch.set_num_threads(threads)
 
 
@@ -105,7 +106,7 @@ def test_everybody_who_is_here_is_checked_and_timed(bench, pass_, layer):
     assert bench.faults == []
     absent = {"torch compile", "torch compile max", "bertfast graph"}
     absent |= {"Transformer Engine"} if layer else {"flash-attn varlen", "onnxruntime"}
-    assert absent <= set(bench.left_out)
+    assert absent <= {line.partition(":")[0] for line in bench.left_out}
 
 
 def _mixed() -> models.Tokens:
@@ -121,9 +122,9 @@ def test_16_bit_models_stay_within_their_bound(bench):
 
 
 @pytest.mark.parametrize("fault", ["a bias", "NaN", "no gradient", "raises"])
-def test_a_wrong_model_is_not_timed(bench, monkeypatch, fault):
-    def make(setting):
-        right = baselines._hugging_face("sdpa")(setting)
+def test_a_wrong_model_is_not_timed(bench, fault):
+    def make(case, inputs, setting):
+        right = providers.hugging_face("sdpa")(case, inputs, setting)
 
         def forward():
             if fault == "raises":
@@ -139,9 +140,10 @@ def test_a_wrong_model_is_not_timed(bench, monkeypatch, fault):
                 bias.requires_grad_(False)
         return dataclasses.replace(right, forward=forward)
 
-    providers = (baselines.Provider("bertfast", make), *encoder.MODEL_PROVIDERS[3:4])
-    monkeypatch.setattr(encoder, "MODEL_PROVIDERS", providers)
-    bench.measure(encoder.EncoderCase(TINY, _mixed(), "forward+backward", torch.float32))
+    compared = [provider for provider in providers.of_kind("model") if provider.name == "HF eager"]
+    compared.insert(0, providers.Provider("bertfast", "", ("model",), make))
+    case = encoder.EncoderCase(TINY, _mixed(), "forward+backward", torch.float32)
+    bench.measure(case, compared)
     rows = {row.provider: row for row in bench.recorder.rows}
     assert rows["bertfast"].median_us is None and rows["bertfast"].note.startswith("not timed")
     assert rows["HF eager"].median_us > 0
@@ -158,18 +160,17 @@ def test_what_a_graph_replays_is_checked(bench, monkeypatch, right):
                 with torch.inference_mode():
                     self.output += 1e-3
 
-    def captured(calls, stream):
+    def captured(calls):
         graph = Graph()
         graph.output = calls[0]()
         return graph, [graph.output]
 
-    providers = [p for p in encoder.MODEL_PROVIDERS if p.name.endswith(" graph")]
-    assert {p.name for p in providers} == {"bertfast graph", "HF SDPA graph"}
-    providers = [dataclasses.replace(p, why_not=lambda setting: None) for p in providers]
-    monkeypatch.setattr(encoder, "MODEL_PROVIDERS", providers)
+    graphs = [p for p in providers.of_kind("model") if p.name.endswith(" graph")]
+    assert {p.name for p in graphs} == {"bertfast graph", "HF SDPA graph"}
+    graphs = [dataclasses.replace(p, needs=()) for p in graphs]
     monkeypatch.setattr(encoder, "captured", captured)
     case = encoder.EncoderCase(TINY, models.full_batch(1, 9), "latency", torch.float32)
-    bench.measure(case)
+    bench.measure(case, graphs)
     assert len(bench.recorder.rows) == 2
     for row in bench.recorder.rows:
         assert (row.median_us is not None) == right
@@ -190,8 +191,8 @@ def test_names_go_there_and_back(bench, table):
 
 def test_packed_arguments_hold_the_real_tokens():
     tokens = _mixed()
-    setting = baselines.Setting(None, tokens, tokens.inputs("cpu"), "cpu", torch.float32, False)
-    packed = baselines.packed_arguments(setting)
+    case = encoder.EncoderCase(TINY, tokens, "forward", torch.float32)
+    packed = providers.packed_arguments(case, tokens.inputs("cpu"))
     assert packed["input_ids"].shape == packed["position_ids"].shape == (1, 18)
     assert packed["cu_seq_lens_q"].tolist() == [0, 3, 12, 18]
     assert packed["position_ids"][0, :5].tolist() == [0, 1, 2, 0, 1]
@@ -215,9 +216,8 @@ def test_a_saved_model_is_measured(bench, tmp_path):
 
 
 def test_parts_of_a_layer(bench):
-    parts.measure_parts(
-        bench.machine, bench.recorder, TINY, models.full_batch(2, 8), torch.float32, 2
-    )
+    case = encoder.EncoderCase(TINY, models.full_batch(2, 8), "forward", torch.float32, layer=True)
+    parts.measure_parts(bench.machine, bench.recorder, case, 2)
     timed = {(row.provider, row.op) for row in bench.recorder.rows if row.median_us > 0}
     kinds = ("products", "attention", "memory")
     assert timed == {(p, f"tiny layer {kind}") for p in ("bertfast", "HF SDPA") for kind in kinds}

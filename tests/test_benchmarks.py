@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import pytest
 import torch
 
 from bertfast.commands import errors
-from bertfast.commands.bench import cases, ceilings, measure, record, timing
+from bertfast.commands.bench import case as protocol
+from bertfast.commands.bench import cases, ceilings, harness, op_case, record, timing
+from bertfast.commands.bench.cases.bias_gelu import BiasGeluCase
+from bertfast.commands.bench.cases.layer_norm import LayerNormCase
+from bertfast.commands.bench.providers import Provider
 from bertfast.ops import available
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,59 +83,84 @@ def test_time_limit_ends_cleanly_and_keeps_the_header(tmp_path):
 def bench(tmp_path):
     recorder = record.Recorder(tmp_path / "rows.csv", record.environment("cpu"))
     machine = ceilings.Machine("cpu", lambda row: None, quick=True)
-    return measure.Bench(machine, recorder, repeats=2, say=lambda text: None)
+    return harness.Bench(machine, recorder, repeats=2)
 
 
-CASE = cases.LayerNormCase("backward", 5, 32, torch.float32)
+CASE = LayerNormCase("backward", 5, 32, torch.float32)
+STOCK = CASE.functions["torch eager"]
+
+
+def provider(name, function):
+    return Provider(name, "", ("op",), lambda case, inputs, setting: function)
 
 
 def test_a_wrong_provider_is_not_timed(bench):
-    def wrong(x, weight, bias, residual, x_bias, seed, p):
-        return cases._stock(x, weight, bias, residual, x_bias, seed, p) + 1e-3 * x
+    def wrong(x, **more):
+        return STOCK(x, **more) + 1e-3 * x
 
     def broken(**inputs):
         raise RuntimeError("no such kernel")
 
-    right = {"torch eager": cases._stock}
-    bench.measure(CASE, {"torch wrong": wrong, "torch broken": broken} | right)
+    functions = {"torch wrong": wrong, "torch broken": broken, "torch eager": STOCK}
+    bench.measure(CASE, [provider(name, function) for name, function in functions.items()])
     rows = {row.provider: row for row in bench.recorder.rows}
     assert rows["torch wrong"].median_us is None and rows["torch wrong"].error is None
     assert rows["torch wrong"].note.startswith("not timed, wrong: Wrong: relative error")
     assert rows["torch broken"].note == "not timed: RuntimeError: no such kernel"
     assert rows["torch eager"].median_us > 0
     assert [line.split()[1] for line in bench.faults] == ["wrong"]
-    assert [line.split()[1] for line in bench.left_out] == ["broken"]
+    assert [line.partition(",")[0] for line in bench.left_out] == ["torch broken"]
 
 
 def test_a_nan_is_wrong():
     nan, one = torch.tensor([float("nan"), 1.0]), torch.ones(2)
-    assert measure.relative_error((nan, one), (one, one)) == float("inf")
-    assert measure.relative_error((one, nan), (one, one)) == float("inf")
-    assert measure.relative_error((one, one), (one, one)) == 0.0
+    assert protocol.relative(nan, one) == float("inf")
+    assert protocol.relative(one[:1], one) == float("inf")
+    assert protocol.relative(one, one) == 0.0
+    with pytest.raises(protocol.Wrong, match="relative error nan is above 1"):
+        protocol.held(float("nan"), 1.0)
+
+
+@pytest.mark.parametrize("place", range(2))
+def test_a_nan_in_any_output_is_wrong(bench, place):
+    class Spoilt(BiasGeluCase):
+        def step(self, runner, inputs):
+            outputs = list(super().step(runner, inputs)())
+            if runner is spoilt:
+                outputs[place] = outputs[place] * float("nan")
+            return lambda: tuple(outputs)
+
+    def spoilt(**tensors):
+        return BiasGeluCase.functions["torch eager"](**tensors)
+
+    case = Spoilt("backward", 5, 32, torch.float32)
+    bench.measure(case, [provider("torch spoilt", spoilt)])
+    assert "relative error inf is above" in bench.recorder.rows[0].note
 
 
 def test_ours_must_meet_the_error_budget(bench, monkeypatch):
-    monkeypatch.setattr(measure, "LIMITS", {torch.float32: float("inf")})
+    monkeypatch.setattr(op_case, "LIMITS", {torch.float32: float("inf")})
 
     def over_budget(*args):
-        raise measure.Wrong("y: max error 1 of 0.1 allowed")
+        raise protocol.Wrong("y: max error 1 of 0.1 allowed")
 
-    monkeypatch.setattr(measure, "check_budget", over_budget)
-    bench.measure(CASE, {"bertfast cuda": cases._ours("torch")})
+    monkeypatch.setattr(op_case, "within_budget", over_budget)
+    bench.measure(CASE, [provider("bertfast cuda", CASE.functions["bertfast"]("torch"))])
     assert bench.recorder.rows[0].median_us is None
     assert "max error 1" in bench.recorder.rows[0].note
 
 
 def test_budget_check_accepts_the_reference():
     for case in (
-        cases.LayerNormCase("training", 5, 64, torch.float32, 0.1),
-        cases.BiasGeluCase("backward", 5, 64, torch.float32),
+        LayerNormCase("training", 5, 64, torch.float32, 0.1),
+        LayerNormCase("training", 5, 64, torch.float32, alone=True),
+        BiasGeluCase("backward", 5, 64, torch.float32),
     ):
-        measure.check_budget(case, "torch", "cpu")
+        op_case.within_budget(case.op, "torch", case.for_budget(), case.dtype, "cpu")
 
 
 def test_rows_survive_a_run_that_is_cut_short(bench):
-    bench.measure(CASE, {"torch eager": cases._stock})
+    bench.measure(CASE, [provider("torch eager", STOCK)])
     with bench.recorder.path.open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["provider"] == "torch eager" and row["shape"] == "5x32"
@@ -144,17 +174,25 @@ def test_rows_survive_a_run_that_is_cut_short(bench):
         ("training", True, 4, 2, 3),
         ("backward", False, 3, 2, 4),
         ("backward", True, 4, 2, 4),
+        ("forward", None, 2, 0, 2),
+        ("training", None, 2, 2, 2),
+        ("backward", None, 3, 2, 3),
     ],
 )
 def test_bytes(pass_, dropout, values, statistics, parameters):
     expected = values * 10 * 32 * 2 + statistics * 10 * 4 + parameters * 32 * 2
-    # weight, bias, x_bias in; in the backward weight in and three gradients out
-    assert cases.layer_norm_bytes(pass_, 10, 32, 2, dropout) == expected
+    # weight, bias, x_bias in; in the backward weight in and three gradients out; None: alone
+    p = 0.1 if dropout else 0.0
+    case = LayerNormCase(pass_, 10, 32, torch.float16, p, alone=dropout is None)
+    assert [work.bytes for work in case.work()] == [expected]
 
 
 def test_bytes_of_bias_gelu():
-    assert cases.bias_gelu_bytes("forward", 10, 32, 2) == (2 * 10 + 1) * 32 * 2
-    assert cases.bias_gelu_bytes("backward", 10, 32, 4) == (3 * 10 + 2) * 32 * 4
+    def moved(pass_, dtype):
+        return [work.bytes for work in BiasGeluCase(pass_, 10, 32, dtype).work()]
+
+    assert moved("forward", torch.float16) == [(2 * 10 + 1) * 32 * 2]
+    assert moved("backward", torch.float32) == [(3 * 10 + 2) * 32 * 4]
 
 
 def test_providers_take_turns_and_stop_in_time():
@@ -171,23 +209,67 @@ def test_providers_take_turns_and_stop_in_time():
 def test_the_package_measures_without_a_gpu_or_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from bertfast.commands.bench import cases, measure"
+        "from bertfast.commands.bench import cases, harness"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_overhead_suites_run_every_op():
+def load(name):
+    path = SCRIPT.with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_op_has_cases_and_its_calls_overhead_is_measured():
     pytest.importorskip("bertfast._host")
-    path = SCRIPT.with_name("bench_overhead.py")
-    spec = importlib.util.spec_from_file_location("bench_overhead", path)
-    suite = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(suite)
-    assert {op for case in suite.CASES for op in case.needs} == set(available("cpu"))
-    suite.BACKEND = "torch"  # which every op has
-    for kind in suite.CASES:
-        case = kind()
-        tensors = case.tensors()
-        assert case.fused(*tensors).numel() == case.stock(*tensors).numel()
+    suite = load("bench_overhead")
+    assert {case.op for case in suite.CASES} == set(available("cpu"))
+
+    def benchmark(step, **options):
+        assert all(output.numel() for output in step())
+
+    benchmark.pedantic = benchmark
+    for case in suite.CASES:
+        for who in ("fused", "stock"):
+            suite.test_call(benchmark, case, who)
+
+
+def test_host_time_is_a_share_of_stocks(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("bertfast._host")
+    threads = torch.get_num_threads()
+    path = tmp_path / "host-time.json"
+    try:
+        assert load("host_time").main(["--repeats", "2", "--out", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert found["device"].startswith("cpu: ") and found["bertfast_commit"]
+    for mode in ("inference", "training"):
+        assert set(found[mode]) >= {"HF SDPA", "bertfast", "bertfast.nn.EncoderLayer"}
+        assert found[mode]["HF SDPA"]["of HF SDPA"] == 1.0
+        assert all(row["us"] > 0 for row in found[mode].values())
+    assert torch.backends.mkldnn.enabled
+    assert capsys.readouterr().out.endswith(f"{path}\n")
+
+
+def test_a_checkout_beside_itself(tmp_path):
+    pytest.importorskip("transformers")
+    arguments = ["--repeats", "1", "--only", "bias_gelu 1024x1536"]
+    command = [sys.executable, str(SCRIPT.with_name("side_by_side.py")), str(ROOT), *arguments]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    heading, *lines = said.stdout.splitlines()
+    assert heading.startswith("times as fast")
+    (line,) = lines
+    ratio, _, _, old, new, name = line.split(maxsplit=5)
+    assert float(ratio) > 0 and float(old) > 0 and float(new) > 0
+    assert name == "bias_gelu 1024x1536, forward"
+    command[2] = str(tmp_path)  # no checkout: what is installed must not stand for it
+    said = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert said.returncode == 1 and "was imported instead of" in said.stderr
 
 
 @pytest.fixture

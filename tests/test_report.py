@@ -8,8 +8,7 @@ import pytest
 
 from bertfast.commands import terminal
 from bertfast.commands.bench import compare, plots, style, tables
-from bertfast.commands.bench.baselines import MODEL_PROVIDERS
-from bertfast.commands.bench.layer_baselines import LAYER_PROVIDERS
+from bertfast.commands.bench.providers import TABLE
 from bertfast.commands.bench.record import COLUMNS, Environment, Recorder, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +35,7 @@ def test_the_readme_is_generated(report):
 def test_committed_files_have_the_schema(report):
     for run in report.runs():
         assert run.path.read_text().splitlines()[0] == ",".join(COLUMNS)
-        assert run.facts["bertfast_commit"] != "unknown"
+        assert run.environment.bertfast_commit != "unknown"
 
 
 GPU = Environment("NVIDIA X", "1.2", "2.13.0", "3.7.1", "5.23.0", "13.0", "3.11", "0.1", "abc")
@@ -172,10 +171,7 @@ def test_plots_are_written(tmp_path):
 
 
 def test_each_provider_has_one_colour_and_blue_is_ours(figures):
-    known = {
-        name for cases in (MODEL_PROVIDERS, LAYER_PROVIDERS) for p in cases for name in [p.name]
-    }
-    assert known <= set(style.PROVIDERS)
+    assert len({(provider.name, provider.color) for provider in TABLE}) == len(style.PROVIDERS)
     for name, colour in style.PROVIDERS.items():
         red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
         assert (blue > max(red, green) + 50) == name.startswith("bertfast"), name

@@ -21,8 +21,8 @@ import bertfast
 from ..testing.model import HIDDEN_ATOL
 from . import saved
 from .bench import style
-from .bench.baselines import quiet
 from .bench.compare import PM, Unit
+from .bench.harness import quiet
 from .bench.plots import SPREAD
 from .bench.record import cpu_name, dtype_name
 from .bench.timing import Sample, summarize

@@ -1,16 +1,15 @@
-"""Measuring: how fast each op is, against every alternative and against the physical limit.
+"""Measuring: how fast ops, layers and models are, against every alternative and the physical limit.
 
-record    the environment, and rows in a CSV of a fixed schema
-timing    interleaved medians: CUDA-graph replays on a GPU, wall time on a CPU
+case      what can be timed: the protocol
+op_case   the cases of ops; in `cases` a module for each op, found by itself
+encoder   the cases of layers and models; models, lengths: which, on which batches
+providers bertfast and everybody else: one table; names: their names for a layer's parameters
+harness   a case: numbers are checked first, and only what is right is timed, in turns
+timing    interleaved medians: CUDA-graph replays on a GPU, processor time on a CPU
 ceilings  what the machine can do: copy bandwidth, launch gap, matrix product rate
 floor     the least time of an op, a layer or a model, from the ceilings
-lengths   token counts as real batches have them
-cases     for each op what is timed: inputs, providers, and the bytes that it must move
-measure   one op's case: the numbers are checked first, and only what is right is timed
-models    the encoders and batches that are measured
-baselines, layer_baselines   bertfast and everybody else, running a model or a layer
-encoder   one layer's or model's case, checked and timed in the same way
 parts     the kinds of work in a layer, timed apart
+record    the environment, and rows in a CSV of a fixed schema
 compare   medians with spread in one unit, and how many times as fast
 command, tables, plots, style   `bertfast bench`
 """

@@ -10,22 +10,20 @@ from ..errors import UserError, one_of, writable_directory, writable_file
 from ..saved import need_transformers
 from ..terminal import BAD, Progress, console, paragraph
 from . import cases, models
-from .baselines import MODEL_PROVIDERS
+from .case import Case
 from .ceilings import Machine
 from .compare import verdicts
-from .encoder import PASSES, EncoderBench, EncoderCase
+from .encoder import PASSES, EncoderCase
 from .encoder import cases as encoder_cases
-from .layer_baselines import LAYER_PROVIDERS
-from .measure import Bench
+from .harness import Bench
 from .models import MODELS, Model, Tokens
 from .parts import measure_parts
-from .record import Recorder, environment
+from .record import DTYPES, Recorder, environment
 from .tables import by_op, legend, op_table
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PROVIDERS = {"layer": LAYER_PROVIDERS, "model": MODEL_PROVIDERS}
 WHAT = ("ops", "layer", "model")
 FULL_SHAPES = "1x128,8x128,32x128,32x512,64x384"
+MIXED = ("squad", "queries", "wikipedia", "passages")
 
 
 def bench(
@@ -42,10 +40,19 @@ def bench(
     plot: Path | None = None,
 ) -> int:
     """Measures and prints; returns the exit code: 1 if a number was wrong."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = _plan(what, device, model, shapes, mix, rows, passes, dtype)
+    gpu = torch.cuda.is_available()
+    plan: list[Case]
+    if what == "ops":
+        given = {"model": model, "shapes": shapes, "mix": mix, "rows": rows, "pass": passes}
+        plan = list(_ops(gpu, dtype, given))
+    else:
+        dtypes = [DTYPES[name] for name in dtype or (("bf16",) if gpu else ("fp32",))]
+        plan = list(
+            _encoders(what, gpu, model, _batches(what, gpu, shapes, mix, rows), passes, dtypes)
+        )
+    known = dict.fromkeys(one.name for case in plan for one in case.providers())
     for name in provider:
-        one_of("--provider", name, _provider_names(what, plan, device))
+        one_of("--provider", name, known)
     if csv is not None:
         writable_file("--csv", csv)
     if plot is not None:
@@ -54,68 +61,63 @@ def bench(
         plots.need_matplotlib()
         writable_directory("--plot", plot)
     threads = torch.get_num_threads()
-    if device == "cpu":
+    if not gpu:
         torch.set_num_threads(1)
     try:
-        return _run(plan, device, provider, csv, plot)
+        return _run(plan, gpu, provider, csv, plot)
     finally:
         torch.set_num_threads(threads)
 
 
-def _provider_names(what: str, plan: list, device: str) -> list[str]:
-    if what != "ops":
-        return [one.name for one in PROVIDERS[what]]
-    return list(dict.fromkeys(name for case in plan for name in case.providers(device)))
-
-
-def _plan(what, device, model, shapes, mix, rows, passes, dtype) -> list:
-    """The cases."""
-    gpu = device == "cuda"
-    dtypes = dtype or ["bf16" if gpu else "fp32"]
-    if what == "ops":
-        given = {"model": model, "shapes": shapes, "mix": mix, "rows": rows, "pass": passes}
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(f"--{name} is for a layer or a model: ops have shapes of their own")
-        found = cases.all_cases() if gpu else cases.cpu_cases()
-        if dtype is not None:
-            found = [case for case in found if case.dtype in [DTYPES[name] for name in dtypes]]
+def _ops(gpu: bool, dtype: Sequence[str] | None, given: dict[str, object]) -> list[Case]:
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name} is for a layer or a model: ops have shapes of their own")
+    found = cases.gpu_cases() if gpu else cases.cpu_cases()
+    if dtype is not None:
+        found = [case for case in found if case.dtype in [DTYPES[name] for name in dtype]]
         if not found:
-            raise UserError(f"--dtype: no case of the ops has {', '.join(dtypes)} on this device")
-        return found
-    if rows is not None and not mix:
-        raise UserError("--rows is for --mix: --shapes says how many sequences a batch has")
+            raise UserError(f"--dtype: no case of the ops has {', '.join(dtype)} on this device")
+    return found
+
+
+def _encoders(
+    what: str,
+    gpu: bool,
+    model: str | None,
+    batches: list[Tokens],
+    passes: Sequence[str] | None,
+    dtypes: list[torch.dtype],
+) -> list[EncoderCase]:
     need_transformers(f"bench {what}")
-    chosen = passes or (PASSES if gpu else ("forward",))
-    batches = _batches(what, gpu, shapes, mix, rows)
-    measured = _models(model, gpu, layer=what == "layer")
-    for one in measured if what == "model" else ():
+    layer = what == "layer"
+    measured = _models(model, gpu, layer)
+    for one in () if layer else measured:
         for tokens in batches:
             if tokens.longest > one.positions:
                 raise UserError(
                     f"{tokens.name} is longer than the {one.positions} positions of {one.name}"
                 )
-    layer = what == "layer"
-    found = list(encoder_cases(measured, batches, chosen, [DTYPES[n] for n in dtypes], layer))
     if "latency" in (passes or ()) and all(len(tokens.lengths) > 1 for tokens in batches):
         raise UserError("--pass: latency is that of one sequence, such as --shapes 1x128")
-    return found
+    chosen = passes or (PASSES if gpu else ("forward",))
+    return list(encoder_cases(measured, batches, chosen, dtypes, layer))
 
 
-def _batches(what: str, gpu: bool, shapes, mix, rows) -> list[Tokens]:
+def _batches(
+    what: str, gpu: bool, shapes: str | None, mix: Sequence[str] | None, rows: int | None
+) -> list[Tokens]:
+    if rows is not None and not mix:
+        raise UserError("--rows is for --mix: --shapes says how many sequences a batch has")
     if what == "layer" and mix:
         raise UserError("--mix is for a model: packing happens there, once for all layers")
+    rows = rows or (64 if gpu else 16)
+    if shapes is None and not mix:
+        shapes = FULL_SHAPES if gpu else "1x128,8x128" if what == "layer" else "1x128"
+        if what == "model":
+            mix = MIXED if gpu else ("queries", "squad")
     found = models.parse_shapes(shapes) if shapes is not None else []
-    found += models.mixed_batches(mix or (), rows or (64 if gpu else 16))
-    if found:
-        return found
-    if what == "layer":
-        return models.parse_shapes(FULL_SHAPES if gpu else "1x128,8x128")
-    if not gpu:
-        return models.parse_shapes("1x128") + models.mixed_batches(("queries", "squad"), 16)
-    return models.parse_shapes(FULL_SHAPES) + models.mixed_batches(
-        ("squad", "queries", "wikipedia", "passages"), 64
-    )
+    return found + [models.mixed_batch(name, rows) for name in mix or ()]
 
 
 def _models(given: str | None, gpu: bool, layer: bool) -> list[Model]:
@@ -127,10 +129,10 @@ def _models(given: str | None, gpu: bool, layer: bool) -> list[Model]:
 
 
 def _run(
-    plan: list, device: str, wanted: Sequence[str], csv: Path | None, plot: Path | None
+    plan: list[Case], gpu: bool, wanted: Sequence[str], csv: Path | None, plot: Path | None
 ) -> int:
     out = console()
-    facts = environment(device)
+    facts = environment("cuda" if gpu else "cpu")
     recorder = Recorder(csv, facts)
     out.print(
         paragraph(
@@ -138,39 +140,30 @@ def _run(
             f"bertfast {facts.bertfast_commit}, load {facts.load}"
         )
     )
-    if device == "cpu":
+    if not gpu:
         out.print("One thread, processor time. Kernels and CUDA graphs need a GPU.")
     with Progress(len(plan)) as progress:
         progress.show("ceilings")
-        machine = Machine(device, recorder.add)
-        ops = Bench(machine, recorder, repeats=15 if device == "cuda" else 7, say=lambda text: None)
-        encoders = EncoderBench(
-            machine,
+        bench = Bench(
+            Machine("cuda" if gpu else "cpu", recorder.add),
             recorder,
-            providers=wanted or None,
-            slow=device == "cuda" or bool(wanted),
-            say=lambda text: None,
+            repeats=15 if gpu and plan[0].kind == "op" else 7,
+            wanted=wanted or None,
+            slow=gpu or bool(wanted),
             progress=progress.show,
         )
         for case in plan:
-            if isinstance(case, EncoderCase):
-                encoders.measure(case)
-                if case.layer and case.pass_ == "forward" and not wanted:
-                    measure_parts(machine, recorder, case.model, case.tokens, case.dtype)
-            else:
-                progress.show(f"{case.op} {case.pass_} {case.shape}")
-                if providers := _op_providers(case, device, wanted):
-                    ops.measure(case, providers)
+            bench.measure(case)
+            if isinstance(case, EncoderCase) and case.kind == "layer" and case.pass_ == "forward":
+                if not wanted:
+                    measure_parts(bench.machine, recorder, case)
             progress.step()
     if not by_op(recorder.rows):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in encoders.left_out.items())
-        raise UserError(f"nothing was measured: {reasons}")
+        raise UserError(f"nothing was measured: {'; '.join(bench.left_out)}")
     _print(out, recorder)
-    absent = encoders.left_out | {line.split(":")[0]: line for line in ops.left_out}
-    for name, reason in absent.items():
-        out.print(paragraph(f"left out: {name}: {reason}", indent=2))
-    faults = ops.faults + encoders.faults
-    for fault in faults:
+    for line in bench.left_out:
+        out.print(paragraph(f"left out: {line}", indent=2))
+    for fault in bench.faults:
         out.print(paragraph(f"FAULT {fault}", indent=2), style=BAD)
     if csv is not None:
         out.print(f"{len(recorder.rows)} rows in {csv}")
@@ -179,18 +172,7 @@ def _run(
 
         for path in plots.draw(recorder.rows, facts, plot):
             out.print(f"plot: {path}")
-    return 1 if faults else 0
-
-
-def _op_providers(case, device: str, wanted: Sequence[str]) -> dict:
-    """On a CPU without what only shows that it computes the right thing, and without compiling."""
-    found = case.providers(device)
-    if wanted:
-        return {name: call for name, call in found.items() if name in wanted}
-    if device == "cuda":
-        return found
-    slow = ("bertfast triton", "bertfast cuda", "torch compile", "torch sdpa math")
-    return {name: call for name, call in found.items() if name not in slow}
+    return 1 if bench.faults else 0
 
 
 def _print(out: Console, recorder: Recorder) -> None:

@@ -1,27 +1,36 @@
-"""Layers and whole models: numbers first, against float64, then everybody's time in turns."""
+"""Layers and whole models as cases: held to float64 in hidden states and gradients, then timed."""
 
-import contextlib
 import copy
-import gc
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ...testing import UNIT_ROUNDOFF
 from . import floor
-from .baselines import MODEL_PROVIDERS, Provider, Runner, Setting, quiet
-from .ceilings import Machine
-from .layer_baselines import LAYER_PROVIDERS, with_layer_attention
-from .measure import Wrong, peak_memory_mb, refusal
-from .models import Model, Tokens, with_attention
-from .record import Recorder, Row, dtype_name
-from .timing import Timer, call_timer, captured, interleaved, waited_for
+from .case import Step, held, normal, relative
+from .models import Model, Tokens
+from .providers import Provider, Runner, of_kind
+from .timing import captured, waited_for
 
 PASSES = ("forward", "forward+backward", "latency")
 REFERENCE_TOKENS = 4096  # float64 runs this many at a time
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    stock: nn.Module  # in eval, with SDPA; nobody may change it
+    tensors: Named  # a model's arguments, or a layer's "x"
+    dy: torch.Tensor | None  # in the case's dtype, zero at padding
+    hidden: torch.Tensor  # float64
+    gradients: Named  # float64
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,19 @@ class EncoderCase:
     dtype: torch.dtype
     layer: bool = False  # one layer alone, on hidden states
 
+    clock: ClassVar[str] = "call"
+
+    @property
+    def kind(self) -> str:
+        return "layer" if self.layer else "model"
+
     @property
     def training(self) -> bool:
         return self.pass_ == "forward+backward"
+
+    @property
+    def dropout(self) -> float:
+        return 0.1 if self.training else 0.0
 
     @property
     def op(self) -> str:
@@ -48,12 +67,99 @@ class EncoderCase:
         count = floor.layer if self.layer else floor.model
         return count(self.model.size, self.tokens.lengths, self.dtype.itemsize, self.training)
 
+    def providers(self) -> Sequence[Provider]:
+        return of_kind(self.kind)
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        real, padded = self.tokens.real / seconds, self.tokens.padded / seconds
+        return {"tokens_per_s": real, "padded_tokens_per_s": padded}
+
     def limit(self, gradients: bool) -> float:
         layers = 1 if self.layer else self.model.layers
         return limit(self.dtype, layers, self.model.inner, gradients)
 
-    def __str__(self) -> str:
-        return f"{self.op} {self.tokens.name} {self.pass_} {dtype_name(self.dtype)}"
+    def call(self, module: nn.Module, tensors: Named) -> torch.Tensor:
+        """Hidden states."""
+        y = module(tensors["x"]) if self.layer else module(**tensors)[0]
+        return y[0] if isinstance(y, tuple) else y
+
+    def with_attention(self, module: nn.Module, implementation: str) -> nn.Module:
+        """A copy whose attention is "eager", "sdpa", ...; the original's config stays as it is."""
+        module = copy.deepcopy(module)
+        if self.layer:
+            module.attention.self.config._attn_implementation = implementation
+        else:
+            module.set_attn_implementation(implementation)
+        return module
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        """With what is right: plain attention in float64, a few rows at a time, whose gradients add
+        up."""
+        stock = _stock(self.model, device, self.dtype, self.layer)
+        mask = self.tokens.mask(device)
+        shape = (*mask.shape, self.model.width)
+        if self.layer:
+            tensors = {"x": normal(device, seed + 1, self.dtype)(*shape)}
+        else:
+            tensors = self.tokens.inputs(device, stock.config.vocab_size)
+        dy = None
+        if self.training:
+            dy = normal(device, seed + 2, self.dtype)(*shape) * mask[..., None]
+        wide = self.with_attention(stock, "eager").double()
+        hidden = []
+        step = max(1, REFERENCE_TOKENS // self.tokens.longest)
+        for first in range(0, len(mask), step):
+            part = slice(first, first + step)
+            given = {name: tensor[part] for name, tensor in tensors.items()}
+            if self.layer:
+                given["x"] = given["x"].double()
+            with torch.set_grad_enabled(self.training):
+                y = self.call(wide, given)
+            if dy is not None:
+                y.backward(dy[part].double())
+            hidden.append(y.detach())
+        return Inputs(stock, tensors, dy, torch.cat(hidden), _gradients(wide), mask)
+
+    def check(self, provider: Provider, runner: Runner, inputs: Inputs) -> float:
+        """Without dropout."""
+        with torch.set_grad_enabled(self.training):
+            y = runner.forward()
+        error = held(hidden_error(y.detach(), inputs), self.limit(gradients=False))
+        if self.training:
+            y.backward(inputs.dy)
+            worst = gradient_error(runner.to_ours(_gradients(runner.module)), inputs.gradients)
+            error = max(error, held(worst, self.limit(gradients=True), "gradients: "))
+            runner.module.zero_grad(set_to_none=True)
+        return error
+
+    def step(self, runner: Runner, inputs: Inputs) -> Step:
+        """With dropout, where it is training. What a graph replays is checked once more."""
+        if self.training:
+            runner.module.train()
+
+            def train() -> None:
+                runner.forward().backward(inputs.dy)
+                runner.module.zero_grad(set_to_none=True)
+
+            return train
+
+        def infer() -> torch.Tensor:
+            with torch.inference_mode():
+                return runner.forward()
+
+        step = infer
+        if runner.capture:
+            graph, (y,) = captured([infer])
+            graph.replay()
+            held(hidden_error(y, inputs), self.limit(gradients=False), "in a graph: ")
+            step = graph.replay
+        return waited_for(step, inputs.mask.device.type) if self.pass_ == "latency" else step
+
+
+@functools.lru_cache(maxsize=1)  # cases of one model follow one another
+def _stock(model: Model, device: str, dtype: torch.dtype, layer: bool) -> nn.Module:
+    module = model.build(device, dtype, layers=1 if layer else None)
+    return module.encoder.layer[0] if layer else module
 
 
 def limit(dtype: torch.dtype, layers: int, inner: int, gradients: bool) -> float:
@@ -69,228 +175,23 @@ def limit(dtype: torch.dtype, layers: int, inner: int, gradients: bool) -> float
     return (8 if gradients else 4) * math.sqrt(roundings * layers) * UNIT_ROUNDOFF[dtype]
 
 
-def hidden_error(y: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> float:
-    """Relative error on real tokens; infinite if one isn't finite."""
-    if y.shape != reference.shape:
+def hidden_error(y: torch.Tensor, inputs: Inputs) -> float:
+    """Relative error on real tokens."""
+    if y.shape != inputs.hidden.shape:
         return math.inf
-    right = reference[mask]
-    error = ((y[mask].to(right) - right).norm() / right.norm()).item()
-    return error if math.isfinite(error) else math.inf
+    return relative(y[inputs.mask], inputs.hidden[inputs.mask])
 
 
-def gradient_error(gradients: dict, reference: dict) -> float:
+def gradient_error(gradients: Named, right: Named) -> float:
     """The worst parameter's relative error. One whose gradient is nothing but rounding, as the key
     bias's, is measured by the largest gradient's size instead."""
-    floor_ = 0.01 * max(right.norm().item() for right in reference.values())
-    worst = 0.0
-    for name, right in reference.items():
-        if gradients.get(name) is None:
-            return math.inf
-        size = max(right.norm().item(), floor_)
-        error = (gradients[name].to(right) - right).norm().item() / size
-        if not math.isfinite(error):
-            return math.inf
-        worst = max(worst, error)
-    return worst
+    if not right.keys() <= gradients.keys():
+        return math.inf
+    least = 0.01 * max(gradient.norm().item() for gradient in right.values())
+    return max(relative(gradients[name], gradient, least) for name, gradient in right.items())
 
 
-@dataclass(frozen=True)
-class Reference:
-    hidden: torch.Tensor  # float64
-    gradients: dict[str, torch.Tensor] | None
-    mask: torch.Tensor
-    dy: torch.Tensor | None  # in the case's dtype, zero at padding
-
-
-class EncoderBench:
-    """Measures layers and models on one machine and hands the rows to a recorder."""
-
-    def __init__(
-        self,
-        machine: Machine,
-        recorder: Recorder,
-        *,
-        repeats: int = 7,
-        out_of_time: Callable[[], bool] = lambda: False,
-        compile_backend: str = "inductor",
-        providers: Sequence[str] | None = None,
-        slow: bool = True,
-        say: Callable[[str], None] = print,
-        progress: Callable[[str], None] = lambda text: None,
-    ):
-        """providers: names, or None for all. slow: with those that compile."""
-        self.machine, self.recorder, self.device = machine, recorder, machine.device
-        self.repeats, self.out_of_time = repeats, out_of_time
-        self.compile_backend = compile_backend
-        self.wanted, self.slow = providers, slow
-        self.say, self.progress = say, progress
-        self.faults: list[str] = []
-        self.left_out: dict[str, str] = {}  # who isn't here -> why
-        self._stock: tuple[tuple, nn.Module] | None = None
-        self.stream = torch.cuda.Stream() if self.device == "cuda" else None
-
-    def measure(self, case: EncoderCase) -> None:
-        """Rows for one case. A provider that fails or is wrong gets a row that says so."""
-        torch._dynamo.reset()
-        with quiet():
-            self._measure(case)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _measure(self, case: EncoderCase) -> None:
-        setting = self._setting(case)
-        self.progress(f"{case}: float64")
-        reference = self._reference(case, setting)
-        timers: dict[str, Timer] = {}
-        rows: dict[str, Row] = {}
-        for provider in self._providers(case):
-            reason = provider.why_not(setting)
-            if reason is None and provider.slow and not self.slow:
-                reason = "compiling takes a while: ask for it by --provider, or use a GPU"
-            if reason is not None:
-                self.left_out.setdefault(provider.name, reason)
-                continue
-            self.progress(f"{case}: {provider.name}")
-            row = self._row(case, provider)
-            try:
-                runner = provider.make(setting)
-                row.error = self._checked(case, runner, reference)
-                timers[provider.name] = self._timer(case, runner, reference, row)
-                rows[provider.name] = row
-            except Exception as error:  # one provider's fault must not cost the others' numbers
-                self._refuse(row, error, provider)
-        self.progress(f"{case}: timing")
-        samples = interleaved(timers, self.repeats, self.out_of_time)
-        for name, sample in samples.items():
-            row = rows[name].timed(sample)
-            seconds = sample.median / 1e6
-            row.tokens_per_s = case.tokens.real / seconds
-            row.padded_tokens_per_s = case.tokens.padded / seconds
-            row.tflop_per_s = sum(kernel.flops for kernel in case.work()) / seconds / 1e12
-            self.recorder.add(row)
-
-    def _providers(self, case: EncoderCase) -> list[Provider]:
-        known = LAYER_PROVIDERS if case.layer else MODEL_PROVIDERS
-        return [p for p in known if self.wanted is None or p.name in self.wanted]
-
-    def _setting(self, case: EncoderCase) -> Setting:
-        key = (case.model, case.dtype, case.layer)
-        if self._stock is None or self._stock[0] != key:
-            self._stock = None  # the last one's memory
-            model = case.model.build(self.device, case.dtype, layers=1 if case.layer else None)
-            self._stock = key, model.encoder.layer[0] if case.layer else model
-        stock = self._stock[1]
-        if case.layer:
-            generator = torch.Generator(self.device).manual_seed(1)
-            shape = (len(case.tokens.lengths), case.tokens.longest, case.model.width)
-            x = torch.randn(shape, generator=generator, device=self.device)
-            inputs = {"x": x.to(case.dtype)}
-        else:
-            inputs = case.tokens.inputs(self.device, stock.config.vocab_size)
-        return Setting(
-            stock, case.tokens, inputs, self.device, case.dtype, case.training, self.compile_backend
-        )
-
-    def _reference(self, case: EncoderCase, setting: Setting) -> Reference:
-        """Plain attention in float64, a few rows at a time; gradients add up over them."""
-        wide = copy.deepcopy(setting.stock).double()
-        wide = (with_layer_attention if case.layer else with_attention)(wide, "eager")
-        rows = len(case.tokens.lengths)
-        own = torch.tensor(case.tokens.lengths, device=self.device)[:, None]
-        mask = torch.arange(case.tokens.longest, device=self.device) < own
-        dy = None
-        if case.training:
-            generator = torch.Generator(self.device).manual_seed(2)
-            shape = (*mask.shape, case.model.width)
-            dy = torch.randn(shape, generator=generator, device=self.device).to(case.dtype)
-            dy = dy * mask[..., None]
-        hidden = []
-        step = max(1, REFERENCE_TOKENS // case.tokens.longest)
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
-            with torch.set_grad_enabled(case.training):
-                if case.layer:
-                    y = wide(setting.inputs["x"][part].double())
-                else:
-                    y = wide(**{k: v[part] for k, v in setting.inputs.items()})[0]
-            if case.training:
-                y.backward(dy[part].double())
-            hidden.append(y.detach())
-        gradients = _gradients(wide) if case.training else None
-        return Reference(torch.cat(hidden), gradients, mask, dy)
-
-    def _checked(self, case: EncoderCase, runner: Runner, right: Reference) -> float:
-        """The provider's error without dropout, of hidden states and gradients."""
-        allowed = case.limit(gradients=False)
-        with self._stream_if(runner), torch.set_grad_enabled(case.training):
-            y = runner.forward()
-            error = _held(hidden_error(y.detach(), right.hidden, right.mask), allowed)
-            if case.training:
-                y.backward(right.dy)
-        if case.training:
-            allowed = case.limit(gradients=True)
-            gradients = runner.to_ours(_gradients(runner.module))
-            worst = gradient_error(gradients, right.gradients)
-            error = max(error, _held(worst, allowed, "gradients: "))
-            runner.module.zero_grad(set_to_none=True)
-        return error
-
-    def _timer(self, case: EncoderCase, runner: Runner, right: Reference, row: Row) -> Timer:
-        if case.training:
-            runner.module.train()
-
-            def step() -> None:
-                runner.forward().backward(right.dy)
-                runner.module.zero_grad(set_to_none=True)
-        else:
-
-            def step() -> torch.Tensor:
-                with torch.inference_mode():
-                    return runner.forward()
-
-        if runner.capture:
-            graph, (y,) = captured([step], self.stream)
-            graph.replay()
-            error = hidden_error(y, right.hidden, right.mask)
-            _held(error, case.limit(gradients=False), "in a graph: ")
-            step = graph.replay
-        else:
-            row.peak_memory_mb = peak_memory_mb(step, self.device)
-        if case.pass_ == "latency":
-            step = waited_for(step, self.device)
-        return call_timer(step, self.device)
-
-    def _stream_if(self, runner: Runner) -> contextlib.AbstractContextManager:
-        captured = runner.capture and self.stream is not None
-        return torch.cuda.stream(self.stream) if captured else contextlib.nullcontext()
-
-    def _row(self, case: EncoderCase, provider: Provider) -> Row:
-        row = Row(provider.name, case.op, case.pass_, case.tokens.name, dtype_name(case.dtype))
-        row.dropout = 0.1 if case.training else 0.0
-        row.clock = "call" if self.device == "cuda" else "process"
-        row.cache = "warm"
-        row.floor_us = floor.floor_us(case.work(), self.machine.ceilings(case.dtype))
-        return row
-
-    def _refuse(self, row: Row, error: Exception, provider: Provider) -> None:
-        row.note, row.error = refusal(error), None
-        line = f"{row.provider} {row.op} {row.pass_} {row.shape} {row.dtype}: {row.note}"
-        if provider.ours or isinstance(error, Wrong):
-            self.faults.append(line)
-        else:
-            self.left_out.setdefault(f"{row.provider}, {row.shape}", row.note)
-        self.say(f"  {line}")
-        self.recorder.add(row)
-
-
-def _held(error: float, allowed: float, what: str = "") -> float:
-    if not error <= allowed:
-        raise Wrong(f"{what}relative error {error:.2g} is above {allowed:.2g}")
-    return error
-
-
-def _gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+def _gradients(module: nn.Module) -> Named:
     return {
         name: parameter.grad
         for name, parameter in module.named_parameters()

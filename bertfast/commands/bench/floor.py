@@ -60,22 +60,32 @@ def _product(rows: int, inner: int, columns: int, itemsize: int, more: int = 0) 
     return Work("products", 2 * rows * inner * columns, values * itemsize)
 
 
+def attention(lengths: Sequence[int], width: int, itemsize: int, backward: bool = False) -> Work:
+    """All heads of one layer; lse, which is a value a row and head, not counted.
+
+    forward    scores and their product with v: 4 * width operations a pair of tokens; q, k, v read,
+               the context written
+    backward   five products of two where the forward has two; q, k, v, out and its gradient read,
+               three gradients written
+    """
+    operations, values = (10, 8) if backward else (4, 4)
+    pairs = sum(length * length for length in lengths)
+    return Work("attention", operations * width * pairs, values * sum(lengths) * width * itemsize)
+
+
 def forward(
     size: Size, lengths: Sequence[int], itemsize: int, training: bool = False
 ) -> list[Work]:
     """One layer. Products add bias and residual and apply GELU as they write.
 
-    attention   scores and their product with v: 4 * width operations a pair of tokens; q, k, v
-                read, the context written
     memory      two LayerNorms, each reads the sum and writes: 2 values an element
     training    what GELU was applied to is written too
     """
     tokens, width, inner = sum(lengths), size.width, size.inner
-    pairs = sum(length * length for length in lengths)
     values = tokens * width
     return [
         _product(tokens, width, 3 * width, itemsize),
-        Work("attention", 4 * width * pairs, 4 * values * itemsize),
+        attention(lengths, width, itemsize),
         _product(tokens, width, width, itemsize, more=values),
         Work("memory", 0, 2 * values * itemsize),
         _product(tokens, width, inner, itemsize, more=tokens * inner if training else 0),
@@ -87,15 +97,12 @@ def forward(
 def backward(size: Size, lengths: Sequence[int], itemsize: int) -> list[Work]:
     """One layer's gradients: each product twice, for its input and for its weight.
 
-    attention   five products of two where the forward has two; q, k, v, out and its gradient read,
-                three gradients written
     memory      LayerNorm reads dy and what it normalised, writes the gradient: 3 values an element
     GELU's derivative and the residuals' sums are epilogues.
     """
     tokens, width, inner = sum(lengths), size.width, size.inner
-    pairs = sum(length * length for length in lengths)
     values = tokens * width
-    kernels = [
+    return [
         Work("memory", 0, 3 * values * itemsize),
         _product(tokens, width, inner, itemsize, more=tokens * inner),
         _product(inner, tokens, width, itemsize),
@@ -104,11 +111,10 @@ def backward(size: Size, lengths: Sequence[int], itemsize: int) -> list[Work]:
         Work("memory", 0, 3 * values * itemsize),
         _product(tokens, width, width, itemsize),
         _product(width, tokens, width, itemsize),
-        Work("attention", 10 * width * pairs, 8 * values * itemsize),
+        attention(lengths, width, itemsize, backward=True),
         _product(tokens, 3 * width, width, itemsize, more=values),
         _product(width, tokens, 3 * width, itemsize),
     ]
-    return kernels
 
 
 def layer(size: Size, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:

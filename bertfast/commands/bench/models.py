@@ -5,7 +5,6 @@ that an implementation that forgets one is found out before it is timed.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ class Model:
     heads: int
     directory: str | None = None  # None: random weights
     positions: int = 512  # the longest sequence
+    model_type: str = "bert"  # in Hugging Face's configurations
 
     @property
     def size(self) -> Size:
@@ -79,6 +79,7 @@ def saved(directory: str, layer: bool = False) -> Model:
         config.num_attention_heads,
         directory,
         saved_model.positions(config),
+        config.model_type,
     )
 
 
@@ -119,11 +120,20 @@ class Tokens:
     def padded(self) -> int:
         return len(self.lengths) * self.longest
 
+    def mask(self, device: str) -> torch.Tensor:
+        """(rows, length): where the real tokens are."""
+        own = torch.tensor(self.lengths, device=device)[:, None]
+        return torch.arange(self.longest, device=device) < own
+
+    def cu_seqlens(self, device: str) -> torch.Tensor:
+        """Where each sequence begins when they lie behind one another, and where the last ends."""
+        bounds = torch.tensor((0, *self.lengths)).cumsum(0)
+        return bounds.to(device, torch.int32)
+
     def inputs(self, device: str, vocabulary: int = 30522) -> dict[str, torch.Tensor]:
         """What a tokenizer returns."""
         generator = torch.Generator().manual_seed(1)
-        own = torch.tensor(self.lengths)[:, None]
-        mask = (torch.arange(self.longest) < own).long()
+        mask = self.mask("cpu").long()
         low = min(1000, vocabulary // 2)  # the special tokens are not in use here
         ids = torch.randint(low, vocabulary, mask.shape, generator=generator) * mask
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -148,7 +158,3 @@ def parse_shapes(text: str) -> list[Tokens]:
             raise UserError(f"--shapes must be ROWSxLENGTH, such as 32x128, got {part!r}")
         batches.append(full_batch(int(rows), int(length)))
     return batches
-
-
-def mixed_batches(names: Sequence[str], rows: int) -> list[Tokens]:
-    return [mixed_batch(name, rows) for name in names]

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from ... import ops
 from . import floor
+from .case import normal
 from .ceilings import Machine
+from .encoder import EncoderCase
 from .models import Model, Tokens
 from .record import Recorder, Row, dtype_name
 from .timing import graph_timer, interleaved, process_timer
@@ -22,18 +24,14 @@ class _Layer:
     """The tensors of one layer."""
 
     def __init__(self, model: Model, tokens: Tokens, device: str, dtype: torch.dtype):
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+        values = normal(device, 0, dtype)
         rows, length = len(tokens.lengths), tokens.longest
         width, inner, heads = model.width, model.inner, model.heads
-        self.x, self.h = normal(rows, length, width), normal(rows, length, inner)
-        self.qkv = normal(rows, length, 3, heads, width // heads)
-        self.joined, self.out = normal(3 * width, width), normal(width, width)
-        self.up, self.down = normal(inner, width), normal(width, inner)
-        self.bias, self.inner_bias, self.one = normal(width), normal(inner), 1 + normal(width)
+        self.x, self.h = values(rows, length, width), values(rows, length, inner)
+        self.qkv = values(rows, length, 3, heads, width // heads)
+        self.joined, self.out = values(3 * width, width), values(width, width)
+        self.up, self.down = values(inner, width), values(width, inner)
+        self.bias, self.inner_bias, self.one = values(width), values(inner), 1 + values(width)
 
 
 def _ours(t: _Layer) -> dict[str, Callable]:
@@ -72,15 +70,10 @@ def _stock(t: _Layer) -> dict[str, Callable]:
 
 
 def measure_parts(
-    machine: Machine,
-    recorder: Recorder,
-    model: Model,
-    tokens: Tokens,
-    dtype: torch.dtype,
-    repeats: int = 7,
+    machine: Machine, recorder: Recorder, case: EncoderCase, repeats: int = 7
 ) -> None:
-    """A row for each part, by bertfast and by what Hugging Face's layer calls with SDPA."""
-    tensors = _Layer(model, tokens, machine.device, dtype)
+    """A row for each part of a layer, by bertfast and by what Hugging Face's calls with SDPA."""
+    tensors = _Layer(case.model, case.tokens, machine.device, case.dtype)
     stream = torch.cuda.Stream() if machine.device == "cuda" else None
     timers = {}
     with torch.no_grad():
@@ -89,11 +82,10 @@ def measure_parts(
                 timer = graph_timer([call], stream) if stream else process_timer([call])
                 timers[provider, kind] = timer
         samples = interleaved(timers, repeats)
-    work = floor.forward(model.size, tokens.lengths, dtype.itemsize)
-    limits = machine.ceilings(dtype)
+    work = floor.forward(case.model.size, case.tokens.lengths, case.dtype.itemsize)
+    limits = machine.ceilings(case.dtype)
     for (provider, kind), sample in samples.items():
-        op = f"{model.name} layer {kind}"
-        row = Row(provider, op, "forward", tokens.name, dtype_name(dtype), clock=machine.clock)
-        row.cache = "warm"
-        row.floor_us = floor.floor_us([k for k in work if k.kind == kind], limits)
+        row = Row(provider, f"{case.op} {kind}", "forward", case.shape, dtype_name(case.dtype))
+        row.clock, row.cache = machine.clock, "warm"
+        row.floor_us = floor.floor_us([part for part in work if part.kind == kind], limits)
         recorder.add(row.timed(sample))

@@ -11,12 +11,14 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .timing import Sample
 
 ROOT = Path(__file__).resolve().parents[3]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -120,7 +122,7 @@ def environment(device: str) -> Environment:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _text(value: object) -> str:
@@ -148,3 +150,24 @@ class Recorder:
         values = [*asdict(row).values(), *self.environment.values(), now]
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(map(_text, values))
+
+
+def read(path: Path) -> tuple[list[Row], Environment]:
+    """What a Recorder wrote."""
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    if not records:
+        raise ValueError(f"{path} has no rows")
+    rows = []
+    for record in records:
+        values: dict[str, Any] = {
+            field.name: record[field.name.rstrip("_")] for field in fields(Row)
+        }
+        for field in fields(Row):
+            if "float" in str(field.type):
+                text = values[field.name]
+                values[field.name] = float(text) if text else None
+        rows.append(Row(**values))
+    return rows, Environment(
+        **{field.name: records[0][field.name] for field in fields(Environment)}
+    )

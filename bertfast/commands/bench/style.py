@@ -5,36 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import need
+from .providers import TABLE
 
-# Blue is bertfast's, in tones, and nobody else's; what is stock is grey.
-OURS = "#1257c4"
-PROVIDERS = {
-    "bertfast": OURS,
-    "bertfast padded": "#8fb5ee",
-    "bertfast graph": "#0a2f6b",
-    "bertfast torch": "#8fb5ee",
-    "bertfast triton": "#4a86de",
-    "bertfast cuda": OURS,
-    "HF SDPA": "#5a6068",
-    "HF SDPA graph": "#3b3f45",
-    "HF eager": "#b3b8be",
-    "torch eager": "#b3b8be",
-    "torch sdpa": "#5a6068",
-    "nn.TransformerEncoder": "#d9a54a",
-    "nn.TransformerEncoderLayer": "#d9a54a",
-    "torch compile": "#6f9f6b",
-    "torch compile max": "#3f6d44",
-    "flash-attn": "#9a76b5",
-    "flash-attn varlen": "#9a76b5",
-    "Transformer Engine": "#c2705c",
-    "Liger": "#c98aa8",
-    "onnxruntime": "#8a7f5c",
-    "torch flex": "#a58d73",
-    "torch sdpa flash": "#7b828a",
-    "torch sdpa efficient": "#8f959c",
-    "torch sdpa cudnn": "#9fa5ab",
-    "torch sdpa math": "#cfd3d7",
-}
+PROVIDERS = {provider.name: provider.color for provider in TABLE}
+OURS = PROVIDERS["bertfast"]
 UNKNOWN = "#d0ccc4"
 COLUMNS = 5  # of a legend
 # The kinds of work in a layer.

@@ -36,9 +36,9 @@ def summarize(times: Sequence[float]) -> Sample:
     )
 
 
-def interleaved(
+def turns(
     timers: dict[str, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
-) -> dict[str, Sample]:
+) -> dict[str, list[float]]:
     """Each timer `repeats` times, in turns; after one round fewer if the time is over."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(repeats):
@@ -46,10 +46,17 @@ def interleaved(
             times[name].append(timer())
         if out_of_time():
             break
+    return times
+
+
+def interleaved(
+    timers: dict[str, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
+) -> dict[str, Sample]:
+    times = turns(timers, repeats, out_of_time)
     return {name: summarize(values) for name, values in times.items()}
 
 
-def process_timer(calls: Sequence[Call], least_us: float = 0.0) -> Timer:
+def process_timer(calls: Sequence[Call], least_us: float = 500.0) -> Timer:
     """Processor time of calls on a CPU."""
     return _repeated(calls, least_us, time.process_time)
 
@@ -59,11 +66,8 @@ def launch_timer(calls: Sequence[Call], least_us: float = 2000.0) -> Timer:
     return _repeated(calls, least_us, time.perf_counter, before=torch.cuda.synchronize)
 
 
-def call_timer(call: Call, device: str, least_us: float = 20000.0) -> Timer:
-    """What a user waits for: calls after one another until the GPU is done with the last one, or
-    the CPU's processor time."""
-    if device == "cpu":
-        return process_timer([call])
+def call_timer(call: Call, least_us: float = 20000.0) -> Timer:
+    """What a user waits for: calls after one another until the GPU is done with the last one."""
 
     def clock() -> float:
         torch.cuda.synchronize()
@@ -99,14 +103,15 @@ def _repeated(
         return (clock() - start) * 1e6
 
     once(1)  # warms up
-    rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3)))) if least_us else 1
+    rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
     return lambda: once(rounds) / (rounds * len(calls))
 
 
 def captured(
-    calls: Sequence[Call], stream: torch.cuda.Stream
+    calls: Sequence[Call], stream: torch.cuda.Stream | None = None
 ) -> tuple[torch.cuda.CUDAGraph, list[object]]:
     """The calls in one CUDA graph, and their outputs, which a replay fills."""
+    stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, loads modules, fills caches: nothing of it may be captured
@@ -145,10 +150,9 @@ def graph_timer(
     return timer
 
 
-def input_sets(bytes_per_call: int, device: str, most: int = 32) -> tuple[int, str]:
-    """How many input sets to rotate, and whether that makes the cache cold or leaves it warm."""
-    if device != "cuda":
-        return 1, "warm"
+def input_sets(bytes_per_call: int, most: int = 32) -> tuple[int, str]:
+    """How many input sets to rotate on a GPU, and whether that makes its cache cold or leaves it
+    warm."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     wanted = -(-4 * cache // max(1, bytes_per_call))
     return max(1, min(most, wanted)), "cold" if wanted <= most else "warm"

@@ -1,0 +1,151 @@
+"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, as in an encoder layer."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ....ops import layer_norm
+from ....testing import layer_norm as testing
+from ..case import normal
+from ..floor import Work
+from ..op_case import Inputs, OpCase, dropout_seed
+
+EPS = 1e-12
+Tensor = torch.Tensor
+
+
+def _ours(backend: str) -> Callable:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, p: float = 0.0, **more: Any) -> Tensor:
+        return layer_norm(x, weight, bias, eps=EPS, dropout_p=p, backend=backend, **more)
+
+    return run
+
+
+def _after_torch(norm: Callable) -> Callable:
+    """norm of what torch added and dropped."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None = None,
+        x_bias: Tensor | None = None,
+        seed: Tensor | None = None,
+        p: float = 0.0,
+    ) -> Tensor:
+        z = x if residual is None else F.dropout(x + x_bias, p, training=p > 0) + residual
+        return norm(z, weight, bias)
+
+    return run
+
+
+def _torch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(z, weight.shape, weight, bias, EPS)
+
+
+def _liger_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(z, weight, bias, EPS)
+
+
+@dataclass(frozen=True)
+class LayerNormCase(OpCase):
+    pass_: str
+    rows: int
+    width: int
+    dtype: torch.dtype
+    dropout: float = 0.0
+    alone: bool = False  # nothing is added to x, so that it is one call of stock torch's, too
+
+    op = "layer_norm"
+    functions = {
+        "bertfast": _ours,
+        "torch eager": _after_torch(_torch_norm),
+        "Liger": _after_torch(_liger_norm),
+    }
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}" + (" alone" if self.alone else "")
+
+    def options(self) -> dict[str, float]:
+        return {} if self.alone else {"p": self.dropout}
+
+    def work(self) -> list[Work]:
+        """The least that must go through memory.
+
+        forward    values an element: x and residual read, y written                       3
+        training   and z written; mean and rstd (float32) are one value a row              4
+        backward   dy and z read, dz (both dx and dresidual) written                       3
+                   with dropout dx differs from dresidual: written too                     4
+        alone      there is no residual, and z is x: 2, 2, 3
+        Parameters and their gradients are one row each, counted; the partial sums, which are a
+        choice of the implementation, are not. The dropout mask moves nothing: it is computed.
+        """
+        values = {"forward": 3, "training": 4, "backward": 4 if self.dropout else 3}[self.pass_]
+        parameter_rows = {"forward": 3, "training": 3, "backward": 4}[self.pass_]
+        if self.alone:
+            values = {"forward": 2, "training": 2, "backward": 3}[self.pass_]
+            parameter_rows -= 1
+        statistics = 0 if self.pass_ == "forward" else 2 * 4 * self.rows
+        rows = values * self.rows + parameter_rows
+        return [Work("memory", 0, rows * self.width * self.dtype.itemsize + statistics)]
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        values = normal(device, seed, self.dtype)
+        shape, width = (self.rows, self.width), self.width
+        leaves = {"x": values(*shape), "weight": 1 + 0.1 * values(width), "bias": values(width)}
+        if self.alone:
+            return Inputs(leaves, values(*shape))
+        leaves |= {"residual": values(*shape), "x_bias": values(width)}
+        return Inputs(leaves, values(*shape), {"seed": dropout_seed(device, seed)})
+
+    def for_budget(self) -> testing.Case:
+        added = not self.alone
+        return testing.Case((67, self.width), residual=added, x_bias=added, p=self.dropout)
+
+
+_PASSES = (
+    ("forward", 0.0),
+    ("training", 0.1),
+    ("backward", 0.1),
+    ("training", 0.0),
+    ("backward", 0.0),
+)
+
+
+def gpu_cases() -> list[LayerNormCase]:
+    """BERT-base's width at a full batch in bf16, then outward."""
+    widths, all_rows = (768, 1024, 384), (128, 4096, 24576)
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    order = itertools.chain(
+        itertools.product((16384,), widths, (bf16, fp16)),
+        itertools.product(all_rows, widths, (bf16,)),
+        itertools.product((16384,), widths, (fp32,)),
+        itertools.product(all_rows, widths, (fp16, fp32)),
+    )
+    return [
+        LayerNormCase(pass_, rows, width, dtype, p)
+        for rows, width, dtype in order
+        for pass_, p in _PASSES
+    ]
+
+
+def cpu_cases() -> list[LayerNormCase]:
+    """MiniLM's and BERT-base's widths."""
+    order = (("forward", 384), ("forward", 768), ("backward", 768))
+    return [LayerNormCase(pass_, 4096, width, torch.float32) for pass_, width in order]
+
+
+def dry_cases() -> list[LayerNormCase]:
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    return [
+        LayerNormCase(pass_, 6, 64, next(dtypes), p, alone)
+        for alone, passes in ((False, _PASSES), (True, _PASSES[:1] + _PASSES[3:]))
+        for pass_, p in passes
+    ]

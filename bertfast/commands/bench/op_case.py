@@ -1,0 +1,136 @@
+"""What the cases of all ops share: the steps, the check, the names of the functions.
+
+A subclass is a frozen dataclass that has at least these fields and lies in a module of its own in
+`cases`. It says how each provider computes the op, in `functions`: by the provider's name, but for
+
+    bertfast        a function of the backend, which gives the function
+    torch eager     stock torch, which is compiled, too; or as `stock` says
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ...testing import nearest_to_budget
+from .case import Step, Wrong, held, relative
+from .floor import Work
+from .providers import Provider, of_kind
+
+# ||difference|| / ||reference|| that any honest implementation stays under: stock torch rounds to
+# the dtype a few times on the way, each time by at most u. Ours also have the error budget.
+LIMITS = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    leaves: dict[str, torch.Tensor]  # those that get gradients, by the functions' names for them
+    dy: torch.Tensor
+    more: dict[str, Any] = field(default_factory=dict)  # what else the functions are given
+    packed: "Inputs | None" = None  # the same tokens without padding, for functions marked `packed`
+
+    def of(self, function: Callable) -> "Inputs":
+        return self.packed if self.packed and getattr(function, "packed", False) else self
+
+    def double(self) -> "Inputs":
+        leaves = {name: leaf.double() for name, leaf in self.leaves.items()}
+        return Inputs(leaves, self.dy.double(), self.more)
+
+
+class OpCase:
+    kind: ClassVar[str] = "op"
+    clock: ClassVar[str] = "device"
+    op: ClassVar[str]
+    functions: ClassVar[Mapping[str, Callable]]
+    stock: ClassVar[str] = "torch eager"
+    # forward (inference), training (a forward that saves what the backward needs), backward
+    pass_: str
+    dtype: torch.dtype
+    dropout: float
+
+    @property
+    def shape(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def form(self) -> tuple:
+        """What a backend's answer to "can you run this?" depends on, besides the device."""
+        return (self.dtype,)
+
+    def work(self) -> list[Work]:
+        raise NotImplementedError
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        raise NotImplementedError
+
+    def for_budget(self) -> Any:
+        """A case of bertfast.testing: a few rows of this one, for the error budget."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What the functions are given besides the inputs."""
+        return {}
+
+    def providers(self) -> Sequence[Provider]:
+        return [provider for provider in of_kind("op") if provider.calls in self.functions]
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        return {"gb_per_s": sum(work.bytes for work in self.work()) / seconds / 1e9}
+
+    def step(self, runner: Callable, inputs: Inputs) -> Step:
+        """A pass as a function without arguments, which returns a tuple of outputs."""
+        inputs = inputs.of(runner)
+        call = functools.partial(runner, **inputs.more, **self.options())
+        if self.pass_ == "forward":
+
+            def forward() -> tuple[torch.Tensor, ...]:
+                with torch.no_grad():
+                    return (call(**inputs.leaves),)
+
+            return forward
+        leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.leaves.items()}
+
+        def training() -> tuple[torch.Tensor, ...]:
+            return (call(**leaves),)
+
+        if self.pass_ == "training":
+            return training
+        (y,) = training()
+        return lambda: torch.autograd.grad(y, [*leaves.values()], inputs.dy, retain_graph=True)
+
+    def check(self, provider: Provider, runner: Callable, inputs: Inputs) -> float:
+        """Against stock torch in float64. Where a mask must be drawn again, or tokens are packed,
+        against our torch backend in float64, which runs the reference."""
+        if provider.ours and provider.backend != "torch":
+            within_budget(
+                self.op, provider.backend, self.for_budget(), self.dtype, inputs.dy.device.type
+            )
+        # Others draw a mask of their own, so their arithmetic is checked without.
+        case = self
+        if self.dropout and not provider.ours:
+            case = dataclasses.replace(self, dropout=0.0)
+        given = inputs.of(runner)
+        again = case.dropout or given is not inputs
+        oracle = self.functions["bertfast"]("torch") if again else self.functions[self.stock]
+        right = case.step(oracle, given.double())()
+        pairs = zip(case.step(runner, given)(), right, strict=True)
+        return held(max(relative(*pair) for pair in pairs), LIMITS[self.dtype])
+
+
+@functools.cache
+def within_budget(op: str, backend: str, case: Any, dtype: torch.dtype, device: str) -> None:
+    """Holds a backend to the error budget, output and every gradient, on a few rows: once for each
+    dtype and form, such as a width. The torch backend's backward is stock torch's."""
+    testing = importlib.import_module(f"bertfast.testing.{op}")
+    inputs = testing.make_inputs(case, dtype)
+    worst = nearest_to_budget(testing, inputs, testing.run(inputs, backend, device))
+    if not worst.ok:
+        raise Wrong(str(worst))
+
+
+def dropout_seed(device: str, seed: int) -> torch.Tensor:
+    return torch.tensor([seed + 12345], device=device)
