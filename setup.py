@@ -128,14 +128,15 @@ def binding_flags(module: str) -> list[str]:
 def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     compiler = nvcc(env)
     archs = architectures(compiler, env)
-    # As nvcc calls the C++ compiler for bindings.cpp too, nobody has to find CUDA's headers.
+    # As nvcc calls the C++ compiler for the bindings too, nobody has to find CUDA's headers.
     base = [compiler, *(["-ccbin", *cxx(env)[:1]] if env.get("CXX") else [])]
     common = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     # Compressed, the module is a fifth as large; this form is the one that every driver reads.
     flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", *gencode(archs)]
     threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
     commands = {source: [*base, *flags, threads] for source in sources("kernels/*.cu")}
-    commands["csrc/bindings.cpp"] = [*base, *common, *binding_flags("_cuda")]
+    bindings = [*base, *common, *binding_flags("_cuda")]
+    commands |= {source: bindings for source in sources("bindings/*.cpp")}
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
     # lest torch's own copy of the runtime answers for some of them.
     link = [*base, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL,-s"]
@@ -165,7 +166,8 @@ def host_recipe(env: Mapping[str, str]) -> Recipe:
     flags += ["-DBERTFAST_HOST"]
     commands = {source: [*compiler, *flags] for source in sources("host/*.cpp")}
     commands |= {source: [*compiler, *flags, "-xc++"] for source in sources("kernels/*.cu")}
-    commands["csrc/bindings.cpp"] = [*compiler, *flags, *binding_flags("_host")]
+    bindings = [*compiler, *flags, *binding_flags("_host")]
+    commands |= {source: bindings for source in sources("bindings/*.cpp")}
     link = [*compiler, "-shared", *(speed[:1] if sanitize else ["-s"]), "-pthread"]
     facts = {"cxx": output(*compiler, "--version").partition("\n")[0]}
     return Recipe(commands, link, flags, f"build/host{'-' * bool(sanitize)}{sanitize}", facts)

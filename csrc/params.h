@@ -1,7 +1,7 @@
 // One plain struct per op, and the functions that launch its kernels.
 //
-// bindings.cpp fills the structs from integers; nothing here knows Python or torch. A pointer that
-// is null means "absent" for an input and "not wanted" for an output.
+// csrc/bindings fills the structs from torch tensors; nothing here knows Python or torch. A pointer
+// that is null means "absent" for an input and "not wanted" for an output.
 #pragma once
 
 #include <cstdint>

@@ -122,7 +122,8 @@ def test_architectures(package, tmp_path):
 def test_a_failing_compilation_leaves_the_module_out(package, tmp_path):
     (tmp_path / "csrc" / "host").mkdir(parents=True)
     (tmp_path / "csrc" / "host" / "a.cpp").write_text('#warning "a long story"\n' * 30)
-    (tmp_path / "csrc" / "bindings.cpp").write_text("int broken = undeclared_name;\n")
+    (tmp_path / "csrc" / "bindings").mkdir()
+    (tmp_path / "csrc" / "bindings" / "b.cpp").write_text("int broken = undeclared_name;\n")
     env = {**os.environ, "BERTFAST_HOST": ""}
     path, record = package.build_module("_host", "_host.so", env)
     assert path is None
@@ -142,7 +143,7 @@ def test_only_what_changed_is_compiled_again(package, tmp_path):
         "kernels/two.cu": "int two;\n",
         "device/shared.cuh": "int shared;\n",
         "host/runtime.cpp": "int runtime;\n",
-        "bindings.cpp": "int bindings;\n",
+        "bindings/module.cpp": "int module;\n",
     }.items():
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def test_only_what_changed_is_compiled_again(package, tmp_path):
         return {path.name: path.stat().st_mtime_ns for path in objects}
 
     first = build()
-    assert sorted(first) == ["bindings.cpp.o", "one.cu.o", "runtime.cpp.o", "two.cu.o"]
+    assert sorted(first) == ["module.cpp.o", "one.cu.o", "runtime.cpp.o", "two.cu.o"]
     assert build() == first
     (tmp_path / "csrc" / "device" / "shared.cuh").write_text("long shared;\n")
     second = build()

@@ -4,15 +4,14 @@ import functools
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-DTYPE_TAG = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MODULE_OF = {"cuda": "_cuda", "cpu": "_host"}
 LEAST_CAPABILITY = (8, 0)
-
-# On a CPU there is no multiprocessor to count; a few blocks show every path between blocks.
-HOST_MULTIPROCESSORS = 2
+# By it the modules read tensors; torch has it from 2.10 on.
+_DLPACK = "__dlpack_c_exchange_api__"
 
 
 @functools.cache
@@ -23,7 +22,13 @@ def build_record() -> dict:
 
 
 @functools.cache
-def _load(name: str):
+def _load(name: str) -> tuple[Any, str | None]:
+    """The module, or the reason why it isn't there."""
+    if not hasattr(torch.Tensor, _DLPACK):
+        return None, (
+            f"bertfast.{name} reads tensors by DLPack's C exchange interface "
+            f"(torch.Tensor.{_DLPACK}), which torch {torch.__version__} doesn't have"
+        )
     try:
         return importlib.import_module(f"bertfast.{name}"), None
     except ImportError as error:
@@ -46,22 +51,5 @@ def unsupported_reason(device_type: str) -> str | None:
     return reason
 
 
-def module_for(tensor: torch.Tensor):
+def module_for(tensor: torch.Tensor) -> Any:
     return _load("_cuda" if tensor.is_cuda else "_host")[0]
-
-
-def place(tensor: torch.Tensor) -> tuple[int, int]:
-    """The tensor's device number and torch's current stream there, as integers."""
-    if not tensor.is_cuda:
-        return 0, 0
-    device = tensor.device.index
-    return device, torch._C._cuda_getCurrentRawStream(device)
-
-
-@functools.cache
-def _cuda_multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def multiprocessors(tensor: torch.Tensor) -> int:
-    return _cuda_multiprocessors(tensor.device.index) if tensor.is_cuda else HOST_MULTIPROCESSORS

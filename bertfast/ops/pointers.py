@@ -1,16 +1,14 @@
-"""Addresses of tensors, the only file that takes them, and what the kernels assume of strides.
+"""What the Triton kernels assume of strides.
 
 A kernel reads memory as it is told and can't see a tensor's strides. So whatever is handed to one
 passes through a function here, which looks at the strides first and raises where the memory isn't
-what the kernel takes it for. To make a tensor dense is the caller's affair, before.
+what the kernel takes it for. To make a tensor dense is the caller's affair, before. The compiled
+modules do the same in csrc/bindings/tensor.cpp.
 """
 
 from typing import NoReturn
 
 import torch
-
-# Address, and strides of batch (0 if packed), token and head.
-Rows = tuple[int, int, int, int]
 
 
 def _refuse(tensor: torch.Tensor, what: str) -> NoReturn:
@@ -27,15 +25,6 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor
 
 
-def pointer(tensor: torch.Tensor | None) -> int:
-    """The address of a dense tensor; 0, which the kernels take as absent, for None."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        _refuse(tensor, "dense")
-    return tensor.data_ptr()
-
-
 def row_stride(rows: torch.Tensor | None, width: int) -> int:
     """From one row to the next, in elements, for what `as_rows` returns."""
     if rows is None or rows.is_contiguous():
@@ -43,15 +32,6 @@ def row_stride(rows: torch.Tensor | None, width: int) -> int:
     if rows.dim() != 2 or (rows.stride(1) != 1 and width != 1):
         _refuse(rows, "dense rows")
     return rows.stride(0)
-
-
-def row_pointer(rows: torch.Tensor | None, width: int) -> tuple[int, int]:
-    """Address and row stride; (0, width) for None."""
-    if rows is None:
-        return 0, width
-    if rows.is_contiguous():
-        return rows.data_ptr(), width
-    return rows.data_ptr(), row_stride(rows, width)
 
 
 def head_strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -69,7 +49,3 @@ def shared_head_strides(*tensors: torch.Tensor) -> tuple[int, int, int]:
         if x.stride() != tensors[0].stride():
             _refuse(x, f"one with strides {list(tensors[0].stride())}")
     return head_strides(tensors[0])
-
-
-def head_rows(x: torch.Tensor) -> Rows:
-    return (x.data_ptr(), *head_strides(x))

@@ -48,7 +48,7 @@ __device__ __forceinline__ float anew(float value) {
   return value;
 }
 
-#ifdef __CUDACC__  // bindings.cpp includes this header too, and is plain C++
+#ifdef __CUDACC__  // the bindings, plain C++, include this header too
 
 // Launches kernel(params). Returns the launch's error, which the caller must look at.
 template<class Params>

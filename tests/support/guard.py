@@ -39,7 +39,8 @@ class _Guarded:
 
 @contextlib.contextmanager
 def guarded_allocations():
-    """While active, torch.empty gives tensors full of NaN between guard zones; checks them at exit.
+    """While active, torch.empty and new_empty give tensors full of NaN between guard zones; checks
+    them at exit.
 
     Yields a function that copies a tensor to a guarded one, for inputs.
     """
@@ -63,7 +64,13 @@ def guarded_allocations():
         guards.append(guard)
         return guard.tensor
 
-    with mock.patch.object(torch, "empty", empty):
+    def new_empty(self, *shape, dtype=None, device=None, **kwargs):
+        return empty(*shape, dtype=dtype or self.dtype, device=device or self.device, **kwargs)
+
+    with (
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(torch.Tensor, "new_empty", new_empty),
+    ):
         yield copy
     for guard in guards:
         guard.check()

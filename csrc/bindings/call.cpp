@@ -1,0 +1,90 @@
+#include "bindings/call.h"
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace bertfast {
+
+Members::Members(py::handle tuple, Py_ssize_t count, const char* name) : tuple_(tuple) {
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != count) {
+    throw py::type_error(std::string(name) + " must be a tuple of " + std::to_string(count));
+  }
+}
+
+int64_t integer(py::handle object) {
+  const long long value = PyLong_AsLongLong(object.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+double number(py::handle object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1. && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+int at_least_one(int64_t value, const char* name) {
+  if (value < 1 || value > std::numeric_limits<int>::max()) {
+    throw std::invalid_argument(std::string(name) + " must be between 1 and 2**31 - 1, got " +
+                                std::to_string(value));
+  }
+  return static_cast<int>(value);
+}
+
+Dropout::Dropout(Operands& operands, py::handle tuple, int64_t row_count) {
+  const Members members(tuple, 5, "dropout");
+  const int64_t threshold = integer(members[1]);
+  if (threshold == 0) return;
+  if (threshold < 0 || threshold > 65536) {
+    throw std::invalid_argument("dropout's threshold must be between 0 and 65536, got " +
+                                std::to_string(threshold));
+  }
+  this->threshold = static_cast<uint32_t>(threshold);
+  seed = operands.dense<int64_t>(members[0], "seed", 1);
+  keep_scale = static_cast<float>(number(members[2]));
+  site = static_cast<uint32_t>(integer(members[3]));
+  rows = operands.dense_or_none<int64_t>(members[4], "dropout's rows", row_count);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+#ifdef BERTFAST_HOST
+
+int multiprocessors(const Tensor&) {
+  return 2;
+}
+
+#else
+
+int multiprocessors(const Tensor& tensor) {
+  constexpr int kKnown = 64;
+  static int known[kKnown] = {};
+  const int device = tensor.device().index;
+  int count = device < kKnown ? known[device] : 0;
+  if (count == 0) {
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "counting multiprocessors");
+    if (device < kKnown) known[device] = count;
+  }
+  return count;
+}
+
+OnDeviceOf::OnDeviceOf(const Tensor& tensor) {
+  const int device = tensor.device().index;
+  check(cudaGetDevice(&previous_), "cudaGetDevice");
+  changed_ = device != previous_;
+  if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+}
+
+OnDeviceOf::~OnDeviceOf() {
+  if (changed_) cudaSetDevice(previous_);
+}
+
+#endif
+
+}  // namespace bertfast
