@@ -89,13 +89,17 @@ def new_like(heads: AnyHeads) -> AnyHeads:
 def _in_few_programs(sequences: Sequences, out: torch.Tensor) -> Sequences:
     """A packed batch with a plan of its own where CUDA couldn't start the programs of as many tiles
     in each sequence as the longest has, or of a plan with room for that."""
-    _, cu_seqlens, longest, tiles, tile, _ = sequences
-    if cu_seqlens is not None:
-        room = (cu_seqlens.shape[0] - 1) * (longest + 128) if tiles is None else len(tiles) * tile
-        if room * out.shape[-2] > limits.MAX_POSITIONS:
-            made = plan(cu_seqlens, longest, out.shape[0])
-            return sequences._replace(tiles=made.tiles, tile=made.tile)
-    return sequences
+    cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
+    if cu_seqlens is None:
+        return sequences
+    if sequences.tiles is None:
+        room = (cu_seqlens.shape[0] - 1) * (longest + 128)
+    else:
+        room = sequences.tiles.shape[0] * sequences.tile
+    if room * out.shape[-2] <= limits.MAX_POSITIONS:
+        return sequences
+    made = plan(cu_seqlens, longest, out.shape[0])
+    return sequences._replace(tiles=made.tiles, tile=made.tile)
 
 
 def _dense_heads(heads: AnyHeads) -> AnyHeads:
