@@ -161,15 +161,13 @@ def ceilings(run: Run, recorder):
     """Copy bandwidth, launch gap and matrix products: what the floors are made of."""
     import torch
 
+    from bertfast.commands.bench import tables
     from bertfast.commands.bench.ceilings import Machine
 
     machine = Machine(run.device, recorder.add, quick=run.dry)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         machine.ceilings(dtype)
-    for row in recorder.rows:
-        rate = f"{row.gb_per_s:.0f} GB/s" if row.gb_per_s else f"{row.median_us:.2f} us"
-        rate = f"{row.tflop_per_s:.3g} TFLOP/s" if row.tflop_per_s else rate
-        print(f"{row.op} {row.shape} {row.dtype}: {rate}")
+    print("\n".join(tables.ceilings(recorder.rows)))
     return machine
 
 
@@ -305,14 +303,9 @@ def measurements(run: Run, recorder, machine) -> None:
 
 def summary(run: Run, rows: list) -> str:
     """The tables of everything that was timed, and what wasn't."""
-    from bertfast.commands.bench.compare import verdicts
-    from bertfast.commands.bench.tables import by_op, legend, op_table
+    from bertfast.commands.bench.tables import everything
 
-    text = []
-    for op, cases in by_op(rows).items():
-        text += [line for line, _ in op_table(op, cases).lines()]
-        text += ["", *verdicts(cases), ""]
-    text.append(legend() if text else "nothing was timed")
+    text = [line for line, _ in everything(rows)]
     text += [f"left out: {line}" for line in run.left_out]
     text += [f"FAULT: {line}" for line in run.faults]
     return "\n".join(text)

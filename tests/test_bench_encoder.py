@@ -39,7 +39,7 @@ def test_long_documents_pile_up_where_they_are_cut():
 
 def test_floor_counts_operations_and_bytes():
     """By hand: two sequences of 3 and 5 tokens, width 4, inner 16, 2 bytes a value."""
-    size, lengths = floor.Size(4, 16, 3), (3, 5)
+    size, lengths = models.Model("narrow", 4, 16, 3, 1), (3, 5)
     kernels = floor.forward(size, lengths, 2)
     assert sum(k.flops for k in kernels if k.kind == "products") == 24 * 8 * 4 * 4
     (attention,) = (k for k in kernels if k.kind == "attention")
@@ -60,7 +60,6 @@ def test_floor_is_the_slower_of_both_ceilings():
     assert floor.Work("memory", 10**3, 10**6).floor_us(limits) == pytest.approx(1000)
     work = [floor.Work("products", 3 * 10**9, 0), floor.Work("memory", 0, 10**6)]
     assert floor.floor_us(work, limits) == pytest.approx(4000)
-    assert floor.shares(work, limits) == {"products": 0.75, "attention": 0.0, "memory": 0.25}
 
 
 def test_shapes_and_mixes_are_read():

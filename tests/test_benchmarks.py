@@ -167,6 +167,58 @@ def test_rows_survive_a_run_that_is_cut_short(bench):
     assert float(row["percent_of_floor"]) > 0
 
 
+TOY = """
+from dataclasses import dataclass
+
+import torch
+
+from bertfast.commands.bench.case import normal
+from bertfast.commands.bench.floor import Work
+from bertfast.commands.bench.op_case import Inputs, OpCase
+
+
+@dataclass(frozen=True)
+class ToyCase(OpCase):
+    pass_: str
+    width: int
+    dtype = torch.float32
+    dropout = 0.0
+
+    op = "toy"
+    functions = {"torch eager": torch.sin}
+    shape = property(lambda self: str(self.width))
+
+    def work(self):
+        return [Work("memory", 0, 8 * self.width)]
+
+    def inputs(self, device, seed):
+        values = normal(device, seed, self.dtype)
+        return Inputs({"input": values(self.width)}, values(self.width))
+
+
+def gpu_cases():
+    return [ToyCase("forward", 64), ToyCase("backward", 64)]
+
+
+cpu_cases = dry_cases = gpu_cases
+"""
+
+
+def test_an_ops_cases_are_found_by_their_being_there(bench, tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(cases, "__path__", [*cases.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, f"{cases.__name__}.toy", None)
+    del sys.modules[f"{cases.__name__}.toy"]
+    for listed in (cases.gpu_cases, cases.cpu_cases, cases.dry_cases):
+        toys = [case for case in listed() if case.op == "toy"]
+        assert [case.pass_ for case in toys] == ["forward", "backward"]
+    bench.slow = False
+    for case in toys:
+        bench.measure(case)
+    assert {row.provider for row in bench.recorder.rows} == {"torch eager"}
+    assert len(bench.recorder.rows) == 2 and bench.faults == []
+
+
 @pytest.mark.parametrize(
     "pass_, dropout, values, statistics, parameters",
     [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.text import Text
 
 from ..errors import UserError, one_of, writable_directory, writable_file
 from ..saved import need_transformers
@@ -12,14 +12,13 @@ from ..terminal import BAD, Progress, console, paragraph
 from . import cases, models
 from .case import Case
 from .ceilings import Machine
-from .compare import verdicts
 from .encoder import PASSES, EncoderCase
 from .encoder import cases as encoder_cases
 from .harness import Bench
 from .models import MODELS, Model, Tokens
 from .parts import measure_parts
 from .record import DTYPES, Recorder, environment
-from .tables import by_op, legend, op_table
+from .tables import by_op, ceilings, everything
 
 WHAT = ("ops", "layer", "model")
 FULL_SHAPES = "1x128,8x128,32x128,32x512,64x384"
@@ -154,13 +153,14 @@ def _run(
         )
         for case in plan:
             bench.measure(case)
-            if isinstance(case, EncoderCase) and case.kind == "layer" and case.pass_ == "forward":
-                if not wanted:
-                    measure_parts(bench.machine, recorder, case)
+            if case.kind == "layer" and case.pass_ == "forward" and not wanted:
+                measure_parts(bench.machine, recorder, case)
             progress.step()
     if not by_op(recorder.rows):
         raise UserError(f"nothing was measured: {'; '.join(bench.left_out)}")
-    _print(out, recorder)
+    out.print("\n".join((*ceilings(recorder.rows), "")))
+    for text, style in everything(recorder.rows):
+        out.print(Text(text, style=style))
     for line in bench.left_out:
         out.print(paragraph(f"left out: {line}", indent=2))
     for fault in bench.faults:
@@ -173,16 +173,3 @@ def _run(
         for path in plots.draw(recorder.rows, facts, plot):
             out.print(f"plot: {path}")
     return 1 if bench.faults else 0
-
-
-def _print(out: Console, recorder: Recorder) -> None:
-    for row in recorder.rows:
-        if row.op == "copy":
-            out.print(f"copy: {row.gb_per_s:.3g} GB/s, read plus written")
-        if row.op == "matmul":
-            out.print(f"product {row.shape} {row.dtype}: {row.tflop_per_s:.3g} TFLOP/s")
-    out.print()
-    for op, found in by_op(recorder.rows).items():
-        op_table(op, found).print(out)
-        out.print("\n".join((*verdicts(found), "")))
-    out.print(legend())

@@ -65,7 +65,7 @@ class EncoderCase:
 
     def work(self) -> list[floor.Work]:
         count = floor.layer if self.layer else floor.model
-        return count(self.model.size, self.tokens.lengths, self.dtype.itemsize, self.training)
+        return count(self.model, self.tokens.lengths, self.dtype.itemsize, self.training)
 
     def providers(self) -> Sequence[Provider]:
         return of_kind(self.kind)

@@ -9,7 +9,7 @@ for every implementation, and one that computes padding is far above it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-KINDS = ("products", "attention", "memory")
+from .models import Model
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Ceilings:
 class Work:
     """What one kernel has to do."""
 
-    kind: str  # one of KINDS
+    kind: str  # products, attention or memory
     flops: int
     bytes: int
 
@@ -32,26 +32,8 @@ class Work:
         return 1e6 * max(self.flops / ceilings.flop_per_s, self.bytes / ceilings.bytes_per_s)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of an encoder."""
-
-    width: int
-    inner: int
-    layers: int
-
-
 def floor_us(work: Iterable[Work], ceilings: Ceilings) -> float:
     return sum(kernel.floor_us(ceilings) for kernel in work)
-
-
-def shares(work: Iterable[Work], ceilings: Ceilings) -> dict[str, float]:
-    """The part of the floor that each kind takes."""
-    found = dict.fromkeys(KINDS, 0.0)
-    for kernel in work:
-        found[kernel.kind] += kernel.floor_us(ceilings)
-    total = sum(found.values())
-    return {kind: time / total for kind, time in found.items()}
 
 
 def _product(rows: int, inner: int, columns: int, itemsize: int, more: int = 0) -> Work:
@@ -74,14 +56,14 @@ def attention(lengths: Sequence[int], width: int, itemsize: int, backward: bool 
 
 
 def forward(
-    size: Size, lengths: Sequence[int], itemsize: int, training: bool = False
+    sizes: Model, lengths: Sequence[int], itemsize: int, training: bool = False
 ) -> list[Work]:
     """One layer. Products add bias and residual and apply GELU as they write.
 
     memory      two LayerNorms, each reads the sum and writes: 2 values an element
     training    what GELU was applied to is written too
     """
-    tokens, width, inner = sum(lengths), size.width, size.inner
+    tokens, width, inner = sum(lengths), sizes.width, sizes.inner
     values = tokens * width
     return [
         _product(tokens, width, 3 * width, itemsize),
@@ -94,13 +76,13 @@ def forward(
     ]
 
 
-def backward(size: Size, lengths: Sequence[int], itemsize: int) -> list[Work]:
+def backward(sizes: Model, lengths: Sequence[int], itemsize: int) -> list[Work]:
     """One layer's gradients: each product twice, for its input and for its weight.
 
     memory      LayerNorm reads dy and what it normalised, writes the gradient: 3 values an element
     GELU's derivative and the residuals' sums are epilogues.
     """
-    tokens, width, inner = sum(lengths), size.width, size.inner
+    tokens, width, inner = sum(lengths), sizes.width, sizes.inner
     values = tokens * width
     return [
         Work("memory", 0, 3 * values * itemsize),
@@ -117,17 +99,17 @@ def backward(size: Size, lengths: Sequence[int], itemsize: int) -> list[Work]:
     ]
 
 
-def layer(size: Size, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
+def layer(sizes: Model, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
     """Forward, and backward too if training."""
-    kernels = forward(size, lengths, itemsize, training)
-    return kernels + backward(size, lengths, itemsize) if training else kernels
+    kernels = forward(sizes, lengths, itemsize, training)
+    return kernels + backward(sizes, lengths, itemsize) if training else kernels
 
 
-def model(size: Size, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
+def model(sizes: Model, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
     """All layers and the embeddings, whose rows are read and whose normalised sum is written.
 
     What a head or pooler adds is left out: it sees one token a sequence.
     """
-    values = sum(lengths) * size.width
+    values = sum(lengths) * sizes.width
     embeddings = Work("memory", 0, (5 if training else 2) * values * itemsize)
-    return [embeddings] + size.layers * layer(size, lengths, itemsize, training)
+    return [embeddings] + sizes.layers * layer(sizes, lengths, itemsize, training)

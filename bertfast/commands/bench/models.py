@@ -4,7 +4,6 @@ Random weights need no network, and the time doesn't depend on them. All paramet
 that an implementation that forgets one is found out before it is timed.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 from .. import saved as saved_model
 from ..errors import UserError
-from .floor import Size
 from .lengths import MIXES
 
 
@@ -26,10 +24,6 @@ class Model:
     directory: str | None = None  # None: random weights
     positions: int = 512  # the longest sequence
     model_type: str = "bert"  # in Hugging Face's configurations
-
-    @property
-    def size(self) -> Size:
-        return Size(self.width, self.inner, self.layers)
 
     def build(self, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
         """The stock Hugging Face model with SDPA attention, in eval."""
@@ -92,13 +86,6 @@ def randomized(module: nn.Module) -> nn.Module:
             spread, middle = 0.1, float(name.endswith("LayerNorm.weight"))
         parameter.normal_(middle, spread, generator=generator)
     return module
-
-
-def with_attention(model: nn.Module, implementation: str) -> nn.Module:
-    """A copy whose attention is "eager", "sdpa", ...; the original's config stays as it is."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation(implementation)
-    return model
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the cases of all ops share: the steps, the check, the names of the functions.
 
-A subclass is a frozen dataclass that has at least these fields and lies in a module of its own in
-`cases`. It says how each provider computes the op, in `functions`: by the provider's name, but for
+A subclass is a frozen dataclass of a pass, sizes, a dtype and a dropout, in a module of its own in
+`cases`. Its `functions` say how each provider computes the op: by the provider's name, but for
 
     bertfast        a function of the backend, which gives the function
     torch eager     stock torch, which is compiled, too; or as `stock` says
@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...testing import nearest_to_budget
-from .case import Step, Wrong, held, relative
-from .floor import Work
+from .case import Case, Step, Wrong, held, relative
 from .providers import Provider, of_kind
 
 # ||difference|| / ||reference|| that any honest implementation stays under: stock torch rounds to
@@ -41,31 +40,18 @@ class Inputs:
         return Inputs(leaves, self.dy.double(), self.more)
 
 
-class OpCase:
+class OpCase(Case):
     kind: ClassVar[str] = "op"
     clock: ClassVar[str] = "device"
     op: ClassVar[str]
     functions: ClassVar[Mapping[str, Callable]]
     stock: ClassVar[str] = "torch eager"
-    # forward (inference), training (a forward that saves what the backward needs), backward
-    pass_: str
-    dtype: torch.dtype
-    dropout: float
-
-    @property
-    def shape(self) -> str:
-        raise NotImplementedError
+    pass_: str  # forward, training (a forward that saves what the backward needs), or backward
 
     @property
     def form(self) -> tuple:
         """What a backend's answer to "can you run this?" depends on, besides the device."""
         return (self.dtype,)
-
-    def work(self) -> list[Work]:
-        raise NotImplementedError
-
-    def inputs(self, device: str, seed: int) -> Inputs:
-        raise NotImplementedError
 
     def for_budget(self) -> Any:
         """A case of bertfast.testing: a few rows of this one, for the error budget."""

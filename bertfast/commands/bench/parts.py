@@ -82,7 +82,7 @@ def measure_parts(
                 timer = graph_timer([call], stream) if stream else process_timer([call])
                 timers[provider, kind] = timer
         samples = interleaved(timers, repeats)
-    work = floor.forward(case.model.size, case.tokens.lengths, case.dtype.itemsize)
+    work = floor.forward(case.model, case.tokens.lengths, case.dtype.itemsize)
     limits = machine.ceilings(case.dtype)
     for (provider, kind), sample in samples.items():
         row = Row(provider, f"{case.op} {kind}", "forward", case.shape, dtype_name(case.dtype))

@@ -66,10 +66,6 @@ def _is_encoder(row: Row) -> bool:
     return row.tokens_per_s is not None
 
 
-def _rows_of(groups: dict[Key, list[Row]]) -> list[Row]:
-    return [row for rows in groups.values() for row in rows]
-
-
 def _label(key: Key, rows: Sequence[Row], one_dtype: bool) -> str:
     op, pass_, shape, dtype, dropout = key
     share = next((padding(row) for row in rows if padding(row) is not None), None)
@@ -93,13 +89,28 @@ def _aside(axes: Any, y: float, text: str, slower: bool = False, bold: bool = Tr
     axes.text(
         1.01,
         y,
-        text,
+        text + (" (slower)" if slower else ""),
         transform=axes.get_yaxis_transform(),
         va="center",
         fontsize=8,
         color=LOSS if slower else OURS if bold else INK,
         fontweight="bold" if bold else None,
     )
+
+
+def _scale(axes: Any, usual: float, text: str) -> None:
+    """The axis of lengths begins at zero; a line marks what is usual."""
+    axes.axvline(usual, color=INK, linewidth=1.0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(text)
+
+
+def _bar(axes: Any, y: float, height: float, row: Row, scale: float, shade: str) -> float:
+    """A bar as long as scale / time, with its spread; the length."""
+    value = scale / row.median_us
+    reach = [[value - scale / row.p80_us], [scale / row.p20_us - value]]
+    axes.barh(y, value, height, xerr=reach, color=shade, error_kw=ERROR_BAR)
+    return value
 
 
 def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
@@ -111,10 +122,10 @@ def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     }
     if not groups:
         return None
-    everything = _rows_of(groups)
+    everything = [row for group in groups.values() for row in group]
     providers = list(dict.fromkeys(row.provider for row in everything))
     one_dtype = len({row.dtype for row in everything}) == 1
-    bar = 0.8 / len(providers)
+    height = 0.8 / len(providers)
     labels = [_label(key, group, one_dtype) for key, group in groups.items()]
     stock = baseline(everything).provider
     figure, axes = _frame(
@@ -127,23 +138,11 @@ def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     for place, group in enumerate(groups.values()):
         usual = baseline(group)
         for row in group:
-            y = place + (providers.index(row.provider) - (len(providers) - 1) / 2) * bar
-            value = usual.median_us / row.median_us
-            reach = [[value - usual.median_us / row.p80_us], [usual.median_us / row.p20_us - value]]
-            axes.barh(
-                y,
-                value,
-                bar * 0.9,
-                xerr=reach,
-                color=color(row.provider),
-                error_kw=ERROR_BAR,
-            )
+            y = place + (providers.index(row.provider) - (len(providers) - 1) / 2) * height
+            value = _bar(axes, y, 0.9 * height, row, usual.median_us, color(row.provider))
             if row.provider == "bertfast":
-                slower = " (slower)" if value < 1 else ""
-                _aside(axes, y, f"{Ratio.of(row, usual)}{slower}", value < 1)
-    axes.axvline(1, color=INK, linewidth=1.0)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"longer is faster; 1 is {stock}")
+                _aside(axes, y, str(Ratio.of(row, usual)), value < 1)
+    _scale(axes, 1, f"longer is faster; 1 is {stock}")
     legend(axes, providers, [color(name) for name in providers])
     note = f"On the right: bertfast, {PM} the spreads of both."
     caption(axes, measured_with(everything, facts, SPREAD, note))
@@ -168,21 +167,18 @@ def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     labels = [_label(key, (), one_dtype).replace("\n", ", ") for key in best]
     title = "Percent of the floor: the least possible time by the time taken"
     figure, axes = _frame(plt, 0.6 + 0.42 * len(best), labels, title, 1)
-    for place, (ours, other) in enumerate(best.values()):
-        for row, y, shade in ((ours, place - 0.19, OURS), (other, place + 0.19, color("HF SDPA"))):
+    shades = (OURS, color("HF SDPA"))
+    for place, pair in enumerate(best.values()):
+        fastest = min((row for row in pair if row), key=lambda row: row.median_us)
+        for row, y, shade in zip(pair, (place - 0.19, place + 0.19), shades, strict=True):
             if row is None:
                 continue
-            value = row.percent_of_floor
-            low, high = (value * row.median_us / us for us in (row.p80_us, row.p20_us))
-            reach = [[value - low], [high - value]]
-            axes.barh(y, value, 0.34, xerr=reach, color=shade, error_kw=ERROR_BAR)
-            slower = row is ours and other is not None and other.median_us < ours.median_us
-            text = f"{value:.0f} %  {row.provider}" + (" (slower)" if slower else "")
-            _aside(axes, y, text, slower, bold=row is ours)
-    axes.axvline(100, color=INK, linewidth=1.0)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("longer is faster; 100 is as fast as the machine's measured ceilings allow")
-    legend(axes, ("bertfast's best", "the best other"), (OURS, color("HF SDPA")))
+            scale = row.percent_of_floor * row.median_us
+            value = _bar(axes, y, 0.34, row, scale, shade)
+            slower = is_ours(row) and row is not fastest
+            _aside(axes, y, f"{value:.0f} %  {row.provider}", slower, bold=is_ours(row))
+    _scale(axes, 100, "longer is faster; 100 is as fast as the machine's measured ceilings allow")
+    legend(axes, ("bertfast's best", "the best other"), shades)
     caption(axes, measured_with(everything, facts, SPREAD))
     return figure
 
@@ -234,14 +230,12 @@ def _layer(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
         spread = math.hypot(*map(half_range, cases[key][provider].values()))
         axes.errorbar(start, y, xerr=100 * spread / whole, fmt="none", **ERROR_BAR)
         slower = provider == "bertfast" and start > 100
-        text = f"{unit.text(totals[key, provider])} {unit.name}" + (" (slower)" if slower else "")
+        text = f"{unit.text(totals[key, provider])} {unit.name}"
         _aside(axes, y, text, slower, bold=provider == "bertfast")
     for tick, (_, provider) in zip(axes.get_yticklabels(), bars, strict=True):
         if provider == "bertfast":
             tick.set(color=OURS, fontweight="bold")
-    axes.axvline(100, color=INK, linewidth=1.0)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("time, in percent of all parts of HF SDPA's layer; shorter is faster")
+    _scale(axes, 100, "time, in percent of all parts of HF SDPA's layer; shorter is faster")
     legend(axes, list(KINDS), list(KINDS.values()))
     notes = ("Each part is timed apart: what lies between them isn't in the sum.", SUM_SPREAD)
     caption(axes, measured_with(everything, facts, *notes))

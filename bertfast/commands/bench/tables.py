@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from ..terminal import BAD, HEAD, OURS, Column, Table, paragraph
-from .compare import Key, Ratio, Unit, baseline, case_name, grouped, is_ours, padding
+from .compare import Key, Ratio, Unit, baseline, case_name, grouped, is_ours, padding, verdicts
 from .record import Row
 
 CEILINGS = ("copy", "matmul", "launch gap")
@@ -77,6 +77,25 @@ def percent(share: float) -> str:
 def _heading(key: Key, rows: list[Row]) -> str:
     share = next((padding(row) for row in rows if padding(row) is not None), None)
     return case_name(key) + (f": {100 * share:.0f} % padding" if share else "")
+
+
+def ceilings(rows: Iterable[Row]) -> Iterator[str]:
+    """What the floors are made of."""
+    for row in rows:
+        if row.op == "copy":
+            yield f"copy: {row.gb_per_s:.3g} GB/s, read plus written"
+        if row.op == "matmul":
+            yield f"product {row.shape} {row.dtype}: {row.tflop_per_s:.3g} TFLOP/s"
+        if row.op == "launch gap":
+            yield f"launch gap: {row.median_us:.2f} us a kernel"
+
+
+def everything(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
+    """All tables, what they show and how to read them: lines, each with its style."""
+    for op, cases in by_op(rows).items():
+        yield from op_table(op, cases).lines()
+        yield from ((line, "") for line in ("", *verdicts(cases), ""))
+    yield legend(), ""
 
 
 def legend() -> str:

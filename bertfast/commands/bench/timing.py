@@ -102,9 +102,14 @@ def _repeated(
                 call()
         return (clock() - start) * 1e6
 
+    return _sized(once, len(calls), least_us)
+
+
+def _sized(once: Callable[[int], float], calls: int, least_us: float) -> Timer:
+    """A timer that repeats so often that it takes `least_us`; once(n) tells the time of n times."""
     once(1)  # warms up
     rounds = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
-    return lambda: once(rounds) / (rounds * len(calls))
+    return lambda: once(rounds) / (rounds * calls)
 
 
 def captured(
@@ -140,14 +145,8 @@ def graph_timer(
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    once(2)
-    replays = max(1, min(1000, round(least_us / max(once(1), 1e-3))))
-
-    def timer() -> float:
-        return once(replays) / (replays * len(calls))
-
-    timer.keeps_alive = graph, outputs  # type: ignore[attr-defined]
-    return timer
+    once.keeps_alive = outputs  # type: ignore[attr-defined]
+    return _sized(once, len(calls), least_us)
 
 
 def input_sets(bytes_per_call: int, most: int = 32) -> tuple[int, str]:
