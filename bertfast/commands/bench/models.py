@@ -79,7 +79,8 @@ def saved(directory: str, layer: bool = False) -> Model:
 
 @torch.no_grad()
 def randomized(module: nn.Module) -> nn.Module:
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    first, *_ = module.parameters()
+    generator = torch.Generator(first.device).manual_seed(0)
     for name, parameter in module.named_parameters():
         spread, middle = 0.02, 0.0
         if parameter.ndim == 1:

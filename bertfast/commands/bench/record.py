@@ -122,7 +122,7 @@ def environment(device: str) -> Environment:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return {known: name for name, known in DTYPES.items()}[dtype]
 
 
 def _text(value: object) -> str:

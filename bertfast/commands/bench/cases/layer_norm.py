@@ -144,8 +144,9 @@ def cpu_cases() -> list[LayerNormCase]:
 
 def dry_cases() -> list[LayerNormCase]:
     dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    forms = [(*form, False) for form in _PASSES]
+    forms += [(*form, True) for form in _PASSES[:1] + _PASSES[3:]]
     return [
-        LayerNormCase(pass_, 6, 64, next(dtypes), p, alone)
-        for alone, passes in ((False, _PASSES), (True, _PASSES[:1] + _PASSES[3:]))
-        for pass_, p in passes
+        LayerNormCase(pass_, 6, 64, dtype, p, alone)
+        for (pass_, p, alone), dtype in zip(forms, dtypes, strict=False)
     ]
