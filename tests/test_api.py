@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def test_every_argument_has_a_type_and_is_explained(function):
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
     text = inspect.getdoc(function)
-    if "as in `attention`" in text:
-        text += inspect.getdoc(ops.attention)
+    for other in re.findall(r"as in\s+`(\w+)`", text):
+        text += inspect.getdoc(getattr(ops, other))
     for name, parameter in signature.parameters.items():
         assert parameter.annotation is not inspect.Parameter.empty, name
         assert name in text, f"{function.__name__} doesn't explain {name}"
