@@ -95,22 +95,22 @@ FLASH = (
     unless(lambda case, setting: case.dtype != torch.float32, "flash-attention has no float32"),
 )
 GRAPH = (
-    unless(lambda case, setting: not case.training, "a CUDA graph of a backward is not measured"),
     gpu,
+    unless(lambda case, setting: not case.training, "a CUDA graph of a backward is not measured"),
 )
 SDPA_GRAPH = (
+    *GRAPH,
     unless(
         lambda case, setting: case.tokens.real == case.tokens.padded,
         "Hugging Face looks at the mask on the host, which can't be captured",
     ),
-    *GRAPH,
 )
 MAX = (
+    gpu,
     unless(
         lambda case, setting: setting.compile_backend == "inductor",
         "only torch's own compiler has this mode",
     ),
-    gpu,
 )
 TRANSFORMER_ENGINE = (gpu, installed("transformer_engine", "Transformer Engine"))
 ONNX = (
