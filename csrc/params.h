@@ -37,6 +37,12 @@ struct LayerNormForward {
   uint32_t site;
 };
 
+// For kernels that write y a second time. A struct of its own, as the others' code would be longer
+// with a longer one.
+struct LayerNormForwardCopying : LayerNormForward {
+  void* copy;  // contiguous, in x_dtype, which is narrower than dtype
+};
+
 // dx has x_dtype, all else but the float32 statistics and partial sums has dtype.
 struct LayerNormBackward {
   const void* dy;
@@ -155,7 +161,9 @@ struct AttentionBackward {
   HeadRows<void> dv;
 };
 
-cudaError_t launch_layer_norm_forward(const LayerNormForward&, DType x_dtype, DType dtype, Stream);
+// Without a copy where that is null.
+cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying&, DType x_dtype, DType dtype,
+                                      Stream);
 cudaError_t launch_layer_norm_backward(const LayerNormBackward&, DType x_dtype, DType dtype,
                                        Stream);
 cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, DType dtype,

@@ -41,7 +41,7 @@ void forward(py::handle x, py::handle residual, py::handle x_bias, py::handle no
                                ? Rows{nullptr, static_cast<int>(cols)}
                                : operands.rows(residual, "residual", dtype, rows, cols);
   const Dropout drops(operands, dropout, rows);
-  LayerNormForward p;
+  LayerNormForwardCopying p;
   p.x = x_at.data;
   p.residual = residual_at.data;
   p.x_bias = operands.dense_or_none(x_bias, "x_bias", dtype, cols);
@@ -55,6 +55,11 @@ void forward(py::handle x, py::handle residual, py::handle x_bias, py::handle no
   p.rstd = operands.dense_or_none<float>(wanted[3], "rstd", rows);
   if ((p.mean == nullptr) != (p.rstd == nullptr)) {
     throw std::invalid_argument("mean and rstd are both wanted, or neither is");
+  }
+  p.copy = nullptr;
+  if (!wanted[4].is_none()) {
+    if (x_dtype == dtype) y.refuse("wider than x, where a copy in x's dtype is wanted");
+    p.copy = operands.dense(wanted[4], "copy", x_dtype, rows * cols);
   }
   p.rows = static_cast<int>(rows);
   p.x_row_stride = x_at.stride;

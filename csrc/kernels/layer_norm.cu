@@ -11,10 +11,13 @@
 // launcher picks the split that leaves no lane empty at BERT's widths (384: 16 threads by 3 vectors
 // of 8). Up to 32 threads a row need no barrier; wider rows take a block.
 //
-// Forward moves 2 to 4 values an element (x, residual; y, z), backward 3 or 4 (dy, z; dz, dx). The
-// backward sums columns in registers over the rows that a block meets and writes one row of float32
-// partial sums a block; launch_column_sum adds those in a fixed order. No atomics: the same bits
-// each run.
+// Forward moves 2 to 5 values an element (x, residual; y, z, copy), backward 3 or 4 (dy, z; dz,
+// dx). copy is y in x's dtype, for the 16-bit product that follows a float32 stream under autocast.
+// The backward sums columns in registers over the rows that a block meets and writes one row of
+// float32 partial sums a block; launch_column_sum adds those in a fixed order. No atomics: the same
+// bits each run.
+#include <type_traits>
+
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
 #include "device/types.cuh"
@@ -63,10 +66,13 @@ __device__ __forceinline__ float row_mean(float sum, int cols, float inv_cols) {
   return fmaf(fmaf(-mean, static_cast<float>(cols), sum), inv_cols, mean);
 }
 
-// kDropout: there may be dropout; with a full split, there is.
-template<class X, class T, class S, bool kDropout>
+template<bool kCopy>
+using ForwardParams = std::conditional_t<kCopy, LayerNormForwardCopying, LayerNormForward>;
+
+// kDropout: there may be dropout; with a full split, there is. kCopy: copy is wanted too.
+template<class X, class T, class S, bool kDropout, bool kCopy>
 __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
-    layer_norm_forward_kernel(LayerNormForward p) {
+    layer_norm_forward_kernel(ForwardParams<kCopy> p) {
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
   const int row = blockIdx.x * S::kRows + S::group();
@@ -157,6 +163,7 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
 #pragma unroll
       for (int k = 0; k < S::kVec; ++k) y[k] = fmaf(z[j][k] * rstd, weight[k], bias[k]);
       TVec::store(static_cast<T*>(p.y) + to + j * S::kStep, y);
+      if constexpr (kCopy) XVec::store(static_cast<X*>(p.copy) + to + j * S::kStep, y);
     }
   }
 }
@@ -347,7 +354,7 @@ constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kThreads / 32 * sizeof(fl
 
 }  // namespace
 
-cudaError_t launch_layer_norm_forward(const LayerNormForward& p, DType x_dtype, DType dtype,
+cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying& p, DType x_dtype, DType dtype,
                                       Stream stream) {
   return with_types(x_dtype, dtype, [&](auto x, auto t) {
     using X = decltype(x);
@@ -355,15 +362,25 @@ cudaError_t launch_layer_norm_forward(const LayerNormForward& p, DType x_dtype, 
     const auto launch_split = [&](auto split) {
       using S = decltype(split);
       const dim3 grid((p.rows - 1) / S::kRows + 1);
-      const auto kernel = p.seed || !S::kFull ? layer_norm_forward_kernel<X, T, S, true>
-                                              : layer_norm_forward_kernel<X, T, S, !S::kFull>;
-      return launch(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, p);
+      const auto launch_copying = [&](auto copying) {
+        constexpr bool kCopy = decltype(copying)::value;
+        const auto kernel = p.seed || !S::kFull
+                                ? layer_norm_forward_kernel<X, T, S, true, kCopy>
+                                : layer_norm_forward_kernel<X, T, S, !S::kFull, kCopy>;
+        const ForwardParams<kCopy>& params = p;
+        return launch(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
+      };
+      if constexpr (std::is_same_v<X, T>) {
+        return p.copy ? cudaErrorInvalidValue : launch_copying(std::false_type());
+      } else {
+        return p.copy ? launch_copying(std::true_type()) : launch_copying(std::false_type());
+      }
     };
     constexpr int kVec = kVecOf<T>;
-    const bool wide = p.cols % kVec == 0 && p.x_row_stride % kVec == 0 &&
-                      p.residual_row_stride % kVec == 0 && is_aligned(p.x) &&
-                      is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
-                      is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z);
+    const bool wide =
+        p.cols % kVec == 0 && p.x_row_stride % kVec == 0 && p.residual_row_stride % kVec == 0 &&
+        is_aligned(p.x) && is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
+        is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z) && is_aligned(p.copy);
     const bool full = p.x_bias && p.residual;
     return wide ? with_forward_split<kVec>(p.cols, full, launch_split)
                 : with_forward_split<1>(p.cols, full, launch_split);

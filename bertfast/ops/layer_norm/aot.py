@@ -13,7 +13,7 @@ DTYPES = {
 }
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 WIDTHS = (384, 768, 1024, 4096)
-MIXED_WIDTH = 768
+MIXED_WIDTH = 768  # of x narrower than the rest
 # Label -> which of the optional arguments are there.
 FORWARD = {
     "training": {"x_bias", "residual", "z", "stats"},
@@ -21,6 +21,9 @@ FORWARD = {
     "inference": {"x_bias", "residual"},
     "plain": {"stats"},
 }
+# The same of x narrower than the rest, with a copy in its dtype.
+COPYING = {f"{label}, copy": FORWARD[label] | {"copy"} for label in ("training", "inference")}
+COPYING["training, dropout, copy"] = FORWARD["training, dropout"] | {"copy"}
 
 
 def triton_cases() -> Iterator[TritonCase]:
@@ -28,7 +31,7 @@ def triton_cases() -> Iterator[TritonCase]:
         for dtypes in DTYPES:
             if "->" in dtypes and width != MIXED_WIDTH:
                 continue
-            for label, given in FORWARD.items():
+            for label, given in (FORWARD | (COPYING if "->" in dtypes else {})).items():
                 yield _forward(width, dtypes, label, given)
             for dropout in (False, True):
                 yield _backward(width, dtypes, dropout)
@@ -58,6 +61,7 @@ def _forward(width: int, dtypes: str, label: str, given: set[str]) -> TritonCase
         "z_ptr": _pointer(rest, "z" in given),
         "mean_ptr": _pointer("fp32", "stats" in given),
         "rstd_ptr": _pointer("fp32", "stats" in given),
+        "copy_ptr": _pointer(x, "copy" in given),
         "x_row_stride": "i32:16",
         "residual_row_stride": "i32:16",
         "eps": "fp32",
@@ -162,6 +166,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     label = f"vec {vec} x {per_thread} x {row_threads} threads"
     if full:  # a width's own kernels; the others serve many widths, with and without dropout
         label = f"{vec * per_thread * row_threads}: {label}" + ", dropout" * dropout
+    label += ", copy" * (forward and arguments[4] == "true")
     reduce_bytes = 2 * row_threads // 32 * 4 if row_threads > 32 else 0
     columns = vec * per_thread * row_threads + (row_threads if row_threads < 32 else 0)
     partial_bytes = 0 if forward else threads // row_threads * columns * 4

@@ -24,7 +24,7 @@ class Outputs(NamedTuple):
     z: torch.Tensor | None  # None: not saved, or x itself
     mean: torch.Tensor | None
     rstd: torch.Tensor | None
-    copy: torch.Tensor | None = None  # y rounded to 16 bits
+    copy: torch.Tensor | None = None  # y in the dtype of x, where that is the narrower one
 
 
 class Wanted(NamedTuple):

@@ -6,7 +6,8 @@ With g = dy * weight, h = (z - mean) * rstd and < > the mean over a row:
     dweight = sum of dy * h,  dbias = sum of dy,  dx_bias = sum of dx   (over rows)
 
 Rows are N wide. Forward: one program a row, the row in registers, so the variance takes a second
-pass over registers, not memory. Moves 2 to 4 values an element (x, residual; y, z).
+pass over registers, not memory. Moves 2 to 5 values an element (x, residual; y, z, copy). copy is y
+in x's dtype, for the 16-bit product that follows a float32 stream under autocast.
 Backward: a program takes ROWS rows and sums the columns in registers; it writes one float32 row of
 partial sums for each parameter, and a finalising kernel adds those in a fixed order. No atomics:
 the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
@@ -40,6 +41,7 @@ def layer_norm_fwd_kernel(
     z_ptr,  # None: not saved
     mean_ptr,  # None: not saved
     rstd_ptr,
+    copy_ptr,  # None: not wanted
     x_row_stride,
     residual_row_stride,
     eps,
@@ -85,6 +87,8 @@ def layer_norm_fwd_kernel(
     bias = to_float(tl.load(bias_ptr + cols, mask=inside, other=0.0))
     y = centred * rstd * weight + bias
     tl.store(y_ptr + row * N + cols, round_to(y, y_ptr.dtype.element_ty), mask=inside)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + row * N + cols, round_to(y, copy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site", "threshold", "n_rows"])
@@ -222,6 +226,7 @@ def forward(
             dense(outs.z),
             dense(outs.mean),
             dense(outs.rstd),
+            dense(outs.copy),
             row_stride(x, width),
             row_stride(residual, width),
             norm.eps,
