@@ -20,6 +20,7 @@ class Settings:
     backend: str
     keep_padding: str | None = None  # the reason; None: it is taken out
     always: bool = False  # the caller says that all that is masked is padding
+    recompute: bool = False  # layers save less for the backward, and make it again there
 
     @property
     def packed(self) -> bool:

@@ -18,13 +18,18 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import packing, tracing
-from .nn import Parts, gelu_form, layout, run_layer
+from .nn.bert import gelu_form
 from .nn.hooks import has_user_hooks, sees_layout
-from .nn.linear import Weights, has_own_forward, plain
+from .nn.joined import JoinedWeights
+from .nn.layer import Call, run_layer, with_seed
+from .nn.modules import Weights, has_own_forward, plain
+from .nn.parts import Parts
 from .nn.per_token import why_rows_are_seen
 from .notice import warn_once
-from .packing.batch import Batch
+from .packing.batch import Batch, layout
 from .settings import ATTRIBUTE, KEPT, is_converted, is_disabled
+
+_NOTHING_JOINED = JoinedWeights()  # q, k and v are one weight already
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -59,8 +64,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self._as_in_training(src, src_mask, src_key_padding_mask, is_causal)
 
     def _fused(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        backend = self.__dict__[ATTRIBUTE].backend
-        return run_layer(self._parts(), x, batch, None, self.training, backend)
+        settings = self.__dict__[ATTRIBUTE]
+        call = Call(
+            *(batch, _NOTHING_JOINED, self.training),
+            *(settings.backend, settings.recompute, id(self)),
+        )
+        return run_layer(self._parts(), x, call)
 
     def _as_in_training(self, src, src_mask, key_padding_mask, is_causal) -> torch.Tensor:
         if is_causal and src_mask is None:
@@ -159,9 +168,11 @@ class TransformerEncoder(nn.TransformerEncoder):
         if isinstance(entered, Entered):
             if not tracing.is_compiling():
                 self.__dict__[KEPT] = entered.batch.kept
-            output = entered.x
+            output, batch = entered.x, entered.batch
+            if self.training:
+                batch = with_seed(batch, layers, output.device)
             for layer in self.layers:
-                output = layer(output, bertfast_batch=entered.batch)
+                output = layer(output, bertfast_batch=batch)
             output = entered.leave(output)
         else:
             output = src

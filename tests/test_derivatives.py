@@ -186,7 +186,7 @@ def test_compiled_first_derivatives(case):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_joined_product_has_further_derivatives(autocast):
     """It is a product; x's and each parameter's, of each gradient."""
-    from bertfast.nn.qkv import JoinedWeights, _concatenated, joined_product
+    from bertfast.nn.joined import JoinedWeights, _concatenated, joined_product
 
     linears = [torch.nn.Linear(6, 4) for _ in range(3)]
     leaves = [p for linear in linears for p in linear.parameters()]

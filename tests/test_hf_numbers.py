@@ -127,7 +127,7 @@ ACTIVATIONS = [
 @pytest.mark.parametrize("name, form", ACTIVATIONS)
 def test_activations_over_wide_inputs(name, form):
     """exact and tanh GELU differ by 5e-4 at most: only wide inputs tell them apart."""
-    from bertfast.nn import gelu_form
+    from bertfast.nn.bert import gelu_form
 
     model = tiny(hidden_act=name)
     activation = model.encoder.layer[0].intermediate.intermediate_act_fn

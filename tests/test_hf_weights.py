@@ -16,7 +16,7 @@ from support.hf_models import batch, packs, tiny
 from torch import nn
 
 import bertfast
-from bertfast.nn.qkv import JoinedWeights, joined_product, same_form
+from bertfast.nn.joined import JoinedWeights, joined_product, same_form
 from bertfast.ops import available
 from bertfast.testing.model import HIDDEN_ATOL
 

@@ -5,7 +5,8 @@ import sys
 import torch
 from torch import nn
 
-from ..nn import Parts, bert_parts
+from ..nn.bert import bert_parts
+from ..nn.parts import Parts
 from . import layer, model
 
 

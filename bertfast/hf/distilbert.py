@@ -5,7 +5,8 @@ import sys
 import torch
 from torch import nn
 
-from ..nn import Parts, gelu_form
+from ..nn.bert import gelu_form
+from ..nn.parts import Parts
 from . import layer, model
 
 

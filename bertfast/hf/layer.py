@@ -5,11 +5,11 @@ import functools
 import torch
 from torch import nn
 
-from ..nn import Parts, run_layer
 from ..nn.hooks import has_user_hooks, is_replaced
-from ..nn.linear import has_own_forward
+from ..nn.joined import JoinedWeights
+from ..nn.layer import Call, Parts, run_layer
+from ..nn.modules import has_own_forward
 from ..nn.per_token import why_rows_are_seen
-from ..nn.qkv import JoinedWeights
 from ..notice import warn_once
 from ..packing.batch import Batch
 from ..settings import ATTRIBUTE, is_converted, is_disabled
@@ -117,9 +117,12 @@ def _forward(original: type):
             if told and batch is not None and batch.key_mask is not None:
                 attention_mask = _original_mask(self, hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
-        backend = self.__dict__[ATTRIBUTE].backend
-        joined = self._bertfast_joined
-        return run_layer(self.parts(), hidden_states, batch, joined, self.training, backend)
+        settings = self.__dict__[ATTRIBUTE]
+        call = Call(
+            *(batch, self._bertfast_joined, self.training),
+            *(settings.backend, settings.recompute, id(self)),
+        )
+        return run_layer(self.parts(), hidden_states, call)
 
     return forward
 

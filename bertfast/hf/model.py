@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from .. import tracing
-from ..nn import layout
 from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
+from ..nn.layer import with_seed
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
-from ..packing.batch import Batch, packed_by_caller
+from ..packing.batch import Batch, layout, packed_by_caller
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import ARGUMENT, Layer, changes_layers
 
@@ -226,6 +226,8 @@ def _model_forward(original: type):
             return original.forward(self, *args, **kwargs)  # which has an error for it
         arguments = dict(zip(names, args, strict=False), **kwargs)
         batch = self._decide(arguments)
+        if batch is not None and self.training:
+            batch = with_seed(batch, self.layers(), _tokens_of(arguments).device)
         arguments[ARGUMENT] = batch
         if batch is not None:
             arguments["attention_mask"] = None  # the layers have it in the batch

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .linear import is_hooked
+from .modules import is_hooked
 
 # transformers' own hooks, which record hidden states and attentions: once asked for they stay on a
 # model for good, and do nothing unless asked again.

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .hooks import sees_layout
-from .linear import has_own_forward, is_hooked
+from .modules import has_own_forward, is_hooked
 
 _CLASSES: tuple[type, ...] = (
     *(nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),

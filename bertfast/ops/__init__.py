@@ -5,6 +5,7 @@ from .bias_gelu import bias_gelu
 from .dispatch import available
 from .dropout import dropout_keep_mask
 from .layer_norm import layer_norm
+from .linear import linear, linear_gelu, linear_norm
 
 __all__ = [
     "attention",
@@ -13,4 +14,7 @@ __all__ = [
     "bias_gelu",
     "dropout_keep_mask",
     "layer_norm",
+    "linear",
+    "linear_gelu",
+    "linear_norm",
 ]

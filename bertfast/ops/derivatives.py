@@ -22,23 +22,25 @@ REFUSED = (
 def first_only(backward: Callable) -> Callable:
     """Makes a Function's backward of backward(ctx, saved, *gradients), which records no history.
 
-    saved is ctx.saved_tensors, unpacked here, as a checkpoint hands them out once. To be refused,
-    a second derivative has to find its way: what is saved must include, for each input that the
-    gradients depend on, that input or an output of the Function.
+    saved is a list of ctx.saved_tensors, unpacked here, as a checkpoint hands them out once; whoever
+    empties it frees their memory. To be refused, a second derivative has to find its way: what is
+    saved must include, for each input that the gradients depend on, that input or an output of the
+    Function.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx, *gradients):
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
         if in_forward_mode() and any(map(has_tangent, (*saved, *gradients))):
             raise RuntimeError(REFUSED.format("a forward-mode derivative of the backward"))
         if not torch.is_grad_enabled():
             return backward(ctx, saved, *gradients)
         if any(gradient is not None and is_batched(gradient) for gradient in gradients):
             raise RuntimeError(REFUSED.format("a graph of batched gradients"))
+        sources = (*saved, *gradients)
         with torch.no_grad():
             results = backward(ctx, saved, *gradients)
-        return _refusing(results, (*saved, *gradients))
+        return _refusing(results, sources)
 
     return wrapper
 

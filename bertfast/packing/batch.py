@@ -6,14 +6,17 @@ once before the first layer and is undone once after the last.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .. import tracing
+from .. import checks, tracing
+from ..tracing import can_look_at
 from .layout import lay_out_array
 from .planning import plan as plan_batch
+from .sequences import Sequences, sequences_of
 from .tiles import Plan
 
 
@@ -32,6 +35,8 @@ class Batch:
     index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
     firsts: torch.Tensor | None = None  # (rows,): where each row's first token stands in the packed
     padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
+    seed: torch.Tensor | None = None  # of the dropouts of all layers
+    numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
 
     @property
@@ -44,10 +49,32 @@ class Batch:
             return dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, plan=self.plan)
         return dict(key_mask=self.key_mask)
 
+    @functools.cached_property
+    def sequences(self) -> Sequences:
+        """attention's sequences, for all layers."""
+        return sequences_of(
+            self.key_mask, self.cu_seqlens, self.max_seqlen, self.plan, self.max_seqlen or 0
+        )
+
+    def size(self, x: torch.Tensor) -> tuple[int, int]:
+        """How many sequences there are, and the length of the longest or more."""
+        if self.packed:
+            return self.cu_seqlens.shape[0] - 1, min(self.max_seqlen, x.shape[1])
+        return x.shape[0], x.shape[1]
+
+    def check(self, x: torch.Tensor) -> None:
+        """That it can be the batch of x, (rows, length, width) or packed (1, tokens, width)."""
+        if self.packed:
+            total = None if self.plan is None else self.plan.total
+            if x.shape[0] != 1 or total not in (None, x.shape[1]):
+                raise ValueError(f"x must be the packed batch's, got shape {list(x.shape)}")
+        elif self.key_mask is not None:
+            checks.check_mask("key_mask", self.key_mask, x.shape[:2], x.device)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """On another device, for models that are spread over several."""
         fields = {}
-        for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts"):
+        for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts", "seed"):
             value = getattr(self, name)
             fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
         return dataclasses.replace(self, **fields)
@@ -161,3 +188,20 @@ def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:
     everything = torch.arange(mask.shape[0], device=mask.device)
     place = torch.where(mask, mask.cumsum(0) - 1, count)  # what is masked goes to a slot too many
     return torch.empty_like(everything[: count + 1]).scatter_(0, place, everything)[:count]
+
+
+def layout(
+    mask: torch.Tensor | None,
+    may_pack: bool,
+    device: torch.device | None = None,
+    backend: str = "auto",
+    sort: bool = False,
+    padding: torch.Tensor | None = None,
+) -> Batch:
+    """The batch of a mask, for tensors on `device`: packed if that is allowed, pays, and the mask's
+    values can be looked at. sort and padding: as in `batch.pack`."""
+    if mask is None:
+        return Batch()
+    if may_pack and can_look_at(mask):
+        return pack(mask, device, backend, sort, padding)
+    return Batch(key_mask=mask if device is None else mask.to(device))

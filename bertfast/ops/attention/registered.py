@@ -6,9 +6,11 @@ the two functions of run.py.
 
 import torch
 
+from ...packing.sequences import Sequences
 from ...packing.sequences import restored as restored_sequences
 from ...tracing import plain_backward
 from .. import derivatives
+from ..dropout import Dropout
 from ..dropout import restored as restored_dropout
 from ..registration import Op, empty, fast_apply
 from . import run
@@ -100,6 +102,23 @@ backward_qkv = Op(
     lambda dout, qkv, *_: empty(qkv),
     batched=True,
 )
+
+
+def backward_as_op(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    dropout: Dropout,
+    backend: str,
+) -> torch.Tensor:
+    """run.backward of one buffer by torch's dispatcher, for gradients that it alone can read, such
+    as batches."""
+    key_mask, cu_seqlens, max_seqlen, tiles, tile, _ = sequences
+    rest = (key_mask, cu_seqlens, tiles, tile, dropout.seed, max_seqlen, scale)
+    rest = (*rest, dropout.threshold, dropout.site, backend)
+    return backward_qkv.dispatched(dout, qkv, *saved, *rest)
 
 
 class Attention(torch.autograd.Function):

@@ -42,6 +42,23 @@ backward = Op(
 )
 
 
+def backward_as_op(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    want_dx: bool,
+    want_dbias: bool,
+    backend: str,
+    *,
+    in_place: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """run.backward by torch's dispatcher, for gradients that it alone can read, such as batches.
+    An op writes to no input: in_place changes nothing."""
+    dx, dbias = backward.dispatched(dy, x, bias, tanh, want_dx, want_dbias, backend)
+    return dx if want_dx else None, dbias if want_dbias else None
+
+
 class BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, tanh, backend, plain):

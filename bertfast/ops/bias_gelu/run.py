@@ -23,9 +23,14 @@ def backward(
     want_dx: bool,
     want_dbias: bool,
     backend: str,
+    *,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dx and dbias, or None for what isn't wanted."""
-    dx, dbias = new_gradients(x, bias, want_dx, want_dbias)
+    """dx and dbias, or None for what isn't wanted. in_place: dx takes the memory of dy, which is
+    dense and has its dtype; each value is read by the thread that writes there, before it does."""
+    dx, dbias = new_gradients(x, bias, want_dx and not in_place, want_dbias)
+    if want_dx and in_place:
+        dx = dy
     if dy.numel():
         bias = None if bias is None else bias.contiguous()
         module = dispatch.backend_module("bias_gelu", backend)

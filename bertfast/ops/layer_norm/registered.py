@@ -4,10 +4,10 @@ import torch
 
 from ...tracing import plain_backward
 from .. import derivatives
-from ..dropout import restored
+from ..dropout import Dropout, restored
 from ..registration import Op, empty, fast_apply, nothing
 from . import run
-from .run import Norm, Wanted
+from .run import Gradients, Norm, Wanted
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? x_bias, Tensor? seed, "
@@ -71,6 +71,24 @@ backward = Op(
     _backward_fake,
     batched=True,
 )
+
+
+def backward_as_op(
+    dy: torch.Tensor,
+    z: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    dropout: Dropout,
+    wanted: Wanted,
+    backend: str,
+) -> Gradients:
+    """run.backward by torch's dispatcher, for gradients that it alone can read, such as batches."""
+    seed, threshold, _, site, rows = dropout
+    given = (seed, rows, threshold, site, *wanted, backend)
+    grads = backward.dispatched(dy, z, mean, rstd, weight, *given)
+    here = (wanted.dz, wanted.dx is not None, wanted.params, wanted.params, wanted.x_bias)
+    return Gradients(*(grad if want else None for grad, want in zip(grads, here, strict=True)))
 
 
 class LayerNorm(torch.autograd.Function):

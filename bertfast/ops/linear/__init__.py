@@ -1,1 +1,123 @@
-"""The matrix products of a layer, with what follows them."""
+"""linear, linear_gelu, linear_norm: matrix products with what follows them. The public functions.
+
+Each is a product and the op after it; where a bias, a GELU, a residual or a dropout is added is the
+backend's affair. With the kernels of bias_gelu and layer_norm the product leaves its bias to them,
+which add it while the values are in registers. With torch the product adds it; on a CPU oneDNN's
+fused products do more, where they win (onednn.py).
+
+backend: as in those ops, whose choice it is; products are torch's. training: the flag of the module
+that asks. A CPU's products in training are always torch's own.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ... import checks, tracing
+from .. import dispatch
+from ..bias_gelu import bias_gelu
+from ..layer_norm import layer_norm
+from . import onednn
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    training: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x weight^T + bias, over the last dimension; weight is (outputs, inputs)."""
+    _check(x, weight, bias)
+    if backend == "auto" and onednn.serves(x, training):
+        return onednn.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    approximate: str = "none",
+    training: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """gelu(x weight^T + bias), as in `bias_gelu`."""
+    _check(x, weight, bias)
+    dtype = tracing.autocast(x) or x.dtype
+    chosen = dispatch.choose("bias_gelu", backend, x.device.type, dtype)
+    if chosen != "torch":
+        y = F.linear(x, weight)
+        bias = None if bias is None else bias.to(y.dtype)
+    elif backend == "auto" and onednn.serves(x, training):
+        checks.check_choice("approximate", approximate, ("none", "tanh"))
+        return onednn.linear_gelu(x, weight, bias, approximate)
+    else:
+        y, bias = F.linear(x, weight, bias), None
+    return bias_gelu(y, bias, approximate=approximate, backend=chosen)
+
+
+def linear_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    *,
+    residual: torch.Tensor,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    site: int = 0,
+    row_index: torch.Tensor | None = None,
+    training: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """LayerNorm(dropout(x weight^T + bias) + residual) * norm_weight + norm_bias, as in
+    `layer_norm`, whose rows have weight's outputs."""
+    _check(x, weight, bias)
+    norm = dict(eps=eps, dropout_p=dropout_p, seed=seed, site=site, row_index=row_index)
+    dtype = tracing.autocast(x) or x.dtype
+    chosen = dispatch.choose("layer_norm", backend, x.device.type, dtype, int(weight.shape[0]))
+    if chosen != "torch":
+        y = F.linear(x, weight)
+    elif backend == "auto" and not dropout_p and onednn.serves(x, training):
+        y = linear_add(x, weight, bias, residual=residual, training=training)
+        bias, residual = None, None
+    else:
+        y, bias = F.linear(x, weight, bias), None
+    return layer_norm(
+        y, norm_weight, norm_bias, x_bias=bias, residual=residual, backend=chosen, **norm
+    )
+
+
+def linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    residual: torch.Tensor,
+    training: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x weight^T + bias + residual"""
+    _check(x, weight, bias)
+    if backend == "auto" and onednn.serves(x, training):
+        checks.check_like("residual", residual, (*x.shape[:-1], weight.shape[0]), x.device, x.dtype)
+        return onednn.linear_add(x, residual, weight, bias)
+    return F.linear(x, weight, bias) + residual
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    checks.check_float("x", x)
+    checks.check_float("weight", weight)
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must have shape [outputs, inputs] with x's last dimension as inputs, "
+            f"got {checks.shape(weight)}, and x has shape {checks.shape(x)}"
+        )
+    expected = x.dtype if tracing.autocast(x) is None else None
+    checks.check_like("weight", weight, weight.shape, x.device, expected)
+    if bias is not None:
+        checks.check_like("bias", bias, weight.shape[:1], x.device, expected)

@@ -1,8 +1,8 @@
-"""The matrix products of an encoder layer: calling Linears, and reading them where that is faster.
+"""Modules of somebody's, to be read or to be called.
 
 A Linear's weight is read only if calling the module would do just x @ weight^T + bias. One that is
 anything else (LoRA, quantised, hooked, offloaded, parametrized) is called, so its owner's work is
-done.
+done. Likewise a LayerNorm and a Dropout.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+from ..ops.layer_norm.run import Norm
 
 _PARAMETERS = (nn.Parameter, torch.Tensor)
 
@@ -71,13 +73,25 @@ def readable_norm(module: nn.Module) -> bool:
     )
 
 
-def product(
-    linear: "nn.Module | Weights", x: torch.Tensor, split: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The Linear's output, or with `split` its output without the bias and the bias, which the
-    next kernel adds while it has the values in registers."""
-    if split and readable_linear(linear):
-        y, bias = F.linear(x, linear.weight), linear.bias
-        # Under autocast the product has a 16-bit dtype, to which a Linear casts its bias.
-        return y, bias if bias is None else bias.to(y.dtype)
-    return linear(x), None
+def read_linear(linear: "nn.Module | Weights") -> "nn.Module | Weights":
+    if readable_linear(linear) and type(linear) is not Weights:
+        return Weights(linear.weight, linear.bias)
+    return linear
+
+
+def read_norm(norm: nn.Module) -> "nn.Module | Norm":
+    """Its bias is zeros if it has none."""
+    if not readable_norm(norm):
+        return norm
+    return Norm(
+        norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias, norm.eps
+    )
+
+
+def read_dropout(dropout: nn.Module | None) -> float | nn.Module:
+    """The share that is dropped now."""
+    if dropout is None:
+        return 0.0
+    if not untouched(dropout, nn.Dropout):
+        return dropout
+    return float(dropout.p) if dropout.training else 0.0

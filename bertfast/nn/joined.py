@@ -61,6 +61,27 @@ class JoinedWeights:
                 self.weight = joined
         return True
 
+    def of(
+        self, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of one product for all, in the allocation if that is allowed. Without a
+        history. A single weight is itself."""
+        if len(weights) == 1:
+            return weights[0], biases[0] if biases else None
+        if self.holds(weights, biases or None) or (
+            not tracing.is_capturing(weights[0])  # a graph must not move weights
+            and self.gather(weights, biases or None)
+        ):
+            return self.weight, self.bias
+        with torch.no_grad():
+            return torch.cat(weights), torch.cat(biases) if biases else None
+
+    def weight_of(self, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The weights one after the other, for a backward, which moves nothing."""
+        if len(weights) == 1:
+            return weights[0]
+        return self.weight if _lie_in(self.weight, weights) else torch.cat(weights)
+
     def _may_move(self, parameters) -> bool:
         # What other processes read or write must stay in the memory that they know.
         if self.stays or any(p.device.type == "cpu" and p.is_shared() for p in parameters):

@@ -1,0 +1,184 @@
+"""The attention block of a post-norm layer as one autograd node, its backward beside its forward.
+
+    qkv = x Wqkv^T + bqkv                                   dx = dz + dqkv Wqkv
+    context = attention(qkv)                                dcontext = da Wo
+    y = LayerNorm(z),  z = dropout(a + bo) + x,  a = context Wo^T
+
+dz and da come out of LayerNorm's backward: da is dz through the dropout. The sum of x's two
+gradients is made by the product that makes the second of them.
+
+Saved: x, qkv, context, z and the statistics of both kernels; 6 units of tokens x width. The next
+block saves z too and makes y of it again, so y itself isn't kept (mlp_block.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..ops import derivatives
+from ..ops.attention import registered as attention_op
+from ..ops.attention import run as attention
+from ..ops.dropout import Dropout
+from ..ops.layer_norm import registered as layer_norm_op
+from ..ops.layer_norm import run as layer_norm
+from ..ops.layer_norm.run import Norm, Wanted
+from ..ops.registration import any_requires_grad, fast_apply
+from ..packing.sequences import Sequences
+from ..tracing import plain_backward
+from . import products
+from .joined import JoinedWeights
+
+
+class Call(NamedTuple):
+    """All that the block is told besides tensors with gradients."""
+
+    sequences: Sequences
+    heads: int
+    scale: float
+    eps: float
+    attention_dropout: Dropout
+    dropout: Dropout
+    joined: JoinedWeights
+    cast: torch.dtype | None  # of the products, under autocast
+    attention_backend: str
+    norm_backend: str
+
+
+class Parameters(NamedTuple):
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    norm: torch.Tensor
+    norm_bias: torch.Tensor
+    qkv: tuple[torch.Tensor, ...]  # one weight, or three
+    qkv_biases: tuple[torch.Tensor, ...]  # as many, or none
+
+
+class Given(NamedTuple):
+    """The block's output, and what the next block takes in its stead for its backward."""
+
+    y: torch.Tensor
+    z: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
+
+
+def attention_block(call: Call, x: torch.Tensor, p: Parameters) -> Given:
+    """x is (rows, length, width), or packed (1, tokens, width)."""
+    if any_requires_grad(x, *p[:4], *p.qkv, *p.qkv_biases):
+        return Given(*_apply(call, len(p.qkv), x, *p[:4], *p.qkv, *p.qkv_biases))
+    return Given(_forward(call, x, p, save=False)[0].y)
+
+
+def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
+    # 1. q, k and v of each token, in one tensor
+    rows = products.rounded(x.reshape(-1, x.shape[-1]), call.cast)
+    weight, bias = call.joined.of(p.qkv, p.qkv_biases)
+    weight, bias = products.rounded(weight, call.cast), products.rounded(bias, call.cast)
+    qkv = products.product(rows, weight, bias)
+    places = x.shape[1:2] if call.sequences.cu_seqlens is not None else x.shape[:2]
+    qkv = qkv.view(*places, 3, call.heads, weight.shape[0] // (3 * call.heads))
+
+    # 2. attention
+    context, lse = attention.forward(
+        qkv, call.sequences, call.scale, call.attention_dropout, call.attention_backend, save
+    )
+
+    # 3. the output's product, and what follows it
+    out = products.rounded(p.out, call.cast)
+    a = products.product(context.view(-1, out.shape[1]), out, None).view(x.shape)
+    norm = Norm(p.norm, p.norm_bias, call.eps)
+    outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, save)
+    kept = weight if call.cast is not None else None  # rounded, it is used again
+    return outs, rows, qkv, context, lse, out, kept
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, count, x, out, out_bias, norm, norm_bias, *qkv):
+        p = Parameters(out, out_bias, norm, norm_bias, qkv[:count], qkv[count:])
+        outs, rows, *saved = _forward(call, x, p, save=True)
+        # The parameters are saved too: torch then notices one that changed before the backward,
+        # which it can't by the joined weights, as each of all these counts its own changes.
+        kept = x if call.cast is None else rows
+        ctx.save_for_backward(kept, outs.z, outs.mean, outs.rstd, norm, norm_bias, *saved, *qkv)
+        ctx.call, ctx.count = call, count
+        ctx.shape, ctx.dtype = x.shape, out.dtype
+        ctx.mark_non_differentiable(outs.z, outs.mean)
+        ctx.set_materialize_grads(False)
+        # rstd is an output for what it is saved as, here and in the next block: by it a second
+        # derivative finds what z was made of.
+        return outs.y, outs.z, outs.mean, outs.rstd
+
+    @staticmethod
+    @derivatives.first_only
+    def backward(ctx, saved, dy, *_):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        call, count = ctx.call, ctx.count
+        norm_backward, attention_backward = (
+            (layer_norm.backward, attention.backward)
+            if plain_backward(dy, *saved)
+            else (layer_norm_op.backward_as_op, attention_op.backward_as_op)
+        )
+        x, z, mean, rstd, norm, _, qkv, context, lse, out, rounded, *parameters = saved
+        ctx.maybe_clear_saved_tensors()
+        saved.clear()
+        _, _, need_x, need_out, need_out_bias, need_norm, need_norm_bias = ctx.needs_input_grad[:7]
+        need_weights = any(ctx.needs_input_grad[7 : 7 + count])
+        need_biases = any(ctx.needs_input_grad[7 + count :])
+        below = need_x or need_weights or need_biases
+        width = ctx.shape[-1]
+        dout = dqkv = dweights = dbiases = dx = None
+
+        # 1. LayerNorm, dropout and the output's bias
+        same = not call.dropout.threshold and call.cast is None  # then da is dz
+        need_da = below or need_out
+        dz, da, dnorm, dnorm_bias, dout_bias = norm_backward(
+            *(dy, z, mean, rstd, norm, call.dropout),
+            Wanted(
+                need_x or (same and need_da),
+                out.dtype if need_da and not same else None,
+                need_norm or need_norm_bias,
+                need_out_bias,
+            ),
+            call.norm_backend,
+        )
+        del z, dy
+        da = dz if same else da
+
+        # 2. the output's product
+        if need_da:
+            da = da.view(-1, width)
+        if need_out:
+            dout = products.weight_gradient(da, context.view(da.shape[0], -1), ctx.dtype)
+        if below:
+            dcontext = (da @ out).view(context.shape)
+            del da
+
+            # 3. attention
+            dqkv = attention_backward(
+                *(dcontext, qkv, attention.Saved(context, lse), call.sequences, call.scale),
+                *(call.attention_dropout, call.attention_backend),
+            )
+            del qkv, context, lse, dcontext
+            dqkv = dqkv.flatten(0, -4).flatten(1)
+
+        # 4. the first product, and the sum of x's gradients
+        if need_weights:
+            dweights = products.weight_gradient(dqkv, x.view(-1, width), parameters[0].dtype)
+        if need_biases:
+            dbiases = dqkv.sum(0, dtype=parameters[count].dtype)
+        if need_x:
+            if rounded is None:
+                rounded = call.joined.weight_of(tuple(parameters[:count]))
+            dx = products.add_product(dz.view(-1, width), dqkv, rounded).view(ctx.shape)
+        grads = (*products.parts(dweights, count), *products.parts(dbiases, count))
+        return (
+            *(None, None, dx, dout, dout_bias),
+            dnorm if need_norm else None,
+            dnorm_bias if need_norm_bias else None,
+            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[7:], strict=False)),
+        )
+
+
+_apply = fast_apply(_AttentionBlock)

@@ -1,0 +1,69 @@
+"""The parts of layers with the names of Hugging Face's BertLayer, and the GELU of an activation."""
+
+import functools
+from collections.abc import Callable
+
+from torch import nn
+
+from ..ops.bias_gelu import APPROXIMATE
+from .modules import untouched
+from .parts import Parts
+
+
+def bert_parts(layer: nn.Module) -> Parts:
+    """The parts of a layer with the names of Hugging Face's BertLayer."""
+    # By the dicts of modules, as attributes of a Module take three times as long.
+    modules = layer._modules
+    attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
+    attend, attended, output = attention["self"], attention["output"]._modules, modules["output"]
+    inside, output = attend._modules, output._modules
+    activation = intermediate.get("intermediate_act_fn")
+    if activation is None:  # a plain function
+        activation = modules["intermediate"].intermediate_act_fn
+    return Parts(
+        inside["query"],
+        inside["key"],
+        inside["value"],
+        inside["dropout"].p if attend.training else 0.0,
+        attended["dense"],
+        attended["dropout"],
+        attended["LayerNorm"],
+        intermediate["dense"],
+        activation,
+        gelu_form(activation),
+        output["dense"],
+        output["dropout"],
+        output["LayerNorm"],
+        attend.num_attention_heads,
+        attend.scaling,
+    )
+
+
+def gelu_form(activation: Callable) -> str | None:
+    """ "none" for the exact GELU, "tanh" for its tanh form, None for any other function."""
+    if isinstance(activation, nn.Module) and not untouched(activation, type(activation)):
+        return None
+    if type(activation) is nn.GELU:
+        return activation.approximate
+    if activation is nn.functional.gelu:
+        return "none"
+    if type(activation) is functools.partial:
+        known = activation.func is nn.functional.gelu and not activation.args
+        if not known or activation.keywords.keys() - {"approximate"}:
+            return None
+        form = activation.keywords.get("approximate", "none")
+        return form if form in APPROXIMATE else None
+    return _GELU_CLASSES.get((type(activation).__module__, type(activation).__name__))
+
+
+# transformers' activations, by name, as this module works without transformers.
+_GELU_CLASSES = {
+    ("transformers.activations", name): form
+    for name, form in (
+        ("GELUActivation", "none"),
+        ("GELUTanh", "tanh"),
+        ("PytorchGELUTanh", "tanh"),
+        ("NewGELUActivation", "tanh"),
+        ("FastGELUActivation", "tanh"),
+    )
+}

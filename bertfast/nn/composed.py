@@ -1,0 +1,151 @@
+"""The blocks of a layer by the ops, which autograd composes: wherever a module has to be called,
+where something traces or transforms, on torch's backend, and for pre-norm layers."""
+
+import math
+
+import torch
+
+from .. import ops
+from ..ops.layer_norm.run import Norm
+from ..ops.linear import linear_add
+from .joined import joined_product, same_form
+from .modules import Weights
+from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Dropouts, Parts, Read
+
+
+class Composed:
+    def __init__(self, parts: Parts, now: Read, call: Call) -> None:
+        self.parts, self.now, self.call = parts, now, call
+        self.dropouts = Dropouts(call)
+
+    def attention_block(self, x: torch.Tensor) -> torch.Tensor:
+        now = self.now
+        context = self.attention(x)
+        return self.linear_norm(
+            *(context, now.attention_output, now.attention_norm),
+            *(now.attention_output_dropout, x, AFTER_ATTENTION),
+        )
+
+    def mlp_block(self, x: torch.Tensor) -> torch.Tensor:
+        now = self.now
+        h = self.linear_gelu(x)
+        return self.linear_norm(h, now.down, now.down_norm, now.down_dropout, x, AFTER_MLP)
+
+    def pre_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual sums are torch's: layer_norm, which could make them, returns only its norm,
+        and here the sum itself is needed too."""
+        now = self.now
+        context = self.attention(self.norm(now.attention_norm, x))
+        x = self.linear_add(now.attention_output, context, x, now.attention_output_dropout)
+        h = self.linear_gelu(self.norm(now.down_norm, x))
+        return self.linear_add(now.down, h, x, now.down_dropout)
+
+    def linear(self, linear: Weights | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if type(linear) is not Weights:
+            return linear(x)
+        call = self.call
+        return ops.linear(x, *linear, training=call.training, backend=call.backend)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        """attention of the products of x, (rows, length, width)."""
+        parts, call, linears = self.parts, self.call, self.now.qkv
+        packed = call.batch.packed
+        dropout = self.dropouts.of(x, parts.attention_dropout, ATTENTION)
+        options = dict(
+            **call.batch.layout(),
+            dropout_p=parts.attention_dropout,
+            seed=dropout.seed,
+            site=dropout.site,
+            scale=parts.scale,
+            backend=call.backend,
+        )
+        if len(linears) == 1 or self._one_product(x):
+            if len(linears) == 1:
+                qkv = self.linear(linears[0], x)
+            else:
+                qkv = joined_product(linears, x, call.joined)
+            qkv = _by_head(qkv, 3, parts.heads)
+            context = ops.attention_qkv(qkv[0] if packed else qkv, **options)
+        else:
+            three = (_by_head(self.linear(linear, x), parts.heads) for linear in linears)
+            context = ops.attention(*(part[0] if packed else part for part in three), **options)
+        context = context.flatten(-2)
+        return context[None] if packed else context
+
+    def _one_product(self, x: torch.Tensor) -> bool:
+        """True where one product is best for q, k and v: where kernels may read it in place."""
+        linears = self.now.qkv
+        on_kernels = x.is_cuda or self.call.backend in ("triton", "cuda")
+        return on_kernels and all(type(w) is Weights for w in linears) and same_form(linears)
+
+    def linear_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """activation_dropout(activation(up(x)))"""
+        parts, call, up, drop = self.parts, self.call, self.now.up, self.now.activation_dropout
+        options = dict(approximate=parts.approximate, backend=call.backend)
+        if parts.approximate is None:
+            h = parts.activation(self.linear(up, x))
+        elif type(up) is Weights:
+            h = ops.linear_gelu(x, *up, training=call.training, **options)
+        else:
+            h = ops.bias_gelu(up(x), **options)
+        return _dropped(h, drop)
+
+    def linear_norm(
+        self,
+        x: torch.Tensor,
+        linear: Weights | torch.nn.Module,
+        norm: Norm | torch.nn.Module,
+        drop: float | torch.nn.Module,
+        residual: torch.Tensor,
+        place: int,
+    ) -> torch.Tensor:
+        """norm(dropout(linear(x)) + residual)"""
+        call = self.call
+        if type(norm) is not Norm or type(drop) is not float:
+            y = _dropped(self.linear(linear, x), drop) + residual
+            return self.norm(norm, y)
+        dropout = self.dropouts.of(x, drop, place)
+        options = dict(
+            residual=residual,
+            eps=norm.eps,
+            dropout_p=drop,
+            seed=dropout.seed,
+            site=dropout.site,
+            row_index=call.batch.index if drop else None,
+            backend=call.backend,
+        )
+        if type(linear) is Weights:
+            weights = (*linear, norm.weight, norm.bias)
+            return ops.linear_norm(x, *weights, training=call.training, **options)
+        return ops.layer_norm(linear(x), norm.weight, norm.bias, **options)
+
+    def norm(self, norm: Norm | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if type(norm) is not Norm:
+            return norm(x)
+        weight, bias, eps = norm
+        return ops.layer_norm(x, weight, bias, eps=eps, backend=self.call.backend)
+
+    def linear_add(
+        self,
+        linear: Weights | torch.nn.Module,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        drop: float | torch.nn.Module,
+    ) -> torch.Tensor:
+        """residual + dropout(linear(x))"""
+        if drop == 0.0 and type(linear) is Weights:
+            call = self.call
+            options = dict(training=call.training, backend=call.backend)
+            return linear_add(x, *linear, residual=residual, **options)
+        return residual + _dropped(self.linear(linear, x), drop)
+
+
+def _by_head(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """The last dimension as sizes and the rest: -1 can't be found where there are no rows."""
+    return x.unflatten(-1, (*sizes, x.shape[-1] // math.prod(sizes)))
+
+
+def _dropped(x: torch.Tensor, drop: float | torch.nn.Module) -> torch.Tensor:
+    if type(drop) is float:
+        return torch.nn.functional.dropout(x, drop) if drop else x
+    return drop(x)

@@ -1,0 +1,181 @@
+"""The MLP block of a post-norm layer as one autograd node, its backward beside its forward.
+
+    u = x Wu^T,  h = gelu(u + bu)                           dx = dz + du Wu
+    y = LayerNorm(z),  z = dropout(d + bd) + x,  d = h Wd^T     dh = dd Wd
+
+dz and dd come out of LayerNorm's backward: dd is dz through the dropout. The sum of x's two
+gradients is made by the product that makes the second of them.
+
+Saved: u, h, z and LayerNorm's statistics; 9 units of tokens x width, 5 with `recompute`, which
+makes h again. x is made again of what the attention block has saved of its own LayerNorm, if it ran
+as a node; else it is saved.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..ops import derivatives
+from ..ops.bias_gelu import registered as bias_gelu_op
+from ..ops.bias_gelu import run as bias_gelu
+from ..ops.dropout import NO_DROPOUT, Dropout
+from ..ops.layer_norm import registered as layer_norm_op
+from ..ops.layer_norm import run as layer_norm
+from ..ops.layer_norm.run import Norm, Wanted
+from ..ops.registration import any_requires_grad, fast_apply
+from ..tracing import plain_backward
+from . import products
+from .attention_block import Given
+
+
+class Call(NamedTuple):
+    """All that the block is told besides tensors with gradients."""
+
+    eps: float
+    tanh: bool  # of the GELU
+    dropout: Dropout
+    cast: torch.dtype | None  # of the products, under autocast
+    recompute: bool
+    gelu_backend: str
+    norm_backend: str
+    eps_before: float  # of the LayerNorm before
+
+
+class Parameters(NamedTuple):
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    norm: torch.Tensor
+    norm_bias: torch.Tensor
+
+
+def mlp_block(
+    call: Call, given: Given, norm_before: tuple[torch.Tensor, torch.Tensor], p: Parameters
+) -> torch.Tensor:
+    """given: by the block before, at least its output. norm_before: weight and bias of its
+    LayerNorm, if it gave more than that."""
+    x = given.y
+    if not any_requires_grad(x, *p):
+        return _forward(call, x, p, save=False)[0].y
+    made_of = () if given.z is None else (*given[1:], *norm_before)
+    y, _ = _apply(call, x, *p, *made_of)
+    return y
+
+
+def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
+    # 1. up, with the GELU
+    up = products.rounded(p.up, call.cast)
+    rows = products.rounded(x.reshape(-1, x.shape[-1]), call.cast)
+    u = products.product(rows, up, None)
+    up_bias = products.rounded(p.up_bias, call.cast)
+    h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu_backend)
+    if not save:
+        del u
+
+    # 2. down, and what follows it
+    down = products.rounded(p.down, call.cast)
+    d = products.product(h, down, None).view(x.shape)
+    norm = Norm(p.norm, p.norm_bias, call.eps)
+    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save)
+    return (outs, rows, u, h, up, up_bias, down) if save else (outs,)
+
+
+class _MlpBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, x, up, up_bias, down, down_bias, norm, norm_bias, *made_of):
+        p = Parameters(up, up_bias, down, down_bias, norm, norm_bias)
+        outs, rows, u, h, *weights = _forward(call, x, p, save=True)
+        ctx.save_for_backward(
+            *(None if made_of else (x if call.cast is None else rows), u),
+            *(None if call.recompute else h, *weights),
+            *(outs.z, outs.mean, outs.rstd, norm, norm_bias, *made_of),
+        )
+        ctx.call, ctx.shape = call, x.shape
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (up, up_bias, down))
+        ctx.set_materialize_grads(False)
+        # rstd is an output for what it is saved as: by it a second derivative finds x.
+        return outs.y, outs.rstd
+
+    @staticmethod
+    @derivatives.first_only
+    def backward(ctx, saved, dy, _):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        call = ctx.call
+        plain = plain_backward(dy, *saved)
+        norm_backward, gelu_backward = (
+            (layer_norm.backward, bias_gelu.backward)
+            if plain
+            else (layer_norm_op.backward_as_op, bias_gelu_op.backward_as_op)
+        )
+        rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *made_of = saved
+        ctx.maybe_clear_saved_tensors()
+        saved.clear()
+        _, need_x, need_up, need_up_bias, need_down, need_down_bias, need_norm, need_norm_bias = (
+            ctx.needs_input_grad[:8]
+        )
+        below_gelu = need_x or need_up or need_up_bias
+        need_dd = below_gelu or need_down
+        width = ctx.shape[-1]
+        dup = dup_bias = ddown = dx = None
+
+        # 1. LayerNorm, dropout and the bias of `down`
+        same = not call.dropout.threshold and call.cast is None  # then dd is dz
+        dz, dd, dnorm, dnorm_bias, ddown_bias = norm_backward(
+            *(dy, z, mean, rstd, norm, call.dropout),
+            Wanted(
+                need_x or (same and need_dd),
+                down.dtype if need_dd and not same else None,
+                need_norm or need_norm_bias,
+                need_down_bias,
+            ),
+            call.norm_backend,
+        )
+        del z, dy
+        if need_dd:
+            dd = (dz if same else dd).view(-1, width)
+
+        # 2. the product down
+        if need_down:
+            if h is None:
+                h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu_backend)
+            ddown = products.weight_gradient(dd, h, ctx.dtypes[2])
+        del h
+        if below_gelu:
+            # 3. the GELU, whose gradient takes the place of dh
+            dh = dd @ down
+            del dd
+            du, dup_bias = gelu_backward(
+                *(dh, u, up_bias, call.tanh, need_x or need_up, need_up_bias, call.gelu_backend),
+                in_place=plain,
+            )
+            del dh, u
+
+            # 4. the product up, and the sum of x's gradients
+            if need_up:
+                if rows is None:
+                    rows = _made_again(call, made_of, du.dtype)
+                dup = products.weight_gradient(du, rows.view(-1, width), ctx.dtypes[0])
+                del rows
+            if need_x:
+                dx = products.add_product(dz.view(-1, width), du, up).view(ctx.shape)
+            if dup_bias is not None:
+                dup_bias = dup_bias.to(ctx.dtypes[1])
+        return (
+            *(None, dx, dup, dup_bias, ddown, ddown_bias),
+            dnorm if need_norm else None,
+            dnorm_bias if need_norm_bias else None,
+            *(None,) * len(made_of),
+        )
+
+
+_apply = fast_apply(_MlpBlock)
+
+
+def _made_again(call: Call, made_of: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+    """The block's input, by the LayerNorm before. Its z was rounded when it was saved."""
+    z, _, _, weight, bias = made_of
+    norm = Norm(weight, bias, call.eps_before)
+    made = layer_norm.forward(z, norm, None, None, NO_DROPOUT, call.norm_backend, save=False)
+    return products.rounded(made.y, dtype)

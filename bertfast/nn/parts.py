@@ -1,0 +1,99 @@
+"""The modules of a layer, whatever their names; and a call of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops.dropout import NO_DROPOUT, Dropout, draw_seed, dropout_of
+from ..ops.layer_norm.run import Norm
+from ..packing.batch import Batch
+from .joined import JoinedWeights
+from .modules import Weights, read_dropout, read_linear, read_norm
+
+PLACES = ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(3)  # of a layer's dropouts
+
+
+class Parts(NamedTuple):
+    """The modules of a layer, whatever their names."""
+
+    query: nn.Module | None
+    key: nn.Module | None
+    value: nn.Module | None
+    attention_dropout: float  # as it applies now: 0 in eval
+    attention_output: nn.Module | Weights
+    attention_output_dropout: nn.Module | None
+    attention_norm: nn.Module
+    up: nn.Module
+    activation: Callable
+    approximate: str | None  # of the GELU that the activation is; None: another function
+    down: nn.Module
+    down_dropout: nn.Module | None
+    down_norm: nn.Module
+    heads: int
+    scale: float
+    qkv: Weights | None = None  # one product, where there are no three Linears
+    activation_dropout: nn.Module | None = None
+    norm_first: bool = False
+
+
+class Read(NamedTuple):
+    """The parts as they are now: read where that is allowed, else modules to be called."""
+
+    qkv: tuple[Weights | nn.Module, ...]  # one product, or q, k and v
+    attention_output: Weights | nn.Module
+    attention_output_dropout: float | nn.Module
+    attention_norm: Norm | nn.Module
+    up: Weights | nn.Module
+    activation_dropout: float | nn.Module
+    down: Weights | nn.Module
+    down_dropout: float | nn.Module
+    down_norm: Norm | nn.Module
+
+
+def read(parts: Parts) -> Read:
+    """Decides, once a call, which modules are read and which are called."""
+    three = (parts.query, parts.key, parts.value)
+    return Read(
+        tuple(map(read_linear, three)) if parts.qkv is None else (parts.qkv,),
+        read_linear(parts.attention_output),
+        read_dropout(parts.attention_output_dropout),
+        read_norm(parts.attention_norm),
+        read_linear(parts.up),
+        read_dropout(parts.activation_dropout),
+        read_linear(parts.down),
+        read_dropout(parts.down_dropout),
+        read_norm(parts.down_norm),
+    )
+
+
+class Call(NamedTuple):
+    """One call of a layer."""
+
+    batch: Batch
+    joined: JoinedWeights
+    training: bool  # the layer's own flag
+    backend: str = "auto"
+    recompute: bool = False  # less is saved, and made again in the backward
+    layer: int | None = None  # its id, by which the batch knows its number
+
+
+class Dropouts:
+    """The dropouts of one call of a layer, all by one seed: the batch's, which serves all layers,
+    or one that is drawn for this call."""
+
+    def __init__(self, call: Call) -> None:
+        number = None if call.batch.numbers is None else call.batch.numbers.get(call.layer)
+        self._seed = None if number is None else call.batch.seed
+        self._first = 0 if number is None else len(PLACES) * number
+
+    def of(
+        self, x: torch.Tensor, p: float, place: int, rows: torch.Tensor | None = None
+    ) -> Dropout:
+        """Of values that lie where x does."""
+        if not p:
+            return NO_DROPOUT
+        if self._seed is None:
+            self._seed = draw_seed(x.device)
+        return dropout_of(p, self._seed, self._first + place, x.device, rows)
