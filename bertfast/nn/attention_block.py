@@ -11,6 +11,7 @@ Saved: x, qkv, context, z and the statistics of both kernels; 6 units of tokens 
 block saves z too and makes y of it again, so y itself isn't kept (mlp_block.py).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class _AttentionBlock(torch.autograd.Function):
         need_weights = any(ctx.needs_input_grad[7 : 7 + count])
         need_biases = any(ctx.needs_input_grad[7 + count :])
         below = need_x or need_weights or need_biases
-        width = ctx.shape[-1]
+        width, outputs = ctx.shape[-1], math.prod(qkv.shape[-3:])
         dout = dqkv = dweights = dbiases = dx = None
 
         # 1. LayerNorm, dropout and the output's bias
@@ -161,7 +162,7 @@ class _AttentionBlock(torch.autograd.Function):
                 *(call.attention_dropout, call.attention_backend),
             )
             del qkv, context, lse, dcontext
-            dqkv = dqkv.flatten(0, -4).flatten(1)
+            dqkv = dqkv.view(-1, outputs)
 
         # 4. the first product, and the sum of x's gradients
         if need_weights:

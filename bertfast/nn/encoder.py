@@ -46,7 +46,9 @@ class EncoderLayer(nn.Module):
         eps: float = 1e-12,
         approximate: str = "none",
         backend: str = "auto",
-    ):
+        recompute: bool = False,
+    ) -> None:
+        """recompute: as in `bertfast.optimize`."""
         super().__init__()
         for name, size in (("width", width), ("heads", heads), ("inner", inner)):
             checks.check_int(name, size, 1)
@@ -57,6 +59,7 @@ class EncoderLayer(nn.Module):
         checks.check_number("eps", eps, least=0)
         checks.check_choice("approximate", approximate, APPROXIMATE)
         checks.check_choice("backend", backend, dispatch.CHOICES)
+        checks.check_bool("recompute", recompute)
         self.width = width
         self.attention = nn.Module()
         self.attention.self = _SelfAttention(width, heads, attention_dropout)
@@ -66,6 +69,7 @@ class EncoderLayer(nn.Module):
         self.intermediate.intermediate_act_fn = nn.GELU(approximate)
         self.output = _Output(inner, width, eps, dropout)
         self.backend = backend
+        self.recompute = recompute
         attention = self.attention.self
         self._joined = JoinedWeights((attention.query, attention.key, attention.value))
 
@@ -76,7 +80,7 @@ class EncoderLayer(nn.Module):
                 f"batch must be a bertfast.packing.batch.Batch, got {checks.kind(batch)}"
             )
         batch = batch or Batch()
-        call = Call(batch, self._joined, self.training, self.backend, layer=id(self))
+        call = Call(batch, self._joined, self.training, self.backend, self.recompute, id(self))
         return run_layer(bert_parts(self), x, call)
 
 

@@ -11,6 +11,7 @@ three are then concatenated for each product, as they are while something is tra
 
 import threading
 import weakref
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import tracing
+from .modules import Weights
 
 _gathering = threading.Lock()
 
@@ -137,19 +139,20 @@ def _join(parameters) -> torch.Tensor:
     return joined
 
 
-def same_form(linears) -> bool:
-    """Whether one product can serve the three Linears: one shape, dtype and place."""
-    q, k, v = (linear.weight for linear in linears)
+def same_form(linears: Sequence[nn.Module | Weights]) -> bool:
+    """True if one product can serve these: one shape, dtype and place, biases for all or none."""
+    first, *others = (linear.weight for linear in linears)
     biases = [linear.bias for linear in linears]
     if any(bias is None for bias in biases):
         if any(bias is not None for bias in biases):
             return False
-    elif any(bias.dtype != q.dtype for bias in biases):
+    elif any(bias.dtype != first.dtype for bias in biases):
         return False
-    return (
-        q.shape == k.shape == v.shape
-        and q.dtype == k.dtype == v.dtype
-        and q.device == k.device == v.device
+    return all(
+        weight.shape == first.shape
+        and weight.dtype == first.dtype
+        and weight.device == first.device
+        for weight in others
     )
 
 

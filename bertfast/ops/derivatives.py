@@ -22,8 +22,8 @@ REFUSED = (
 def first_only(backward: Callable) -> Callable:
     """Makes a Function's backward of backward(ctx, saved, *gradients), which records no history.
 
-    saved is a list of ctx.saved_tensors, unpacked here, as a checkpoint hands them out once; whoever
-    empties it frees their memory. To be refused, a second derivative has to find its way: what is
+    saved is a list of ctx.saved_tensors, unpacked here, as a checkpoint hands them out once; to
+    empty it frees their memory. To be refused, a second derivative has to find its way: what is
     saved must include, for each input that the gradients depend on, that input or an output of the
     Function.
     """

@@ -1,0 +1,502 @@
+"""A layer as two autograd nodes: the gradients, and everything that may be done to a graph."""
+
+import copy
+import itertools
+import math
+import random
+import threading
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from bertfast.nn import Encoder, EncoderLayer, attention_block, layer, mlp_block
+from bertfast.packing.batch import Batch, pack
+from bertfast.testing.budget import UNIT_ROUNDOFF
+
+WIDTH, HEADS, INNER, ROWS, LENGTH = 32, 2, 64, 3, 10
+LENGTHS = (10, 4, 7)
+
+
+@pytest.fixture
+def backend(target, need):
+    """The name of the backend, for 16-bit tensors on the CPU or a GPU."""
+    for op in ("attention", "layer_norm", "bias_gelu"):
+        need(op, target)
+    return target
+
+
+def make(backend, dropout=0.0, dtype=torch.bfloat16, **options) -> EncoderLayer:
+    torch.manual_seed(1)
+    made = EncoderLayer(
+        *(WIDTH, HEADS, INNER),
+        **dict(dropout=dropout, attention_dropout=dropout, backend=backend[0], **options),
+    )
+    for parameter in made.parameters():  # biases and norms that matter
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made.to(backend[1], dtype)
+
+
+def make_batch(backend, kind="padded"):
+    mask = (torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]).to(backend[1])
+    if kind == "packed":
+        return pack(mask, mask.device, backend[0])
+    return Batch(key_mask=mask) if kind == "masked" else Batch()
+
+
+def make_input(backend, batch=None, dtype=torch.bfloat16):
+    torch.manual_seed(2)
+    x = torch.randn(ROWS, LENGTH, WIDTH, device=backend[1]).to(dtype)
+    return (batch.pack(x) if batch is not None and batch.packed else x).requires_grad_()
+
+
+def gradients(module, x, batch=None, seed=3):
+    """The output, and the gradient of each leaf that wants one."""
+    torch.manual_seed(seed)
+    y = module(x, batch)
+    leaves = [leaf for leaf in (x, *module.parameters()) if leaf.requires_grad]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Within it, layers are made of the ops."""
+
+    def composed(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "_attention_node", lambda *_: None)
+            patch.setattr(layer, "_mlp_node", lambda *_: None)
+            return function(*arguments)
+
+    return composed
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A list to which each node that is made adds its name."""
+    made = []
+    for module, name in ((attention_block, "attention"), (mlp_block, "mlp")):
+
+        def apply(*arguments, _real=module._apply, _name=name):
+            made.append(_name)
+            return _real(*arguments)
+
+        monkeypatch.setattr(module, "_apply", apply)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["padded", "masked", "packed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_numbers_are_the_composed_ones(backend, composed, nodes, kind, dropout):
+    """Beside the same layer in float64 a node errs as the composed ops do: both round in the same
+    places, but for the order of two sums."""
+    module, batch = make(backend, dropout), make_batch(backend, kind)
+    x = make_input(backend, batch)
+    ours = gradients(module, x, batch)
+    assert nodes == ["attention", "mlp"]
+    theirs = composed(gradients, module, x, batch)
+    exact = copy.deepcopy(module).double()
+    exact.backend = "torch"
+    reference = gradients(exact, x.detach().double().requires_grad_(), batch)
+    u = UNIT_ROUNDOFF[torch.bfloat16]
+    names = ["y", "x", *(name for name, _ in module.named_parameters())]
+    for name, mine, other, right in zip(names, ours, theirs, reference, strict=True):
+        if name.endswith("key.bias"):  # zero but for rounding
+            right = torch.zeros_like(right)
+            scale = reference[names.index(name) - 1].abs().max()
+        else:
+            scale = right.abs().max()
+        error, yardstick = ((value.double() - right).abs().max() for value in (mine, other))
+        assert error <= 2 * (yardstick + u * scale), name
+
+
+def test_frozen_parts(backend):
+    """Whatever needs no gradient is left out, and the others keep their very bits. But for `up`'s
+    weight below a frozen attention block: its input is then saved, and not made again of a z that
+    was rounded."""
+    module = make(backend, 0.2)
+    everything = gradients(module, make_input(backend))
+    names = ["x", *(name for name, _ in module.named_parameters())]
+    exact = dict(zip(names, everything[1:], strict=True))
+    rng = random.Random(0)
+    subsets = [{name} for name in names]
+    subsets += [set(rng.sample(names, rng.randint(2, len(names) - 1))) for _ in range(24)]
+    for wanted in subsets:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        x = make_input(backend).detach().requires_grad_("x" in wanted)
+        _, *found = gradients(module, x)
+        for name, gradient in zip((n for n in names if n in wanted), found, strict=True):
+            if name == "intermediate.dense.weight" and not any(map(in_attention, wanted)):
+                error, scale = (gradient - exact[name]).abs().max(), exact[name].abs().max()
+                assert error <= 4 * UNIT_ROUNDOFF[gradient.dtype] * scale
+            else:
+                assert torch.equal(gradient, exact[name]), (name, wanted)
+
+
+def in_attention(name):
+    return name == "x" or name.startswith("attention.")
+
+
+def test_without_any_gradient_there_is_no_node(backend, nodes):
+    module, x = make(backend), make_input(backend)
+    y = module(x)
+    with torch.no_grad():
+        assert torch.equal(module(x), y)
+    assert nodes == ["attention", "mlp"]
+    module.requires_grad_(False)
+    assert torch.equal(module(x.detach()), y)
+    assert nodes == ["attention", "mlp"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_changes_no_gradient(backend, recompute):
+    """h is made again by the kernel that made it."""
+    module, x = make(backend, 0.2), make_input(backend)
+    expected = gradients(module, x)
+    module.recompute = recompute
+    for mine, other in zip(gradients(module, x), expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_the_gradient_that_comes_in_is_not_written_to(backend):
+    module, x = make(backend), make_input(backend)
+    y = module(x)
+    dy = torch.randn_like(y)
+    before = dy.clone()
+    torch.autograd.grad(y, [x, *module.parameters()], dy)
+    assert torch.equal(dy, before)
+
+
+def test_a_second_backward_and_accumulation(backend):
+    module, x = make(backend, 0.2), make_input(backend)
+    y = module(x)
+    dy = torch.randn_like(y)
+    y.backward(dy, retain_graph=True)
+    once = [leaf.grad.clone() for leaf in (x, *module.parameters())]
+    y.backward(dy)
+    for leaf, first in zip((x, *module.parameters()), once, strict=True):
+        assert torch.equal(leaf.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(dy)
+
+
+def test_the_same_layer_twice(backend, composed):
+    """Its parameters' gradients are the sums of two nodes' each."""
+    module, x = make(backend), make_input(backend)
+    twice = torch.autograd.grad(module(module(x)).float().square().sum(), [*module.parameters()])
+    other = copy.deepcopy(module)
+    y = other(module(x)).float().square().sum()
+    first = torch.autograd.grad(y, [*module.parameters(), *other.parameters()])
+    count = len(twice)
+    for both, a, b in zip(twice, first[:count], first[count:], strict=True):
+        assert torch.equal(both, a + b)
+
+
+def test_a_weight_in_two_places(backend):
+    """`up` and the transpose of `down` can't be, but two layers' weights can: tied layers."""
+    one, two = make(backend), make(backend)
+    apart = gradients_of_two(one, copy.deepcopy(two), make_input(backend))
+    two.intermediate.dense.weight = one.intermediate.dense.weight
+    tied = gradients_of_two(one, two, make_input(backend))
+    a, b = apart
+    assert torch.equal(tied[0], a + b)
+
+
+def gradients_of_two(one, two, x):
+    weights = {id(w): w for w in (one.intermediate.dense.weight, two.intermediate.dense.weight)}
+    loss = two(one(x)).float().square().sum()
+    return torch.autograd.grad(loss, list(weights.values()))
+
+
+@pytest.mark.parametrize("name", ["query.weight", "out", "norm", "up", "down"])
+def test_a_weight_changed_in_place_raises(backend, name):
+    module, x = make(backend), make_input(backend)
+    parameter = {
+        "query.weight": module.attention.self.query.weight,
+        "out": module.attention.output.dense.weight,
+        "norm": module.attention.output.LayerNorm.weight,
+        "up": module.intermediate.dense.weight,
+        "down": module.output.dense.weight,
+    }[name]
+    y = module(x)
+    with torch.no_grad():
+        parameter.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_derivative_is_refused(backend, frozen):
+    """Also where dy is a constant, and where only x wants a gradient: a penalty would be lost."""
+    module, x = make(backend), make_input(backend)
+    module.requires_grad_(not frozen)
+    y = module(x)
+    for leaf in (x,) if frozen else (x, module.output.dense.weight, module.attention.self.key.bias):
+        (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y), create_graph=True)
+        with pytest.raises(RuntimeError, match="a second derivative"):
+            gradient.square().sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second derivative"):
+            torch.autograd.grad(gradient.square().sum(), x, retain_graph=True, allow_unused=True)
+
+
+def test_dual_tensors_run_the_reference(backend, nodes):
+    """With frozen weights a node would be left out, and its tangent dropped."""
+    module, x = make(backend).requires_grad_(False), make_input(backend).detach()
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        found = forward_ad.unpack_dual(module(dual)).tangent
+    assert nodes == [] and found is not None
+    exact = copy.deepcopy(module).double()
+    exact.backend = "torch"
+    with forward_ad.dual_level():
+        right = forward_ad.unpack_dual(
+            exact(forward_ad.make_dual(x.double(), tangent.double()))
+        ).tangent
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=2e-2 * right.abs().max().item())
+
+
+def test_batched_gradients(backend):
+    """Of torch.autograd.grad's is_grads_batched: one after the other, the very same bits."""
+    module, x = make(backend, 0.2), make_input(backend)
+    y = module(x)
+    leaves = [x, *module.parameters()]
+    dy = torch.randn(3, *y.shape, device=y.device).to(y.dtype)
+    options = dict(retain_graph=True)
+    together = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, **options)
+    for number in range(3):
+        alone = torch.autograd.grad(y, leaves, dy[number], **options)
+        for name, a, b in zip(itertools.count(), together, alone, strict=False):
+            u, scale = UNIT_ROUNDOFF[y.dtype], b.abs().max()
+            # The sum of x's gradients is rounded once more, in another order of the products.
+            assert (a[number] - b).abs().max() <= 4 * u * scale, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointing_repeats_the_forward(backend, reentrant, dropout):
+    module, x = make(backend, dropout), make_input(backend)
+    expected = gradients(module, x)
+    torch.manual_seed(3)
+    y = checkpoint(module, x, use_reentrant=reentrant)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
+    y.backward(dy)
+    assert torch.equal(y, expected[0])
+    for leaf, gradient in zip((x, *module.parameters()), expected[1:], strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+def test_saved_tensors_on_the_host_and_anomaly_mode(backend):
+    module, x = make(backend, 0.2), make_input(backend)
+    expected = gradients(module, x)
+    with save_on_cpu(), torch.autograd.detect_anomaly(check_nan=True):
+        found = gradients(module, x)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_exception_in_a_backward_leaves_the_layer_usable(backend):
+    module, x = make(backend), make_input(backend)
+    expected = gradients(module, x)
+
+    def fail(gradient):
+        raise RuntimeError("on purpose")
+
+    y = module(x)
+    handle = module.attention.output.dense.weight.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        y.sum().backward()
+    handle.remove()
+    for a, b in zip(gradients(module, x), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_of_parameters_see_each_gradient_once(backend):
+    module, x, seen = make(backend), make_input(backend), []
+    for name, parameter in module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    module(x).sum().backward()
+    assert sorted(seen) == sorted(name for name, _ in module.named_parameters())
+
+
+def test_threads(backend):
+    """Four of them, one model: forward and backward."""
+    module, x = make(backend), make_input(backend)
+    expected = gradients(module, x)
+    found, errors = [None] * 4, []
+
+    def work(number):
+        try:
+            mine = x.detach().clone().requires_grad_()
+            y = module(mine)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
+            found[number] = torch.autograd.grad(y, [mine, *module.parameters()], dy)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for mine in found:
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected[1:], strict=True))
+
+
+def saved_units(module, x, batch=None):
+    """Bytes that the graph keeps, besides parameters, in units of x's size."""
+    module(x, batch)  # q, k and v find their place
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = module(x, batch)
+    assert y.requires_grad
+    return sum(kept.values()) / x.nbytes
+
+
+@pytest.mark.parametrize("recompute, units", [(False, 15), (True, 11)])
+def test_what_is_saved(backend, recompute, units):
+    """In tokens x width x element: x 1, qkv 3, context 1, z 1, u 4, h 4 unless it is made again, z
+    1; and of each token some float32 statistics, which are small."""
+    module = EncoderLayer(128, 2, 512, dropout=0.0, attention_dropout=0.0, backend=backend[0])
+    module = module.to(backend[1], torch.bfloat16)
+    module.recompute = recompute
+    x = torch.randn(1, 48, 128, device=backend[1]).to(torch.bfloat16).requires_grad_()
+    statistics = 48 * 4 * (2 + 2 + 2) / x.nbytes  # lse of two heads, two means, two rstds
+    assert saved_units(module, x) == pytest.approx(units + statistics, abs=0.01)
+
+
+def test_concatenated_weights_are_never_saved(backend, monkeypatch):
+    """Where q, k and v may not be moved (sharding) they are joined for a product, and again in the
+    backward."""
+    from bertfast.nn.joined import JoinedWeights
+
+    module, x = make(backend), make_input(backend)
+    expected, units = gradients(module, x), saved_units(module, x)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    monkeypatch.setattr(JoinedWeights, "_may_move", lambda *_: False)
+    module._joined = JoinedWeights()
+    assert saved_units(module, x) == units
+    for a, b in zip(gradients(module, x), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_seed_serves_all_layers(backend, monkeypatch):
+    """It is drawn once a forward, and each layer drops other values."""
+    from bertfast.nn import layer as module
+
+    drawn = []
+    real = module.draw_seed
+    monkeypatch.setattr(module, "draw_seed", lambda device: drawn.append(1) or real(device))
+    torch.manual_seed(0)
+    encoder = Encoder(3, WIDTH, HEADS, INNER, dropout=0.5, attention_dropout=0.0, packed=False)
+    state = encoder.layer[0].state_dict()
+    for one in encoder.layer:
+        one.load_state_dict(state)
+        one.backend = backend[0]
+    encoder = encoder.to(backend[1], torch.bfloat16)
+    x = make_input(backend)
+    outputs = []
+    for one in encoder.layer:
+        one.register_forward_hook(lambda m, args, y: outputs.append((args[0], y)))
+    encoder(x)
+    assert len(drawn) == 1
+    batch = layer.with_seed(Batch(), list(encoder.layer), x.device)
+    masks = [one(x.detach(), batch) for one in encoder.layer]
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+    assert torch.equal(masks[0], encoder.layer[0](x.detach(), batch))  # by the seed alone
+
+
+def test_a_layer_that_comes_twice_draws_anew(backend):
+    one = make(backend, 0.5)
+    batch = layer.with_seed(Batch(), [one, one], torch.device(backend[1]))
+    assert batch.seed is None
+    x = make_input(backend).detach()
+    assert not torch.equal(one(x, batch), one(x, batch))
+
+
+def test_a_batch_of_another_shape_is_refused(backend):
+    module, x = make(backend), make_input(backend)
+    mask = torch.ones(ROWS, LENGTH + 1, dtype=torch.bool, device=backend[1])
+    with pytest.raises(ValueError, match="key_mask must have shape"):
+        module(x, Batch(key_mask=mask))
+    packed = make_batch(backend, "packed")
+    with pytest.raises(ValueError, match="x must be the packed batch's"):
+        module(x, packed)
+
+
+def test_a_called_module_leaves_the_other_block_a_node(backend, nodes):
+    """As LoRA does on q and v: the MLP block is fused all the same."""
+
+    class Called(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    module, x = make(backend), make_input(backend)
+    gradients(module, x)
+    query = module.attention.self.query
+    other = Called(WIDTH, WIDTH).to(query.weight)
+    other.load_state_dict(query.state_dict())
+    module.attention.self.query = other
+    nodes.clear()
+    gradients(module, x)
+    assert nodes == ["mlp"]
+    module.attention.self.query, module.output.dense = query, Called(INNER, WIDTH).to(x)
+    nodes.clear()
+    gradients(module, x)
+    assert nodes == ["attention"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(backend, nodes, composed, dtype):
+    """float32 parameters and residuals, products in 16 bits; gradients in the parameters' dtype."""
+    module, x = make(backend, dtype=torch.float32), make_input(backend, dtype=torch.float32)
+
+    def run(module, x):
+        with torch.autocast(backend[1], dtype=dtype):
+            y = module(x, None)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
+        return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+    ours = run(module, x)
+    assert nodes == ["attention", "mlp"]
+    theirs = composed(run, module, x)
+    exact = copy.deepcopy(module).double()
+    exact.backend = "torch"
+    reference = gradients(exact, x.detach().double().requires_grad_())
+    names = ["y", "x", *(name for name, _ in module.named_parameters())]
+    for name, mine, other, right in zip(names, ours, theirs, reference, strict=True):
+        assert mine.dtype == torch.float32
+        scale = right.abs().max()
+        if name.endswith("key.bias"):
+            right, scale = torch.zeros_like(right), reference[names.index(name) - 1].abs().max()
+        error, yardstick = ((value.double() - right).abs().max() for value in (mine, other))
+        assert error <= 2 * (yardstick + UNIT_ROUNDOFF[dtype] * scale), name
+
+
+def test_the_unit_of_rounding_shows_a_missing_term(backend, composed):
+    """What the comparison of numbers is worth: without the residual's gradient it would fail."""
+    module, x = make(backend), make_input(backend)
+    exact = copy.deepcopy(module).double()
+    exact.backend = "torch"
+    right = gradients(exact, x.detach().double().requires_grad_())[1]
+    y = module(x)
+    assert math.isfinite(y.float().sum().item())
+    scale = right.abs().max()
+    other = composed(gradients, module, x)[1].double()
+    yardstick = (other - right).abs().max()
+    without = right - 0.1 * right.flip(0)
+    assert (without - right).abs().max() > 2 * (yardstick + UNIT_ROUNDOFF[torch.bfloat16] * scale)
