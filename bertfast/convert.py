@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from . import checks
+from .nn.eligibility import WATCH
 from .nn.hooks import has_global_hooks, is_own_forward
 from .notice import warn_once
 from .ops.dispatch import CHOICES
@@ -66,7 +67,8 @@ def optimize(
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()
             module.__dict__[ATTRIBUTE] = settings
-            module.__dict__.pop(KEPT, None)  # it was said of the settings before
+            for name in (KEPT, WATCH):  # they were said of the settings before
+                module.__dict__.pop(name, None)
             found = True
             continue
         swapped = _swapped_class(module)

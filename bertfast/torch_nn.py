@@ -10,7 +10,7 @@ before the first layer and comes back as zeros after the last, as in torch's own
 layer see what they always saw: then each layer takes the padded batch and gives it back.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import packing, tracing
 from .nn.bert import gelu_form
+from .nn.eligibility import Facts, facts_of, layer_facts
 from .nn.hooks import has_user_hooks, sees_layout
 from .nn.joined import JoinedWeights
-from .nn.layer import Call, run_layer, with_seed
+from .nn.layer import Call, for_layers, run_layer
 from .nn.modules import Weights, has_own_forward, plain
 from .nn.parts import Parts
 from .nn.per_token import why_rows_are_seen
@@ -134,6 +135,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                     return f"a hook on its {type(module).__name__} has to be called"
         return None
 
+    def attributes(self) -> list[tuple[dict, str]]:
+        """What why_not() looks at besides modules, by the dicts in which it stands."""
+        own, attention = vars(self), vars(self.self_attn)
+        names = ("_qkv_same_embed_dim", "add_zero_attn", "batch_first")
+        return [
+            *((own, name) for name in ("_sa_block", "_ff_block")),
+            *((attention, name) for name in names),
+            *((self.self_attn._parameters, name) for name in ("bias_k", "bias_v")),
+        ]
+
     def prepare(self) -> None:
         pass
 
@@ -148,18 +159,15 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: torch.Tensor | None = None,
         is_causal: bool | None = None,
     ) -> torch.Tensor:
-        layers = [_unwrapped(layer) for layer in self.layers]
-        if (
-            is_disabled()
-            or not is_converted(self)
-            or mask is not None  # torch makes no nested tensors then
-            or not layers
-            or not all(map(_is_converted_layer, layers))
-        ):
+        facts = None
+        if not is_disabled() and is_converted(self):
+            facts = self.facts()
+        if facts is None or facts.untold is not None or mask is not None:
+            # With a mask torch makes no nested tensors.
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         entered = None
-        if not is_causal and _apart(self.layers, layers) is None:
-            batch_first = layers[0].self_attn.batch_first
+        if not is_causal and facts.unfused is facts.rows_seen is None:
+            batch_first = facts.layers[0].self_attn.batch_first
             settings = self.__dict__[ATTRIBUTE]
             entered = enter(
                 *(src, src_key_padding_mask, batch_first),
@@ -168,9 +176,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         if isinstance(entered, Entered):
             if not tracing.is_compiling():
                 self.__dict__[KEPT] = entered.batch.kept
-            output, batch = entered.x, entered.batch
-            if self.training:
-                batch = with_seed(batch, layers, output.device)
+            output = entered.x
+            batch = for_layers(entered.batch, facts, output.device)
             for layer in self.layers:
                 output = layer(output, bertfast_batch=batch)
             output = entered.leave(output)
@@ -187,11 +194,33 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     def why_padded(self) -> str | None:
         """Why padding is kept, whatever the call; None if it needn't."""
+        facts = self.facts()
+        kept = self.__dict__[ATTRIBUTE].keep_padding
+        return facts.untold or kept or facts.unfused or facts.rows_seen
+
+    def facts(self) -> Facts:
+        """What is known of its modules now."""
+        return facts_of(self, self._find, self._attributes)
+
+    def _find(self) -> Facts:
         layers = [_unwrapped(layer) for layer in self.layers]
+        if not layers:
+            return Facts("it has no layers")
         for layer in layers:
             if not _is_converted_layer(layer):
-                return f"one of its layers is a {type(layer).__name__} that is not converted"
-        return self.__dict__[ATTRIBUTE].keep_padding or _apart(self.layers, layers)
+                return Facts(f"one of its layers is a {type(layer).__name__} that is not converted")
+        unfused, rows_seen = None, None
+        for number, layer in enumerate(layers):
+            if (reason := layer.why_not()) is not None:
+                unfused = f"layer {number} runs its original code: {reason}"
+                break
+            if rows_seen is None:
+                rows_seen = _why_rows_are_seen(number, self.layers[number], layer, layers[0])
+        return Facts(None, unfused, rows_seen, **layer_facts(layers))
+
+    def _attributes(self) -> list[tuple[dict, str]]:
+        layers = map(_unwrapped, self.layers)
+        return [attribute for layer in layers for attribute in layer.attributes()]
 
     def prepare(self) -> None:
         pass
@@ -206,21 +235,17 @@ def _unwrapped(layer: nn.Module) -> nn.Module:
     return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
-def _apart(called: Iterable[nn.Module], layers: list[nn.Module]) -> str | None:
+def _why_rows_are_seen(
+    number: int, called: nn.Module, layer: nn.Module, first: nn.Module
+) -> str | None:
     """Why each layer takes the batch and gives it back by itself: somebody sees what goes from one
     to the next, or they don't all take it in one form."""
-    for number, (module, layer) in enumerate(zip(called, layers, strict=True)):
-        reason = layer.why_not()
-        if reason is not None:
-            return f"layer {number} runs its original code: {reason}"
-        if layer.self_attn.batch_first != layers[0].self_attn.batch_first:
-            return f"layer {number} has another batch_first than layer 0"
-        reason = why_rows_are_seen(layer, (type(layer), nn.MultiheadAttention))
-        if reason is not None:
-            return f"in layer {number} {reason}"
-        if sees_layout(module):
-            return f"a hook on layer {number} sees its rows"
-    return None
+    if layer.self_attn.batch_first != first.self_attn.batch_first:
+        return f"layer {number} has another batch_first than layer 0"
+    reason = why_rows_are_seen(layer, (type(layer), nn.MultiheadAttention))
+    if reason is not None:
+        return f"in layer {number} {reason}"
+    return f"a hook on layer {number} sees its rows" if sees_layout(called) else None
 
 
 class Entered(NamedTuple):

@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from bertfast.nn import Encoder, EncoderLayer, attention_block, layer, mlp_block
+from bertfast.nn.eligibility import Facts, layer_facts
 from bertfast.packing.batch import Batch, pack
 from bertfast.testing.budget import UNIT_ROUNDOFF
 
@@ -414,7 +415,7 @@ def test_one_seed_serves_all_layers(backend, monkeypatch):
         one.register_forward_hook(lambda m, args, y: outputs.append((args[0], y)))
     encoder(x)
     assert len(drawn) == 1
-    batch = layer.with_seed(Batch(), list(encoder.layer), x.device)
+    batch = layer.for_layers(Batch(), encoder._find(), x.device)
     masks = [one(x.detach(), batch) for one in encoder.layer]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
     assert torch.equal(masks[0], encoder.layer[0](x.detach(), batch))  # by the seed alone
@@ -422,7 +423,8 @@ def test_one_seed_serves_all_layers(backend, monkeypatch):
 
 def test_a_layer_that_comes_twice_draws_anew(backend):
     one = make(backend, 0.5)
-    batch = layer.with_seed(Batch(), [one, one], torch.device(backend[1]))
+    facts = Facts(None, **layer_facts([one, one]))
+    batch = layer.for_layers(Batch(), facts, torch.device(backend[1]))
     assert batch.seed is None
     x = make_input(backend).detach()
     assert not torch.equal(one(x, batch), one(x, batch))

@@ -32,6 +32,9 @@ class Layer(layer.Layer):
     def self_attention(self) -> nn.Module:
         return self.attention.self
 
+    def attributes(self) -> list[tuple[dict, str]]:
+        return [(vars(self), "is_decoder"), (vars(self), "chunk_size_feed_forward")]
+
     def why_not(self) -> str | None:
         if self.is_decoder:
             return "it is a decoder's"

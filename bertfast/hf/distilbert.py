@@ -47,6 +47,9 @@ class Layer(layer.Layer):
     def self_attention(self) -> nn.Module:
         return self.attention
 
+    def attributes(self) -> list[tuple[dict, str]]:
+        return [(vars(self.ffn), "chunk_size_feed_forward")]
+
     def why_not(self) -> str | None:
         if self.ffn.chunk_size_feed_forward:
             return "chunk_size_feed_forward is set"

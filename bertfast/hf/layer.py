@@ -91,6 +91,10 @@ class Layer:
             return "its forward was replaced on the instance"
         return None
 
+    def attributes(self) -> list[tuple[dict, str]]:
+        """What why_not() looks at besides modules, by the dicts in which it stands."""
+        raise NotImplementedError
+
     def why_rows_are_seen(self) -> str | None:
         """Why tokens must not change places in this layer; None if they may."""
         return why_rows_are_seen(self, (type(self), *self._container_kinds))
@@ -106,8 +110,8 @@ def _forward(original: type):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         told = ARGUMENT in kwargs
         batch = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
-        # A packed batch comes only from a model that has asked every layer.
-        if type(batch) is Batch and not batch.packed:
+        # A packed batch comes only from a model that has asked every layer, as a clean one does.
+        if type(batch) is Batch and not batch.packed and not batch.clean:
             reason = self.why_not()
         else:
             reason = batch if isinstance(batch, str) else None

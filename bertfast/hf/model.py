@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from .. import tracing
+from ..nn.eligibility import Facts, facts_of, layer_facts
 from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
-from ..nn.layer import with_seed
+from ..nn.layer import for_layers
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..packing.batch import Batch, layout, packed_by_caller
@@ -76,16 +77,12 @@ class Model:
         settings = self.__dict__[ATTRIBUTE]
         if settings.keep_padding is not None:
             return settings.keep_padding
-        reason = self._why_untold()
+        facts = self.facts()
+        if facts.untold is not None:
+            return facts.untold
+        reason = facts.unfused or facts.rows_seen
         if reason is not None:
             return reason
-        for number, layer in enumerate(self.layers()):
-            reason = layer.why_not()
-            if reason is not None:
-                return f"layer {number} runs its original code: {reason}"
-            reason = layer.why_rows_are_seen()
-            if reason is not None:
-                return f"in layer {number} {reason}"
         if self.config.pad_token_id is None and not settings.always:
             return "without config.pad_token_id it can't be told from tokens that are read"
         return None
@@ -126,9 +123,9 @@ class Model:
         config = self.config
         if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
             return "the model is a decoder"
-        reason = self._why_untold()
-        if reason is not None:
-            return reason
+        facts = self.facts()
+        if facts.untold is not None:
+            return facts.untold
         if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
             return "attention weights were asked for"
         name = changes_layers({k: v for k, v in arguments.items() if k not in _HANDLED}, config)
@@ -149,10 +146,33 @@ class Model:
                 return "both attention_mask and cu_seq_lens_q were given"
             if x.shape[0] != 1:
                 return "cu_seq_lens_q was given for more than one row"
-            for layer in self.layers():
-                if layer.why_not() is not None:
-                    return f"cu_seq_lens_q was given, and of a layer {layer.why_not()}"
+            if facts.unfused is not None:
+                return f"cu_seq_lens_q was given, and {facts.unfused}"
         return None
+
+    def facts(self) -> Facts:
+        """What is known of its modules now."""
+        return facts_of(self, self._find, self._attributes)
+
+    def _find(self) -> Facts:
+        untold = self._why_untold()
+        if untold is not None:
+            return Facts(untold)
+        layers, unfused, rows_seen = self.layers(), None, None
+        for number, layer in enumerate(layers):
+            if (reason := layer.why_not()) is not None:
+                unfused = f"layer {number} runs its original code: {reason}"
+                break
+            if rows_seen is None and (reason := layer.why_rows_are_seen()) is not None:
+                rows_seen = f"in layer {number} {reason}"
+        return Facts(
+            **dict(untold=None, unfused=unfused, rows_seen=rows_seen),
+            embeddings_plain=self._embeddings_are_plain(),
+            **layer_facts(layers),
+        )
+
+    def _attributes(self) -> list[tuple[dict, str]]:
+        return [attribute for layer in self.layers() for attribute in layer.attributes()]
 
     def _why_untold(self) -> str | None:
         """Why some layer can't be told how the batch lies, or the encoder can't unpack it."""
@@ -178,7 +198,7 @@ class Model:
         Otherwise the encoder packs what comes out of them."""
         names = [n for n in ("input_ids", "token_type_ids", "position_ids") if n in arguments]
         given = {name: arguments[name] for name in names if arguments[name] is not None}
-        if "input_ids" not in given or not self._embeddings_are_plain():
+        if "input_ids" not in given or not self.facts().embeddings_plain:
             return
         if "position_ids" not in given:
             given["position_ids"] = self.position_ids(given["input_ids"])
@@ -226,8 +246,8 @@ def _model_forward(original: type):
             return original.forward(self, *args, **kwargs)  # which has an error for it
         arguments = dict(zip(names, args, strict=False), **kwargs)
         batch = self._decide(arguments)
-        if batch is not None and self.training:
-            batch = with_seed(batch, self.layers(), _tokens_of(arguments).device)
+        if batch is not None:
+            batch = for_layers(batch, self.facts(), _tokens_of(arguments).device)
         arguments[ARGUMENT] = batch
         if batch is not None:
             arguments["attention_mask"] = None  # the layers have it in the batch

@@ -9,8 +9,9 @@ from ..ops import dispatch
 from ..ops.bias_gelu import APPROXIMATE
 from ..packing.batch import Batch, layout
 from .bert import bert_parts
+from .eligibility import Facts, facts_of, layer_facts
 from .joined import JoinedWeights
-from .layer import Call, run_layer, with_seed
+from .layer import Call, for_layers, run_layer
 
 
 class _SelfAttention(nn.Module):
@@ -120,13 +121,16 @@ class Encoder(nn.Module):
             if mask.device.type != "cpu":  # one on a CPU saves the wait for what it holds
                 checks.check_place("mask", mask, x.device, "x")
         batch = layout(mask, self.packed, x.device, self.backend, not self.training)
-        if self.training:
-            batch = with_seed(batch, list(self.layer), x.device)
+        facts = facts_of(self, self._find, list)
+        batch = for_layers(batch, facts, x.device)
         if batch.packed:
             x = batch.pack(x)
         for layer in self.layer:
             x = layer(x, batch)
         return batch.unpack(x) if batch.packed else x
+
+    def _find(self) -> Facts:
+        return Facts(untold=None, **layer_facts(self.layer))
 
 
 def _check_tokens(x: torch.Tensor, width: int) -> None:

@@ -13,7 +13,6 @@ ops, which autograd composes (composed.py).
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -27,16 +26,17 @@ from ..packing.batch import Batch
 from . import attention_block, mlp_block
 from .attention_block import Given
 from .composed import Composed
+from .eligibility import Facts
 from .joined import same_form
 from .modules import Weights
 from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, read
 
-__all__ = ["Call", "Parts", "run_layer", "with_seed"]
+__all__ = ["Call", "Parts", "for_layers", "run_layer"]
 
 
 def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     """x is (rows, length, width), or packed (1, tokens, width)."""
-    composed = Composed(parts, read(parts), call)
+    composed = Composed(parts, read(parts, call.batch.clean), call)
     if parts.norm_first:
         return composed.pre_norm(x)
     given = _attention_node(composed, x)
@@ -142,20 +142,15 @@ def _products_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.
     return cast if dtype == torch.float32 else None
 
 
-def with_seed(batch: Batch, layers: Sequence[nn.Module], device: torch.device) -> Batch:
-    """The batch with one seed for the dropouts of all layers, each of which has its number there.
-    A layer that comes twice must draw anew each time, and so do all while something is traced."""
-    if tracing.is_compiling() or not any(map(_may_drop, layers)):
+def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
+    """The batch as a model hands it to its layers: with what is known of their modules, and with
+    one seed for the dropouts of all. A layer that comes twice must draw anew each time, and so do
+    all while something is traced."""
+    if tracing.is_compiling():
         return batch
-    numbers = {id(layer): number for number, layer in enumerate(layers)}
-    if len(numbers) < len(layers):
-        return batch
-    return dataclasses.replace(batch, seed=draw_seed(device), numbers=numbers)
+    seed = draw_seed(device) if facts.numbers and any(map(_drops, facts.dropouts)) else None
+    return dataclasses.replace(batch, seed=seed, numbers=facts.numbers, clean=facts.clean)
 
 
-def _may_drop(layer: nn.Module) -> bool:
-    return any(
-        module.training and getattr(module, "p", getattr(module, "dropout", 0.0))
-        for module in layer.modules()
-        if isinstance(module, (nn.Dropout, nn.MultiheadAttention))
-    )
+def _drops(module: nn.Module) -> bool:
+    return module.training and bool(module.p if hasattr(module, "p") else module.dropout)

@@ -27,9 +27,10 @@ class Weights(NamedTuple):
         return F.linear(x, self.weight, self.bias)
 
 
-def untouched(module: nn.Module, kind: type) -> bool:
-    """Whether the module is exactly of this class and nothing hangs on its call."""
-    return type(module) is kind and not is_hooked(module) and has_own_forward(kind)
+def untouched(module: nn.Module, kind: type, clean: bool = False) -> bool:
+    """True if the module is exactly of this class and nothing hangs on its call, or is known to
+    (`clean`)."""
+    return type(module) is kind and (clean or (not is_hooked(module) and has_own_forward(kind)))
 
 
 def has_own_forward(kind: type) -> bool:
@@ -54,44 +55,33 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def readable_linear(module: "nn.Module | Weights") -> bool:
-    if type(module) is Weights:
-        return True
-    return untouched(module, nn.Linear) and plain(module.weight)
-
-
 def plain(tensor: torch.Tensor) -> bool:
     """Whether a parameter is an ordinary tensor: not sharded, not packed, not a subclass."""
     return type(tensor) in _PARAMETERS
 
 
-def readable_norm(module: nn.Module) -> bool:
-    return (
-        untouched(module, nn.LayerNorm)
-        and plain(module.weight)
-        and len(module.normalized_shape) == 1
-    )
+def read_linear(linear: "nn.Module | Weights", clean: bool = False) -> "nn.Module | Weights":
+    if type(linear) is Weights or not untouched(linear, nn.Linear, clean):
+        return linear
+    parameters = linear._parameters  # as attributes of a Module take three times as long
+    weight = parameters.get("weight")
+    return Weights(weight, parameters["bias"]) if plain(weight) else linear
 
 
-def read_linear(linear: "nn.Module | Weights") -> "nn.Module | Weights":
-    if readable_linear(linear) and type(linear) is not Weights:
-        return Weights(linear.weight, linear.bias)
-    return linear
-
-
-def read_norm(norm: nn.Module) -> "nn.Module | Norm":
+def read_norm(norm: nn.Module, clean: bool = False) -> "nn.Module | Norm":
     """Its bias is zeros if it has none."""
-    if not readable_norm(norm):
+    if not untouched(norm, nn.LayerNorm, clean) or len(norm.normalized_shape) != 1:
         return norm
-    return Norm(
-        norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias, norm.eps
-    )
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    if not plain(weight):
+        return norm
+    return Norm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)
 
 
-def read_dropout(dropout: nn.Module | None) -> float | nn.Module:
+def read_dropout(dropout: nn.Module | None, clean: bool = False) -> float | nn.Module:
     """The share that is dropped now."""
     if dropout is None:
         return 0.0
-    if not untouched(dropout, nn.Dropout):
+    if not untouched(dropout, nn.Dropout, clean):
         return dropout
     return float(dropout.p) if dropout.training else 0.0

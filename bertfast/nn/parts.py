@@ -52,19 +52,23 @@ class Read(NamedTuple):
     down_norm: Norm | nn.Module
 
 
-def read(parts: Parts) -> Read:
-    """Decides, once a call, which modules are read and which are called."""
-    three = (parts.query, parts.key, parts.value)
+def read(parts: Parts, clean: bool) -> Read:
+    """Decides, once a call, which modules are read and which are called. clean: it is known that
+    nothing hangs on any of them, so that their classes alone decide."""
+    if parts.qkv is None:
+        qkv = tuple(read_linear(p, clean) for p in (parts.query, parts.key, parts.value))
+    else:
+        qkv = (parts.qkv,)
     return Read(
-        tuple(map(read_linear, three)) if parts.qkv is None else (parts.qkv,),
-        read_linear(parts.attention_output),
-        read_dropout(parts.attention_output_dropout),
-        read_norm(parts.attention_norm),
-        read_linear(parts.up),
-        read_dropout(parts.activation_dropout),
-        read_linear(parts.down),
-        read_dropout(parts.down_dropout),
-        read_norm(parts.down_norm),
+        qkv,
+        read_linear(parts.attention_output, clean),
+        read_dropout(parts.attention_output_dropout, clean),
+        read_norm(parts.attention_norm, clean),
+        read_linear(parts.up, clean),
+        read_dropout(parts.activation_dropout, clean),
+        read_linear(parts.down, clean),
+        read_dropout(parts.down_dropout, clean),
+        read_norm(parts.down_norm, clean),
     )
 
 

@@ -21,7 +21,7 @@ _CLASSES: tuple[type, ...] = (
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardswish),
     *(nn.Module, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential),
 )
-_COMMON = nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding
+COMMON = nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding
 # PEFT's methods. Not among them: poly and xlora, which route or scale each row by itself.
 _PEFT = (
     *("lora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "hra", "hira", "glora", "gralora"),
@@ -41,7 +41,7 @@ _known: dict[type, bool] = dict.fromkeys(_CLASSES, True)
 def why_rows_are_seen(module: nn.Module, own: Collection[type] = ()) -> str | None:
     """Why tokens must not change places around this module, in words that follow "in ..."; None if
     they may. own: further classes that act on each token alone, the module's and its parts'."""
-    for kind in _COMMON:
+    for kind in COMMON:
         if not has_own_forward(kind):
             return f"the forward of {kind.__name__}, which was replaced, may act on rows"
     left = [module]

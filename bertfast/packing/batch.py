@@ -37,6 +37,7 @@ class Batch:
     padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
     seed: torch.Tensor | None = None  # of the dropouts of all layers
     numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
+    clean: bool = False  # nothing hangs on any module of the layers: see nn/eligibility.py
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
 
     @property
