@@ -328,14 +328,14 @@ def test_verify_finds_a_fault(tmp_path, capsys, monkeypatch, fault):
 
     run = layer.run_layer
 
-    def wrong(parts, x, batch, *rest):
-        if fault == "mask" and batch.key_mask is not None:
-            batch = layer.Batch()
+    def wrong(parts, x, call):
+        if fault == "mask" and call.batch.key_mask is not None:
+            call = call._replace(batch=layer.Batch())
         if fault == "eps":
             x = x * (1 + 1e-4)
         if fault == "scale":
             parts = parts._replace(scale=parts.scale * 1.001)
-        return run(parts, x, batch, *rest)
+        return run(parts, x, call)
 
     tiny().save_pretrained(tmp_path)
     monkeypatch.setattr(layer, "run_layer", wrong)
