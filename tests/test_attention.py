@@ -376,4 +376,4 @@ def test_case_names_are_unique():
     for cases in (table.cases(), table.quick_cases()):
         assert len({str(case) for case in cases}) == len(cases)
     assert len(table.cases()) <= 120
-    assert "attention" in dispatch.AUTO_ORDER
+    assert "attention" in dispatch.ops()

@@ -59,7 +59,7 @@ def test_help_lists_the_commands(run, flag):
 
 def test_help_lists_the_values_of_options(run):
     for name, values in (
-        ("verify", "|".join(dispatch.AUTO_ORDER)),
+        ("verify", "|".join(dispatch.ops())),
         ("verify", "|".join(dispatch.BACKENDS)),
         ("kernels", "|".join(rows.aot_names())),
         ("bench", "|".join(MIXES)),
@@ -221,7 +221,7 @@ def test_env_tells_what_works_and_why_not():
 def test_env_says_each_reason_once(run, monkeypatch):
     facts = env_module.describe()
     reasons = {"torch": None, "triton": "no [interpreter]", "cuda": None}
-    backends = {"cpu": {op: dict(reasons) for op in dispatch.AUTO_ORDER}}
+    backends = {"cpu": {op: dict(reasons) for op in dispatch.ops()}}
     backends["cpu"]["attention"]["cuda"] = "no attention"
     monkeypatch.setattr(env_module, "describe", lambda: facts | {"backends": backends})
     code, out, _ = run("env")
@@ -291,11 +291,11 @@ def test_verify_prints_each_op_as_soon_as_it_is_done(monkeypatch, capsys):
 
     monkeypatch.setattr(verify_module, "_check_in_process", check)
     assert verify_module.verify() == 0
-    first, second = list(dispatch.AUTO_ORDER)[:2]
+    first, second = list(dispatch.ops())[:2]
     before = next(out for op, out in printed if op == second)
     assert f"{first}: error against float64" in before
     said = "".join(out for _, out in printed) + capsys.readouterr().out
-    for name in dispatch.AUTO_ORDER:
+    for name in dispatch.ops():
         assert said.count(f"{name}: error against") == 1
     # one reason once, for all ops
     assert said.count("half [of it]") == 1

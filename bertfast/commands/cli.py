@@ -86,9 +86,7 @@ def demo(
 
 @app.command()
 def verify(
-    op: Annotated[
-        Any, _choice("--op", dispatch.AUTO_ORDER, "Only this op; not with --model.")
-    ] = None,
+    op: Annotated[Any, _choice("--op", dispatch.ops(), "Only this op; not with --model.")] = None,
     backend: Annotated[Any, _choice("--backend", dispatch.BACKENDS, "Only this backend.")] = None,
     model: Annotated[
         str | None,

@@ -109,7 +109,7 @@ def verify(op: str | None = None, backend: str | None = None, as_json: bool = Fa
     """Prints a table for each op as soon as it is done; returns the exit code: 1 if any number is
     outside its budget."""
     out = console()
-    ops = [op] if op else list(dispatch.AUTO_ORDER)
+    ops = [op] if op else list(dispatch.ops())
     backends = [backend] if backend else list(dispatch.BACKENDS)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[Row] = []

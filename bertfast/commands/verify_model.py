@@ -114,7 +114,7 @@ def verify_model(
     """Prints the table; returns the exit code: 1 if any number is outside its budget."""
     lines = [] if texts is None else read_texts(texts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in dispatch.AUTO_ORDER if backend else ():
+    for op in dispatch.ops() if backend else ():
         if reason := dispatch.unsupported_reason(op, backend, device, torch.float32):
             raise UserError(f"--backend {backend} can't run a float32 model's {op} here: {reason}")
     with Progress(0) as progress:

@@ -61,7 +61,10 @@ def _attention_node(layer: Composed, x: torch.Tensor) -> Given | None:
     if dtype is None:
         return None
     device, batch, width = x.device.type, call.batch, x.shape[-1]
-    size = limits.unusual(*batch.size(x), parts.heads, batch.key_mask is not None)
+    rows, length = x.shape[:2]
+    if batch.packed:
+        length = limits.packed_length(length, batch.cu_seqlens.shape[0] - 1)
+    size = limits.unusual(rows, parts.heads, length, batch.key_mask is not None)
     case = (device, dtype, p.out.shape[1] // parts.heads, size)
     attention = dispatch.choose("attention_qkv", call.backend, *case)
     norms = dispatch.choose("layer_norm", call.backend, device, dtype, width)

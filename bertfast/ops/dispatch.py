@@ -7,6 +7,8 @@ Each fast backend of an op is a module `bertfast.ops.<op>.<backend>` with `forwa
 
 import functools
 import importlib
+import importlib.util
+import pkgutil
 
 import torch
 
@@ -14,28 +16,34 @@ from .. import checks
 
 BACKENDS = ("torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Op -> device type -> backends in the order in which "auto" tries them. A device that is not named
-# runs torch. Order on "cuda": not measured yet; the compiled kernels have the lower call cost.
-AUTO_ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "layer_norm": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-    "bias_gelu": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-    "attention": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-    "attention_qkv": {"cuda": ("cuda", "triton", "torch"), "cpu": ("torch",)},
-}
-# Ops that share another's folder, and so its backends.
-_FOLDERS = {"attention_qkv": "attention"}
+# The order in which "auto" tries the backends on a kind of device; on others it is torch. Not
+# measured yet; the compiled kernels have the lower call cost.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch")}
 
 _modules: dict[tuple[str, str], object] = {}
 _chosen: dict[tuple, str] = {}
+
+
+@functools.cache
+def ops() -> dict[str, str]:
+    """Each op that has kernels, by its name, and the folder in which they are: `bertfast.ops.*`
+    with a reference, whose `__all__` names what it serves."""
+    package = importlib.import_module(__package__)
+    found = {}
+    for folder in pkgutil.iter_modules(package.__path__):
+        name = f"{__package__}.{folder.name}"
+        if folder.ispkg and importlib.util.find_spec(f"{name}.reference"):
+            served = importlib.import_module(name).__all__
+            found.update(dict.fromkeys(served, folder.name))
+    return found
 
 
 def backend_module(op: str, backend: str):
     """The backend's module, or the text of what its import failed with."""
     key = (op, backend)
     if key not in _modules:
-        name = f"bertfast.ops.{_FOLDERS.get(op, op)}.{backend}"
+        name = f"{__package__}.{ops()[op]}.{backend}"
         try:
             _modules[key] = importlib.import_module(name)
         except ImportError as error:
@@ -73,7 +81,7 @@ choose._dynamo_marked_constant = True
 def _choose(op: str, backend: str, device_type: str, *case) -> str:
     checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
-        order = AUTO_ORDER[op].get(device_type, ("torch",))
+        order = AUTO_ORDER.get(device_type, ("torch",))
         served = (b for b in order if unsupported_reason(op, b, device_type, *case) is None)
         return next(served, "torch")
     reason = unsupported_reason(op, backend, device_type, *case)
@@ -87,7 +95,7 @@ def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     device_type = checks.check_device("device", device).type
     return {
         op: {backend: unsupported_reason(op, backend, device_type) for backend in BACKENDS}
-        for op in AUTO_ORDER
+        for op in ops()
     }
 
 

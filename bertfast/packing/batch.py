@@ -57,12 +57,6 @@ class Batch:
             self.key_mask, self.cu_seqlens, self.max_seqlen, self.plan, self.max_seqlen or 0
         )
 
-    def size(self, x: torch.Tensor) -> tuple[int, int]:
-        """How many sequences there are, and the length of the longest or more."""
-        if self.packed:
-            return self.cu_seqlens.shape[0] - 1, min(self.max_seqlen, x.shape[1])
-        return x.shape[0], x.shape[1]
-
     def check(self, x: torch.Tensor) -> None:
         """That it can be the batch of x, (rows, length, width) or packed (1, tokens, width)."""
         if self.packed:

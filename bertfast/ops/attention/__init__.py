@@ -14,6 +14,8 @@ from .. import dispatch, dropout
 from ..registration import any_requires_grad, distinct
 from . import check, limits, reference, registered
 
+__all__ = ["attention", "attention_qkv"]
+
 
 def attention(
     q: torch.Tensor,

@@ -165,4 +165,4 @@ def config(
     for line in _TABLE[pass_, kind]:
         if line.serves(*case):
             return line.config
-    raise ValueError(limits.unsupported_reason(head_dim, None, None))
+    raise ValueError(limits.unsupported_reason("triton", None, head_dim, None))

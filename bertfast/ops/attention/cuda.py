@@ -14,11 +14,14 @@ from .run import AnyHeads, Heads, Saved
 _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
 
-def unsupported_reason(device_type, dtype=None, head_dim=None, size=None) -> str | None:
+def unsupported_reason(
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    size: limits.Size | None = None,
+) -> str | None:
     reason = native.unsupported_reason(device_type)
-    if reason is None and dtype not in (None, torch.float16, torch.bfloat16):
-        reason = f"its tensor-core kernels take float16 and bfloat16, got {dtype}"
-    return reason or limits.unsupported_reason(head_dim, size, limits.MAX_MASKED_LENGTH)
+    return reason or limits.unsupported_reason("cuda", dtype, head_dim, size)
 
 
 def forward(

@@ -1,5 +1,16 @@
 """What attention's kernels can be asked for. No length is too long for their table of splits."""
 
+import torch
+
+# In CUDA C++ tensor cores would round float32 to TF32.
+DTYPES = {
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+_WRONG_DTYPE = {
+    "triton": "q must be float32, float16 or bfloat16, got {}",
+    "cuda": "its tensor-core kernels take float16 and bfloat16, got {}",
+}
 MAX_HEAD_DIM = 128
 # A kernel has a program for each head of each tile, a tile has 16 positions or more, and CUDA
 # starts 2**31 - 1 programs at most.
@@ -26,16 +37,17 @@ def packed_length(tokens: int, sequences: int) -> int:
 
 
 def unsupported_reason(
-    head_dim: int | None, size: Size | None, masked_length: int | None
+    backend: str, dtype: torch.dtype | None, head_dim: int | None, size: Size | None
 ) -> str | None:
-    """masked_length: the longest row with a key_mask that the backend takes, if there is one."""
+    if dtype is not None and dtype not in DTYPES[backend]:
+        return _WRONG_DTYPE[backend].format(dtype)
     if head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"the head dimension must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
     if size is None:
         return None
     sequences, heads, length, masked = size
-    if masked and masked_length is not None and length > masked_length:
-        return f"a row with a key_mask must have at most {masked_length} tokens, got {length}"
+    if backend == "cuda" and masked and length > MAX_MASKED_LENGTH:
+        return f"a row with a key_mask must have at most {MAX_MASKED_LENGTH} tokens, got {length}"
     if sequences * heads * (length + 128) > MAX_POSITIONS:
         return (
             f"sequences * heads * (longest sequence + 128) must be at most {MAX_POSITIONS}, "

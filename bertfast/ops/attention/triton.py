@@ -17,11 +17,14 @@ from .triton_bwd_dq import attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
 
 
-def unsupported_reason(device_type, dtype=None, head_dim=None, size=None) -> str | None:
+def unsupported_reason(
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    size: limits.Size | None = None,
+) -> str | None:
     reason = triton_lib.unsupported_reason(device_type)
-    if reason is None and dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        reason = f"q must be float32, float16 or bfloat16, got {dtype}"
-    return reason or limits.unsupported_reason(head_dim, size, None)
+    return reason or limits.unsupported_reason("triton", dtype, head_dim, size)
 
 
 class _Batch:

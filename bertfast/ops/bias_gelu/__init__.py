@@ -10,6 +10,8 @@ from .. import dispatch
 from ..registration import any_requires_grad, distinct
 from . import reference, registered
 
+__all__ = ["bias_gelu"]
+
 APPROXIMATE = ("none", "tanh")
 
 

@@ -2,14 +2,12 @@
 
 import torch
 
-from .. import dispatch, native
+from .. import native
+from . import limits
 
 
-def unsupported_reason(device_type, dtype=None) -> str | None:
-    reason = native.unsupported_reason(device_type)
-    if reason is None and dtype is not None and dtype not in dispatch.DTYPES:
-        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
-    return reason
+def unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype)
 
 
 def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from .. import triton_lib
 from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
 from ..triton_lib import reciprocal, round_to, to_float
-from . import coefficients
+from . import coefficients, limits
 
 _LIMIT = tl.constexpr(coefficients.LIMIT)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -226,11 +226,8 @@ def backward_config(width: int, itemsize: int, rows: int) -> Config:
     return Config(tile_rows, block, group, steps=16 if programs >= 512 else 4)
 
 
-def unsupported_reason(device_type, dtype=None) -> str | None:
-    reason = triton_lib.unsupported_reason(device_type)
-    if reason is None and dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        reason = f"x must be float32, float16 or bfloat16, got {dtype}"
-    return reason
+def unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype)
 
 
 def _shape(x, bias, *others) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from ..registration import any_requires_grad, distinct
 from . import reference, registered
 from .run import Norm
 
+__all__ = ["layer_norm"]
+
 
 def layer_norm(
     x: torch.Tensor,
