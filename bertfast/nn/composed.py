@@ -50,12 +50,12 @@ class Composed:
         """attention of the products of x, (rows, length, width)."""
         parts, call, linears = self.parts, self.call, self.now.qkv
         packed = call.batch.packed
-        dropout = self.dropouts.of(x, parts.attention_dropout, ATTENTION)
+        seed, site = self._seed(x, parts.attention_dropout, ATTENTION)
         options = dict(
             **call.batch.layout(),
             dropout_p=parts.attention_dropout,
-            seed=dropout.seed,
-            site=dropout.site,
+            seed=seed,
+            site=site,
             scale=parts.scale,
             backend=call.backend,
         )
@@ -71,6 +71,15 @@ class Composed:
             context = ops.attention(*(part[0] if packed else part for part in three), **options)
         context = context.flatten(-2)
         return context[None] if packed else context
+
+    def _seed(self, x: torch.Tensor, p: float, place: int) -> tuple[torch.Tensor | None, int]:
+        """Seed and site of a dropout; no seed where its mask may be the one that torch draws."""
+        call = self.call
+        full = call.batch.key_mask is None and not call.batch.packed
+        if full and call.backend == "auto" and x.device.type == "cpu":
+            return None, 0
+        dropout = self.dropouts.of(x, p, place)
+        return dropout.seed, dropout.site
 
     def _one_product(self, x: torch.Tensor) -> bool:
         """True where one product is best for q, k and v: where kernels may read it in place."""
@@ -104,13 +113,13 @@ class Composed:
         if type(norm) is not Norm or type(drop) is not float:
             y = _dropped(self.linear(linear, x), drop) + residual
             return self.norm(norm, y)
-        dropout = self.dropouts.of(x, drop, place)
+        seed, site = self._seed(x, drop, place)
         options = dict(
             residual=residual,
             eps=norm.eps,
             dropout_p=drop,
-            seed=dropout.seed,
-            site=dropout.site,
+            seed=seed,
+            site=site,
             row_index=call.batch.index if drop else None,
             backend=call.backend,
         )

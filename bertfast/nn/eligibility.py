@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import tracing
 from .hooks import has_global_hooks
+from .modules import has_own_forward
 from .per_token import COMMON
 
 WATCH = "_bertfast_watch"  # where a model keeps its own
@@ -93,6 +94,7 @@ class Watch:
         self._attributes = list(attributes)
         self._values = self._read_attributes()
         classes = {base for kind in (*self._kinds, *COMMON) for base in kind.__mro__}
+        self._own = all(map(has_own_forward, COMMON))
         self._forwards = [
             (base, vars(base)["forward"]) for base in classes if "forward" in vars(base)
         ]
@@ -110,6 +112,7 @@ class Watch:
     def holds(self) -> bool:
         return (
             self.facts is not None
+            and self._own
             and not any(self._empty)
             and not any(map(dict.__contains__, self._dicts, repeat("forward")))
             and list(map(type, self._modules)) == self._kinds

@@ -49,7 +49,7 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 class Dropout(NamedTuple):
     """The dropout of one call, as it travels to the kernels."""
 
-    seed: torch.Tensor | None  # one int64 element; None: nothing is dropped
+    seed: torch.Tensor | None  # one int64 element; None: nothing is dropped, or torch draws
     threshold: int  # the least 16-bit draw that is kept; 0: nothing is dropped
     scale: float  # of what is kept
     site: int
@@ -71,6 +71,26 @@ def dropout_of(
     if not least:
         return NO_DROPOUT
     return restored(draw_seed(device) if seed is None else seed, least, site, rows)
+
+
+def may_be_torchs(
+    requested: str, chosen: str, device: torch.device, p: float, *layout: torch.Tensor | None
+) -> bool:
+    """True where no other backend or layout has to draw the same mask: it may then be torch's own,
+    which is faster on a CPU. layout: a seed and whatever says where a batch's rows lie."""
+    return (
+        p < 1.0
+        and device.type == "cpu"
+        and chosen == "torch"
+        and requested == "auto"
+        and all(part is None for part in layout)
+    )
+
+
+def torchs(p: float) -> Dropout:
+    """A dropout whose mask torch draws. Only the references take it."""
+    least = threshold(p)
+    return Dropout(None, least, keep_scale(least), 0, None) if least else NO_DROPOUT
 
 
 def restored(

@@ -57,11 +57,15 @@ def attention(
     check.check_layout("q", q, q.shape[:-2], key_mask, cu_seqlens, max_seqlen, plan)
     scale = _check_scalars("q", q, dropout_p, seed, site, scale)
     layout = (key_mask, cu_seqlens, max_seqlen)
+    requested = backend
     backend = _choose("attention", backend, q, cast or q.dtype, *layout)
 
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
-    drop = dropout.dropout_of(dropout_p, seed, site, q.device)
+    if dropout.may_be_torchs(requested, backend, q.device, dropout_p, seed, key_mask, cu_seqlens):
+        drop = dropout.torchs(dropout_p)
+    else:
+        drop = dropout.dropout_of(dropout_p, seed, site, q.device)
     if backend == "torch" or tracing.only_reference():
         sequences = packing.sequences_of(*layout, plan, q.shape[0])
         return reference.forward(q, k, v, sequences, scale, drop)
@@ -98,11 +102,15 @@ def attention_qkv(
     scale = _check_scalars("qkv", qkv, dropout_p, seed, site, scale)
     cast = tracing.autocast(qkv)
     layout = (key_mask, cu_seqlens, max_seqlen)
+    requested = backend
     backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout)
 
     if cast is not None:
         qkv = qkv.to(cast)
-    drop = dropout.dropout_of(dropout_p, seed, site, qkv.device)
+    if dropout.may_be_torchs(requested, backend, qkv.device, dropout_p, seed, key_mask, cu_seqlens):
+        drop = dropout.torchs(dropout_p)
+    else:
+        drop = dropout.dropout_of(dropout_p, seed, site, qkv.device)
     if backend == "torch" or tracing.only_reference():
         sequences = packing.sequences_of(*layout, plan, qkv.shape[0])
         return reference.forward(*qkv.unbind(-3), sequences, scale, drop)

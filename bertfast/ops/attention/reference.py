@@ -63,14 +63,17 @@ def _padded(
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         mask = (key_mask | ~any_key)[:, None, None, :]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if drop.threshold == 0 and not tracing.only_reference():
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if drop.seed is None and not tracing.only_reference():  # without dropout, or torch draws
+        p = drop.threshold / 65536
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=scale)
         return out.transpose(1, 2)
     scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     probabilities = scores.softmax(-1)
-    if drop.threshold:
+    if drop.threshold and drop.seed is None:
+        probabilities = F.dropout(probabilities, drop.threshold / 65536)
+    elif drop.threshold:
         # The mask counts from a sequence's first token, wherever that lies in the padded row.
         start = None if key_mask is None else key_mask.int().argmax(1)
         keep = dropout.attention_keep_mask(

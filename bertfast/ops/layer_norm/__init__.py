@@ -66,6 +66,7 @@ def layer_norm(
     if row_index is not None:
         checks.check_row_index(row_index, math.prod(shape[:-1]), device)
     width = operator.index(row[0])  # under torch.compile(dynamic=True) too, the width is a constant
+    requested = backend
     backend = dispatch.choose("layer_norm", backend, device.type, dtype, width)
 
     out_dtype = None
@@ -74,7 +75,10 @@ def layer_norm(
         weight, bias = weight.float(), bias.float()
         x_bias = None if x_bias is None else x_bias.float()
         residual = None if residual is None else residual.float()
-    drop = dropout.dropout_of(dropout_p, seed, site, device, row_index)
+    if dropout.may_be_torchs(requested, backend, device, dropout_p, seed, row_index):
+        drop = dropout.torchs(dropout_p)
+    else:
+        drop = dropout.dropout_of(dropout_p, seed, site, device, row_index)
     if backend == "torch" or tracing.only_reference():
         y = reference.forward(x, Norm(weight, bias, eps), x_bias, residual, drop)
     else:

@@ -27,7 +27,13 @@ def linear(
     training: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x weight^T + bias, over the last dimension; weight is (outputs, inputs)."""
+    """x weight^T + bias, over the last dimension.
+
+    x has any leading shape, weight is (outputs, inputs), bias has one number an output. All have
+    one dtype, but under autocast. training: the flag of the module that asks; in training a CPU's
+    products are torch's own, else oneDNN's where they are faster. backend: as in the ops that
+    follow products; the product itself is torch's.
+    """
     _check(x, weight, bias)
     if backend == "auto" and onednn.serves(x, training):
         return onednn.linear(x, weight, bias)
@@ -43,7 +49,10 @@ def linear_gelu(
     training: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """gelu(x weight^T + bias), as in `bias_gelu`."""
+    """gelu(x weight^T + bias). The product of x, weight and bias is as in `linear`, training too.
+
+    approximate and backend are as in `bias_gelu`, whose kernel adds the bias where it runs.
+    """
     _check(x, weight, bias)
     dtype = tracing.autocast(x) or x.dtype
     chosen = dispatch.choose("bias_gelu", backend, x.device.type, dtype)
@@ -74,8 +83,12 @@ def linear_norm(
     training: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """LayerNorm(dropout(x weight^T + bias) + residual) * norm_weight + norm_bias, as in
-    `layer_norm`, whose rows have weight's outputs."""
+    """LayerNorm(dropout(x weight^T + bias) + residual) * norm_weight + norm_bias.
+
+    The product of x, weight and bias is as in `linear`, training too. Its rows are those of
+    `layer_norm`, to which norm_weight and norm_bias, residual, eps, dropout_p, seed, site,
+    row_index and backend belong, and whose kernel adds the bias where it runs.
+    """
     _check(x, weight, bias)
     norm = dict(eps=eps, dropout_p=dropout_p, seed=seed, site=site, row_index=row_index)
     dtype = tracing.autocast(x) or x.dtype
