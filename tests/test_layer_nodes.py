@@ -8,17 +8,25 @@ import threading
 
 import pytest
 import torch
+from support.layers import (
+    HEADS,
+    INNER,
+    LENGTH,
+    ROWS,
+    WIDTH,
+    gradients,
+    make,
+    make_batch,
+    make_input,
+)
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from bertfast.nn import Encoder, EncoderLayer, attention_block, layer, mlp_block
+from bertfast.nn import Encoder, attention_block, layer, mlp_block
 from bertfast.nn.eligibility import Facts, layer_facts
-from bertfast.packing.batch import Batch, pack
+from bertfast.packing.batch import Batch
 from bertfast.testing.budget import UNIT_ROUNDOFF
-
-WIDTH, HEADS, INNER, ROWS, LENGTH = 32, 2, 64, 3, 10
-LENGTHS = (10, 4, 7)
 
 
 @pytest.fixture
@@ -27,39 +35,6 @@ def backend(target, need):
     for op in ("attention", "layer_norm", "bias_gelu"):
         need(op, target)
     return target
-
-
-def make(backend, dropout=0.0, dtype=torch.bfloat16, **options) -> EncoderLayer:
-    torch.manual_seed(1)
-    made = EncoderLayer(
-        *(WIDTH, HEADS, INNER),
-        **dict(dropout=dropout, attention_dropout=dropout, backend=backend[0], **options),
-    )
-    for parameter in made.parameters():  # biases and norms that matter
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return made.to(backend[1], dtype)
-
-
-def make_batch(backend, kind="padded"):
-    mask = (torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]).to(backend[1])
-    if kind == "packed":
-        return pack(mask, mask.device, backend[0])
-    return Batch(key_mask=mask) if kind == "masked" else Batch()
-
-
-def make_input(backend, batch=None, dtype=torch.bfloat16):
-    torch.manual_seed(2)
-    x = torch.randn(ROWS, LENGTH, WIDTH, device=backend[1]).to(dtype)
-    return (batch.pack(x) if batch is not None and batch.packed else x).requires_grad_()
-
-
-def gradients(module, x, batch=None, seed=3):
-    """The output, and the gradient of each leaf that wants one."""
-    torch.manual_seed(seed)
-    y = module(x, batch)
-    leaves = [leaf for leaf in (x, *module.parameters()) if leaf.requires_grad]
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
 @pytest.fixture
@@ -347,52 +322,6 @@ def test_threads(backend):
     assert not errors
     for mine in found:
         assert all(torch.equal(a, b) for a, b in zip(mine, expected[1:], strict=True))
-
-
-def saved_units(module, x, batch=None):
-    """Bytes that the graph keeps, besides parameters, in units of x's size."""
-    module(x, batch)  # q, k and v find their place
-    kept = {}
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x, batch)
-    assert y.requires_grad
-    return sum(kept.values()) / x.nbytes
-
-
-@pytest.mark.parametrize("recompute, units", [(False, 15), (True, 11)])
-def test_what_is_saved(backend, recompute, units):
-    """In tokens x width x element: x 1, qkv 3, context 1, z 1, u 4, h 4 unless it is made again, z
-    1; and of each token some float32 statistics, which are small."""
-    module = EncoderLayer(128, 2, 512, dropout=0.0, attention_dropout=0.0, backend=backend[0])
-    module = module.to(backend[1], torch.bfloat16)
-    module.recompute = recompute
-    x = torch.randn(1, 48, 128, device=backend[1]).to(torch.bfloat16).requires_grad_()
-    statistics = 48 * 4 * (2 + 2 + 2) / x.nbytes  # lse of two heads, two means, two rstds
-    assert saved_units(module, x) == pytest.approx(units + statistics, abs=0.01)
-
-
-def test_concatenated_weights_are_never_saved(backend, monkeypatch):
-    """Where q, k and v may not be moved (sharding) they are joined for a product, and again in the
-    backward."""
-    from bertfast.nn.joined import JoinedWeights
-
-    module, x = make(backend), make_input(backend)
-    expected, units = gradients(module, x), saved_units(module, x)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
-    monkeypatch.setattr(JoinedWeights, "_may_move", lambda *_: False)
-    module._joined = JoinedWeights()
-    assert saved_units(module, x) == units
-    for a, b in zip(gradients(module, x), expected, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_one_seed_serves_all_layers(backend, monkeypatch):

@@ -76,6 +76,8 @@ def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
     # 2. down, and what follows it
     down = products.rounded(p.down, call.cast)
     d = products.product(h, down, None).view(x.shape)
+    if call.recompute:
+        h = None
     norm = Norm(p.norm, p.norm_bias, call.eps)
     outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save)
     return (outs, rows, u, h, up, up_bias, down) if save else (outs,)
@@ -88,7 +90,7 @@ class _MlpBlock(torch.autograd.Function):
         outs, rows, u, h, *weights = _forward(call, x, p, save=True)
         ctx.save_for_backward(
             *(None if made_of else (x if call.cast is None else rows), u),
-            *(None if call.recompute else h, *weights),
+            *(h, *weights),
             *(outs.z, outs.mean, outs.rstd, norm, norm_bias, *made_of),
         )
         ctx.call, ctx.shape = call, x.shape

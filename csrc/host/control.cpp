@@ -29,12 +29,17 @@ void set_dry_launch(bool on) {
   dry_launch = on;
 }
 
+int64_t launch_count() {
+  return launches;
+}
+
 std::vector<BankConflicts> bank_conflicts() {
   return banks::records();
 }
 
 void reset_records() {
   banks::reset();
+  launches = 0;
 }
 
 }  // namespace host

@@ -19,7 +19,8 @@ void set_perturb(bool on, uint64_t seed);
 // Whether launches only check their arguments, which leaves the cost of a call.
 void set_dry_launch(bool on);
 
-// The bank conflicts of every launch since the last reset.
+// The number of kernels launched, and their bank conflicts, since the last reset.
+int64_t launch_count();
 std::vector<BankConflicts> bank_conflicts();
 void reset_records();
 

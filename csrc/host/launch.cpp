@@ -23,6 +23,7 @@ namespace bertfast {
 namespace host {
 
 bool dry_launch = false;
+std::atomic<int64_t> launches{0};
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes) {
   if (shared_bytes < 0 || shared_bytes > shared_memory::kMaxBytes) return cudaErrorInvalidValue;

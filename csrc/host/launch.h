@@ -1,6 +1,8 @@
 // Running a grid, with the limits of the hardware.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <type_traits>
 
 #include "host/vector_types.h"
@@ -20,6 +22,7 @@ using Stream = void*;
 namespace host {
 
 extern bool dry_launch;
+extern std::atomic<int64_t> launches;  // since the last reset, dry ones too
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes);
 void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*),
@@ -54,7 +57,9 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_byt
                 "a kernel's parameters are copied as bytes, into 4 KB of constant memory");
   (void)stream;
   cudaError_t error = host::check_launch(grid, block, shared_bytes);
-  if (error != cudaSuccess || host::dry_launch) return error;
+  if (error != cudaSuccess) return error;
+  ++host::launches;
+  if (host::dry_launch) return error;
   host::Call<Params> call{kernel, params};
   host::run_grid(grid, block, shared_bytes, &host::Call<Params>::run, &call);
   return cudaSuccess;
