@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.layers import gradients, make, make_input
 
-from bertfast.nn import EncoderLayer
+from bertfast.nn import Encoder, EncoderLayer
 
 
 @pytest.fixture
@@ -124,6 +124,30 @@ def kernels(function, host):
     events = [e for e in profile.function_events if e.name.removeprefix("aten::") in TORCHS]
     names = [e.name for e in events if not any(_inside(e, other) for other in events)]
     return host.launch_count() + len(names), names
+
+
+@pytest.mark.host
+def test_casts_under_autocast(host_runtime):
+    """One of each weight that a product has, one of each bias that is added to 16 bits, and one of
+    the first layer's input: the next layers read what LayerNorm wrote for them."""
+    host_runtime.set_dry_launch(True)
+    torch.manual_seed(0)
+    encoder = Encoder(3, WIDTH, 1, 4 * WIDTH, dropout=0.0, attention_dropout=0.0, backend="cuda")
+    x = torch.randn(4, 16, WIDTH, requires_grad=True)
+    dy = torch.randn(4, 16, WIDTH)
+
+    def forward():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return encoder(x)
+
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            y = forward()  # q, k and v find their place
+            names = kernels(forward, host_runtime)[1]
+        assert names.count("aten::copy_") == 1 + 3 * (4 + 2)
+    # In the backward: each of those parameters' gradients, and x's.
+    _, names = kernels(lambda: torch.autograd.grad(y, [x, *encoder.parameters()], dy), host_runtime)
+    assert names.count("aten::copy_") <= 3 * (4 + 2)
 
 
 def _inside(event, other):

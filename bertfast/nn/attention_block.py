@@ -58,21 +58,26 @@ class Given(NamedTuple):
     """The block's output, and what the next block takes in its stead for its backward."""
 
     y: torch.Tensor
+    copy: torch.Tensor | None = None  # y as products read it under autocast
     z: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     rstd: torch.Tensor | None = None
 
 
-def attention_block(call: Call, x: torch.Tensor, p: Parameters) -> Given:
-    """x is (rows, length, width), or packed (1, tokens, width)."""
+def attention_block(call: Call, given: Given, p: Parameters) -> Given:
+    """given: x, (rows, length, width) or packed (1, tokens, width), and perhaps its copy."""
+    x, copy = given.y, given.copy
     if any_requires_grad(x, *p[:4], *p.qkv, *p.qkv_biases):
-        return Given(*_apply(call, len(p.qkv), x, *p[:4], *p.qkv, *p.qkv_biases))
-    return Given(_forward(call, x, p, save=False)[0].y)
+        return Given(*_apply(call, len(p.qkv), copy, x, *p[:4], *p.qkv, *p.qkv_biases))
+    outs = _forward(call, x, copy, p, save=False)[0]
+    return Given(outs.y, outs.copy)
 
 
-def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
+def _forward(
+    call: Call, x: torch.Tensor, copy: torch.Tensor | None, p: Parameters, save: bool
+) -> tuple:
     # 1. q, k and v of each token, in one tensor
-    rows = products.rounded(x.reshape(-1, x.shape[-1]), call.cast)
+    rows = products.rows(x, copy, call.cast)
     weight, bias = call.joined.of(p.qkv, p.qkv_biases)
     weight, bias = products.rounded(weight, call.cast), products.rounded(bias, call.cast)
     qkv = products.product(rows, weight, bias)
@@ -88,27 +93,28 @@ def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
     out = products.rounded(p.out, call.cast)
     a = products.product(context.view(-1, out.shape[1]), out, None).view(x.shape)
     norm = Norm(p.norm, p.norm_bias, call.eps)
-    outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, save)
-    kept = weight if call.cast is not None else None  # rounded, it is used again
-    return outs, rows, qkv, context, lse, out, kept
+    cast = call.cast is not None
+    outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, save, cast)
+    return outs, rows, qkv, context, lse, out, weight if cast else None
 
 
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, count, x, out, out_bias, norm, norm_bias, *qkv):
+    def forward(ctx, call, count, copy, x, out, out_bias, norm, norm_bias, *qkv):
         p = Parameters(out, out_bias, norm, norm_bias, qkv[:count], qkv[count:])
-        outs, rows, *saved = _forward(call, x, p, save=True)
+        outs, rows, *saved = _forward(call, x, copy, p, save=True)
         # The parameters are saved too: torch then notices one that changed before the backward,
         # which it can't by the joined weights, as each of all these counts its own changes.
         kept = x if call.cast is None else rows
         ctx.save_for_backward(kept, outs.z, outs.mean, outs.rstd, norm, norm_bias, *saved, *qkv)
         ctx.call, ctx.count = call, count
         ctx.shape, ctx.dtype = x.shape, out.dtype
-        ctx.mark_non_differentiable(outs.z, outs.mean)
+        aside = (outs.z, outs.mean) if outs.copy is None else (outs.z, outs.mean, outs.copy)
+        ctx.mark_non_differentiable(*aside)
         ctx.set_materialize_grads(False)
         # rstd is an output for what it is saved as, here and in the next block: by it a second
         # derivative finds what z was made of.
-        return outs.y, outs.z, outs.mean, outs.rstd
+        return outs.y, outs.copy, outs.z, outs.mean, outs.rstd
 
     @staticmethod
     @derivatives.first_only
@@ -124,9 +130,9 @@ class _AttentionBlock(torch.autograd.Function):
         x, z, mean, rstd, norm, _, qkv, context, lse, out, rounded, *parameters = saved
         ctx.maybe_clear_saved_tensors()
         saved.clear()
-        _, _, need_x, need_out, need_out_bias, need_norm, need_norm_bias = ctx.needs_input_grad[:7]
-        need_weights = any(ctx.needs_input_grad[7 : 7 + count])
-        need_biases = any(ctx.needs_input_grad[7 + count :])
+        need_x, need_out, need_out_bias, need_norm, need_norm_bias = ctx.needs_input_grad[3:8]
+        need_weights = any(ctx.needs_input_grad[8 : 8 + count])
+        need_biases = any(ctx.needs_input_grad[8 + count :])
         below = need_x or need_weights or need_biases
         width, outputs = ctx.shape[-1], math.prod(qkv.shape[-3:])
         dout = dqkv = dweights = dbiases = dx = None
@@ -175,10 +181,10 @@ class _AttentionBlock(torch.autograd.Function):
             dx = products.add_product(dz.view(-1, width), dqkv, rounded).view(ctx.shape)
         grads = (*products.parts(dweights, count), *products.parts(dbiases, count))
         return (
-            *(None, None, dx, dout, dout_bias),
+            *(None, None, None, dx, dout, dout_bias),
             dnorm if need_norm else None,
             dnorm_bias if need_norm_bias else None,
-            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[7:], strict=False)),
+            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[8:], strict=False)),
         )
 
 

@@ -39,16 +39,20 @@ def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     composed = Composed(parts, read(parts, call.batch.clean), call)
     if parts.norm_first:
         return composed.pre_norm(x)
-    given = _attention_node(composed, x)
+    copies = call.batch.copies
+    given = _attention_node(composed, Given(x, copies.take(x)))
     if given is None:
         given = Given(composed.attention_block(x))
-    y = _mlp_node(composed, given)
-    return composed.mlp_block(given.y) if y is None else y
+    made = _mlp_node(composed, given)
+    if made is None:
+        return composed.mlp_block(given.y)
+    copies.keep(made.y, made.copy, call.batch.clean)
+    return made.y
 
 
-def _attention_node(layer: Composed, x: torch.Tensor) -> Given | None:
+def _attention_node(layer: Composed, given: Given) -> Given | None:
     """The attention block as one node; None where the ops have to compose it."""
-    parts, now, call = layer.parts, layer.now, layer.call
+    parts, now, call, x = layer.parts, layer.now, layer.call, given.y
     norm, out, drop = now.attention_norm, now.attention_output, now.attention_output_dropout
     if not (type(out) is Weights and type(norm) is Norm and type(drop) is float):
         return None
@@ -85,12 +89,12 @@ def _attention_node(layer: Composed, x: torch.Tensor) -> Given | None:
             attention_backend=attention,
             norm_backend=norms,
         ),
-        x,
+        given,
         p,
     )
 
 
-def _mlp_node(layer: Composed, given: Given) -> torch.Tensor | None:
+def _mlp_node(layer: Composed, given: Given) -> Given | None:
     """The MLP block as one node; None where the ops have to compose it."""
     parts, now, call = layer.parts, layer.now, layer.call
     norm, drop = now.down_norm, now.down_dropout

@@ -52,21 +52,23 @@ class Parameters(NamedTuple):
 
 def mlp_block(
     call: Call, given: Given, norm_before: tuple[torch.Tensor, torch.Tensor], p: Parameters
-) -> torch.Tensor:
+) -> Given:
     """given: by the block before, at least its output. norm_before: weight and bias of its
     LayerNorm, if it gave more than that."""
-    x = given.y
+    x, copy = given.y, given.copy
     if not any_requires_grad(x, *p):
-        return _forward(call, x, p, save=False)[0].y
-    made_of = () if given.z is None else (*given[1:], *norm_before)
-    y, _ = _apply(call, x, *p, *made_of)
-    return y
+        outs = _forward(call, x, copy, p, save=False)[0]
+        return Given(outs.y, outs.copy)
+    made_of = () if given.z is None else (*given[2:], *norm_before)
+    return Given(*_apply(call, copy, x, *p, *made_of)[:2])
 
 
-def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
+def _forward(
+    call: Call, x: torch.Tensor, copy: torch.Tensor | None, p: Parameters, save: bool
+) -> tuple:
     # 1. up, with the GELU
     up = products.rounded(p.up, call.cast)
-    rows = products.rounded(x.reshape(-1, x.shape[-1]), call.cast)
+    rows = products.rows(x, copy, call.cast)
     u = products.product(rows, up, None)
     up_bias = products.rounded(p.up_bias, call.cast)
     h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu_backend)
@@ -79,15 +81,16 @@ def _forward(call: Call, x: torch.Tensor, p: Parameters, save: bool) -> tuple:
     if call.recompute:
         h = None
     norm = Norm(p.norm, p.norm_bias, call.eps)
-    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save)
+    cast = call.cast is not None
+    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save, cast)
     return (outs, rows, u, h, up, up_bias, down) if save else (outs,)
 
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, x, up, up_bias, down, down_bias, norm, norm_bias, *made_of):
+    def forward(ctx, call, copy, x, up, up_bias, down, down_bias, norm, norm_bias, *made_of):
         p = Parameters(up, up_bias, down, down_bias, norm, norm_bias)
-        outs, rows, u, h, *weights = _forward(call, x, p, save=True)
+        outs, rows, u, h, *weights = _forward(call, x, copy, p, save=True)
         ctx.save_for_backward(
             *(None if made_of else (x if call.cast is None else rows), u),
             *(h, *weights),
@@ -97,11 +100,13 @@ class _MlpBlock(torch.autograd.Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (up, up_bias, down))
         ctx.set_materialize_grads(False)
         # rstd is an output for what it is saved as: by it a second derivative finds x.
-        return outs.y, outs.rstd
+        if outs.copy is not None:
+            ctx.mark_non_differentiable(outs.copy)
+        return outs.y, outs.copy, outs.rstd
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dy, _):
+    def backward(ctx, saved, dy, *_):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
@@ -114,9 +119,8 @@ class _MlpBlock(torch.autograd.Function):
         rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *made_of = saved
         ctx.maybe_clear_saved_tensors()
         saved.clear()
-        _, need_x, need_up, need_up_bias, need_down, need_down_bias, need_norm, need_norm_bias = (
-            ctx.needs_input_grad[:8]
-        )
+        need_x, need_up, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[2:7]
+        need_norm, need_norm_bias = ctx.needs_input_grad[7:9]
         below_gelu = need_x or need_up or need_up_bias
         need_dd = below_gelu or need_down
         width = ctx.shape[-1]
@@ -165,7 +169,7 @@ class _MlpBlock(torch.autograd.Function):
             if dup_bias is not None:
                 dup_bias = dup_bias.to(ctx.dtypes[1])
         return (
-            *(None, dx, dup, dup_bias, ddown, ddown_bias),
+            *(None, None, dx, dup, dup_bias, ddown, ddown_bias),
             dnorm if need_norm else None,
             dnorm_bias if need_norm_bias else None,
             *(None,) * len(made_of),

@@ -8,6 +8,14 @@ def rounded(tensor: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Ten
     return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
 
+def rows(x: torch.Tensor, copy: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """x as (tokens, width) in the dtype that autocast gives a product's operand; its copy is that
+    already."""
+    if copy is not None and copy.dtype == dtype:
+        x = copy
+    return rounded(x.reshape(-1, x.shape[-1]), dtype)
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x weight^T + bias"""
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())

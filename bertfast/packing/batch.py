@@ -7,6 +7,7 @@ once before the first layer and is undone once after the last.
 
 import dataclasses
 import functools
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,34 @@ from .layout import lay_out_array
 from .planning import plan as plan_batch
 from .sequences import Sequences, sequences_of
 from .tiles import Plan
+
+
+class Copies:
+    """The last layer's output as the next one's product reads it under autocast. A layer takes it
+    for the very tensor that it was made of, if that hasn't changed since."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref | None = None
+        self._version: int | None = None
+        self._copy: torch.Tensor | None = None
+
+    def keep(self, x: torch.Tensor, copy: torch.Tensor | None, clean: bool) -> None:
+        """clean: nobody sees x between two layers, and so nobody changes it. Tensors of
+        torch.inference_mode don't tell."""
+        if copy is None or (x.is_inference() and not clean):
+            self._copy = None
+        else:
+            self._of, self._version, self._copy = weakref.ref(x), _version(x), copy
+
+    def take(self, x: torch.Tensor) -> torch.Tensor | None:
+        copy, self._copy = self._copy, None
+        if copy is None or self._of() is not x or _version(x) != self._version:
+            return None
+        return copy
+
+
+def _version(x: torch.Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,7 @@ class Batch:
     seed: torch.Tensor | None = None  # of the dropouts of all layers
     numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
     clean: bool = False  # nothing hangs on any module of the layers: see nn/eligibility.py
+    copies: Copies = dataclasses.field(default_factory=Copies, repr=False, compare=False)
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
 
     @property

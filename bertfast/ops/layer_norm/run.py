@@ -52,10 +52,13 @@ def forward(
     dropout: Dropout,
     backend: str,
     save: bool,
+    copy: bool = False,
 ) -> Outputs:
-    """save: what the backward reads is wanted."""
+    """save: what the backward reads is wanted. copy: so is y in the dtype of x."""
     weight, bias, eps = norm
     outs = new_outputs(x, weight, save, saves_z(x, weight, residual, x_bias, dropout.threshold))
+    if copy:
+        outs = outs._replace(copy=empty(x))
     if x.numel():
         dispatch.backend_module("layer_norm", backend).forward(
             as_rows(x),
