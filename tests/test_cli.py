@@ -118,7 +118,7 @@ ERRORS = [
     ("verify --modl x", "No such option: --modl"),
     (
         "verify --op layernorm",
-        "must be one of layer_norm, .*'layernorm'; did you mean 'layer_norm'",
+        "must be one of attention, .*'layernorm'; did you mean 'layer_norm'",
     ),
     ("verify --backend cudnn", "--backend must be one of torch, triton, cuda, got 'cudnn'"),
     ("verify --op layer_norm --model DIR/empty", "--op can't be chosen with --model"),
@@ -255,9 +255,9 @@ def test_verify_reports_a_wrong_kernel(monkeypatch, capsys, as_json):
 
     real = reference.forward
 
-    def wrong(x, weight, *rest):
-        y = real(x, weight, *rest)
-        return y if weight.dtype.itemsize == 8 else y * 1.01
+    def wrong(x, norm, *rest):
+        y = real(x, norm, *rest)
+        return y if norm.weight.dtype.itemsize == 8 else y * 1.01
 
     monkeypatch.setattr(reference, "forward", wrong)
     monkeypatch.setattr(

@@ -140,8 +140,8 @@ def test_casts_under_autocast(host_runtime):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return encoder(x)
 
-    for gradients in (False, True):
-        with torch.set_grad_enabled(gradients):
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
             y = forward()  # q, k and v find their place
             names = kernels(forward, host_runtime)[1]
         assert names.count("aten::copy_") == 1 + 3 * (4 + 2)
