@@ -3,6 +3,8 @@
 They are asked here and nowhere else: most go to private functions of torch.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch._C import (
     _get_function_stack_at,
@@ -46,6 +48,11 @@ def plain_call(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """plain_call of further tensors, where it has been asked for one."""
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(torch.Tensor.is_neg, tensors))
 
 
 def _only_a_default_device() -> bool:

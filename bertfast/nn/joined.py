@@ -119,16 +119,21 @@ def _staying() -> JoinedWeights:
 ForkingPickler.register(JoinedWeights, _for_another_process)
 
 
-def _lie_in(joined: torch.Tensor | None, parts) -> bool:
-    """Whether the three lie in `joined`, one after the other, and are all of it."""
-    if joined is None or joined.shape[0] != 3 * parts[0].shape[0]:
+def _lie_in(joined: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> bool:
+    """True if the three lie in `joined`, one after the other, and are all of it."""
+    if joined is None or len(joined) != 3 * len(parts[0]):
         return False
+    dtype, (first, second, third) = joined.dtype, parts
     address, step = joined.data_ptr(), joined.nbytes // 3
-    for part in parts:
-        if part.data_ptr() != address or part.dtype != joined.dtype or not part.is_contiguous():
-            return False
-        address += step
-    return True
+    return (
+        first.data_ptr() == address
+        and second.data_ptr() == address + step
+        and third.data_ptr() == address + 2 * step
+        and first.dtype == second.dtype == third.dtype == dtype
+        and first.is_contiguous()
+        and second.is_contiguous()
+        and third.is_contiguous()
+    )
 
 
 def _join(parameters) -> torch.Tensor:
@@ -140,19 +145,16 @@ def _join(parameters) -> torch.Tensor:
 
 
 def same_form(linears: Sequence[nn.Module | Weights]) -> bool:
-    """True if one product can serve these: one shape, dtype and place, biases for all or none."""
-    first, *others = (linear.weight for linear in linears)
-    biases = [linear.bias for linear in linears]
-    if any(bias is None for bias in biases):
-        if any(bias is not None for bias in biases):
-            return False
-    elif any(bias.dtype != first.dtype for bias in biases):
-        return False
-    return all(
-        weight.shape == first.shape
-        and weight.dtype == first.dtype
-        and weight.device == first.device
-        for weight in others
+    """True if one product can serve these three: one shape, dtype and place, biases for all or
+    none."""
+    q, k, v = (linear.weight for linear in linears)
+    some = [linear.bias.dtype for linear in linears if linear.bias is not None]
+    return (
+        len(some) in (0, 3)
+        and all(dtype == q.dtype for dtype in some)
+        and q.shape == k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
     )
 
 

@@ -13,6 +13,9 @@ ops, which autograd composes (composed.py).
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -36,117 +39,139 @@ __all__ = ["Call", "Parts", "for_layers", "run_layer"]
 
 def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     """x is (rows, length, width), or packed (1, tokens, width)."""
-    composed = Composed(parts, read(parts, call.batch.clean), call)
+    layer = Composed(parts, read(parts, call.batch.clean), call)
     if parts.norm_first:
-        return composed.pre_norm(x)
+        return layer.pre_norm(x)
+    place = _place(x, call)
+    if place is None:
+        return layer.mlp_block(layer.attention_block(x))
     copies = call.batch.copies
-    given = _attention_node(composed, Given(x, copies.take(x)))
+    given = _attention_node(layer, place, Given(x, copies.take(x)))
     if given is None:
-        given = Given(composed.attention_block(x))
-    made = _mlp_node(composed, given)
+        given = Given(layer.attention_block(x))
+    made = _mlp_node(layer, place, given)
     if made is None:
-        return composed.mlp_block(given.y)
+        return layer.mlp_block(given.y)
     copies.keep(made.y, made.copy, call.batch.clean)
     return made.y
 
 
-def _attention_node(layer: Composed, given: Given) -> Given | None:
+class Place(NamedTuple):
+    """The kind of tensors that a layer's nodes work on, and their sizes."""
+
+    device: torch.device
+    device_type: str
+    dtype: torch.dtype
+    cast: torch.dtype | None  # of the products, under autocast
+    rows: int
+    length: int
+    width: int
+
+    @property
+    def products(self) -> torch.dtype:
+        return self.cast or self.dtype
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """True if all are ordinary tensors of this dtype and device."""
+        return (
+            tracing.are_plain(tensors)
+            and set(map(_dtype, tensors)) == {self.dtype}
+            and set(map(_device, tensors)) == {self.device}
+        )
+
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+
+
+def _place(x: torch.Tensor, call: Call) -> Place | None:
+    """None where no block can be a node: something traces or transforms, or torch does the work."""
+    if tracing.only_reference() or not tracing.plain_call(x) or x.ndim != 3:
+        return None
+    device, dtype = x.device, x.dtype
+    if device.type == "cpu" and call.backend in ("auto", "torch"):
+        return None
+    cast = tracing.autocast(x)
+    if cast is not None and dtype != torch.float32:
+        return None
+    return Place(device, device.type, dtype, cast, *x.shape)
+
+
+def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None:
     """The attention block as one node; None where the ops have to compose it."""
-    parts, now, call, x = layer.parts, layer.now, layer.call, given.y
-    norm, out, drop = now.attention_norm, now.attention_output, now.attention_output_dropout
-    if not (type(out) is Weights and type(norm) is Norm and type(drop) is float):
+    parts, now, call = layer.parts, layer.now, layer.call
+    norm, out = now.attention_norm, now.attention_output
+    drop, qkv = now.attention_output_dropout, now.qkv
+    if type(out) is not Weights or type(norm) is not Norm or type(drop) is not float:
         return None
-    if not all(type(linear) is Weights for linear in now.qkv) or not same_form(now.qkv):
+    if len(qkv) == 1:  # it is read, else it were no single one
+        weights, biases = qkv[0][:1], () if qkv[0].bias is None else qkv[0][1:]
+    elif set(map(type, qkv)) == {Weights} and same_form(qkv):
+        q, k, v = qkv
+        weights = (q.weight, k.weight, v.weight)
+        biases = () if q.bias is None else (q.bias, k.bias, v.bias)
+    else:
         return None
-    weights = tuple(linear.weight for linear in now.qkv)
-    biases = () if now.qkv[0].bias is None else tuple(linear.bias for linear in now.qkv)
     p = attention_block.Parameters(*out, norm.weight, norm.bias, weights, biases)
-    dtype = _products_dtype(x, *p[:4], *weights, *biases)
-    if dtype is None:
+    some = (p.out, p.norm, p.norm_bias, *weights, *biases)
+    if not place.holds(some if p.out_bias is None else (p.out_bias, *some)):
         return None
-    device, batch, width = x.device.type, call.batch, x.shape[-1]
-    rows, length = x.shape[:2]
-    if batch.packed:
+    attention, norms = _attention_backends(layer, place)
+    if attention == "torch" or norms == "torch":
+        return None
+    batch, drops, x = call.batch, layer.dropouts, given.y
+    batch.check(x)
+    node = attention_block.Call(
+        *(batch.sequences, parts.heads, parts.scale, norm.eps),
+        drops.of(x, parts.attention_dropout, ATTENTION),
+        drops.of(x, drop, AFTER_ATTENTION, batch.index),
+        *(call.joined, place.cast, attention, norms),
+    )
+    return attention_block.attention_block(node, given, p)
+
+
+def _attention_backends(layer: Composed, place: Place) -> tuple[str, str]:
+    """Those of attention and of layer_norm."""
+    parts, call = layer.parts, layer.call
+    rows, length, batch = place.rows, place.length, call.batch
+    if batch.cu_seqlens is not None:
         length = limits.packed_length(length, batch.cu_seqlens.shape[0] - 1)
     size = limits.unusual(rows, parts.heads, length, batch.key_mask is not None)
-    case = (device, dtype, p.out.shape[1] // parts.heads, size)
-    attention = dispatch.choose("attention_qkv", call.backend, *case)
-    norms = dispatch.choose("layer_norm", call.backend, device, dtype, width)
-    if "torch" in (attention, norms):
-        return None
-    batch.check(x)
-    drops = layer.dropouts
-    return attention_block.attention_block(
-        attention_block.Call(
-            sequences=batch.sequences,
-            heads=parts.heads,
-            scale=parts.scale,
-            eps=norm.eps,
-            attention_dropout=drops.of(x, parts.attention_dropout, ATTENTION),
-            dropout=drops.of(x, drop, AFTER_ATTENTION, batch.index),
-            joined=call.joined,
-            cast=None if dtype == x.dtype else dtype,
-            attention_backend=attention,
-            norm_backend=norms,
-        ),
-        given,
-        p,
-    )
+    head_dim = layer.now.attention_output.weight.shape[1] // parts.heads
+    case = (place.device_type, place.products)
+    attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size)
+    return attention, dispatch.choose("layer_norm", call.backend, *case, place.width)
 
 
-def _mlp_node(layer: Composed, given: Given) -> Given | None:
+def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     """The MLP block as one node; None where the ops have to compose it."""
     parts, now, call = layer.parts, layer.now, layer.call
-    norm, drop = now.down_norm, now.down_dropout
+    up, down, norm, drop = now.up, now.down, now.down_norm, now.down_dropout
     if parts.approximate is None or now.activation_dropout != 0.0:
         return None
-    if not (type(now.up) is type(now.down) is Weights and type(norm) is Norm):
+    if type(up) is not Weights or type(down) is not Weights:
         return None
-    if type(drop) is not float:
+    if type(norm) is not Norm or type(drop) is not float:
         return None
-    p = mlp_block.Parameters(*now.up, *now.down, norm.weight, norm.bias)
-    x = given.y
-    dtype = _products_dtype(x, *p)
-    if dtype is None:
+    p = mlp_block.Parameters(*up, *down, norm.weight, norm.bias)
+    if not place.holds(_given(p)):
         return None
-    device = x.device.type
-    gelu = dispatch.choose("bias_gelu", call.backend, device, dtype)
-    norms = dispatch.choose("layer_norm", call.backend, device, dtype, x.shape[-1])
-    if "torch" in (gelu, norms):
+    case = (place.device_type, place.products)
+    gelu = dispatch.choose("bias_gelu", call.backend, *case)
+    norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
+    if gelu == "torch" or norms == "torch":
         return None
-    before = now.attention_norm if given.z is not None else norm
-    return mlp_block.mlp_block(
-        mlp_block.Call(
-            eps=norm.eps,
-            tanh=parts.approximate == "tanh",
-            dropout=layer.dropouts.of(x, drop, AFTER_MLP, call.batch.index),
-            cast=None if dtype == x.dtype else dtype,
-            recompute=call.recompute,
-            gelu_backend=gelu,
-            norm_backend=norms,
-            eps_before=before.eps,
-        ),
-        given,
-        before[:2],
-        p,
+    before = norm if given.z is None else now.attention_norm
+    node = mlp_block.Call(
+        norm.eps,
+        parts.approximate == "tanh",
+        layer.dropouts.of(given.y, drop, AFTER_MLP, call.batch.index),
+        *(place.cast, call.recompute, gelu, norms, before.eps),
     )
+    return mlp_block.mlp_block(node, given, before[:2], p)
 
 
-def _products_dtype(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype in which a node makes its products; None if something keeps it from being a node:
-    what traces or transforms, tensors of other kinds, dtypes or places."""
-    if tracing.only_reference() or not tracing.plain_call(x, *parameters):
-        return None
-    if x.ndim != 3:
-        return None
-    dtype, device = x.dtype, x.device
-    for parameter in parameters:
-        if parameter is not None and (parameter.dtype != dtype or parameter.device != device):
-            return None
-    cast = tracing.autocast(x)
-    if cast is None:
-        return dtype
-    return cast if dtype == torch.float32 else None
+def _given(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
