@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ... import checks, tracing
 from .. import dispatch
-from ..bias_gelu import bias_gelu
+from ..bias_gelu import APPROXIMATE, bias_gelu
 from ..layer_norm import layer_norm
 from . import onednn
 
@@ -35,6 +35,7 @@ def linear(
     follow products; the product itself is torch's.
     """
     _check(x, weight, bias)
+    checks.check_choice("backend", backend, dispatch.CHOICES)
     if backend == "auto" and onednn.serves(x, training):
         return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -60,7 +61,7 @@ def linear_gelu(
         y = F.linear(x, weight)
         bias = None if bias is None else bias.to(y.dtype)
     elif backend == "auto" and onednn.serves(x, training):
-        checks.check_choice("approximate", approximate, ("none", "tanh"))
+        checks.check_choice("approximate", approximate, APPROXIMATE)
         return onednn.linear_gelu(x, weight, bias, approximate)
     else:
         y, bias = F.linear(x, weight, bias), None
