@@ -1,10 +1,12 @@
 """A Hugging Face encoder layer, its class swapped: `run_layer` over its own modules."""
 
+import dataclasses
 import functools
 
 import torch
 from torch import nn
 
+from ..nn.eligibility import Facts, facts_of
 from ..nn.hooks import has_user_hooks, is_replaced
 from ..nn.joined import JoinedWeights
 from ..nn.layer import Call, Parts, run_layer
@@ -91,6 +93,12 @@ class Layer:
             return "its forward was replaced on the instance"
         return None
 
+    def _find(self) -> Facts:
+        return Facts(None, self.why_not())
+
+    def _attributes(self) -> list[tuple[dict, str]]:
+        return [(vars(self), "forward"), *self.attributes()]
+
     def attributes(self) -> list[tuple[dict, str]]:
         """What why_not() looks at besides modules, by the dicts in which it stands."""
         raise NotImplementedError
@@ -110,11 +118,13 @@ def _forward(original: type):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         told = ARGUMENT in kwargs
         batch = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
+        reason = batch if isinstance(batch, str) else None
         # A packed batch comes only from a model that has asked every layer, as a clean one does.
-        if type(batch) is Batch and not batch.packed and not batch.clean:
-            reason = self.why_not()
-        else:
-            reason = batch if isinstance(batch, str) else None
+        if type(batch) is Batch and not (batch.packed or batch.clean):
+            facts = facts_of(self, self._find, self._attributes)
+            reason = facts.unfused
+            if facts.clean:
+                batch = dataclasses.replace(batch, clean=True)
         if batch is None or reason is not None:
             if reason:
                 warn_once(f"runs the original code of a {original.__name__}: {reason}")
