@@ -121,7 +121,7 @@ def test_configurations_of_gpus_without_wgmma(case, dtype, need, monkeypatch):
     """The interpreter runs Hopper's; these are those of Ampere, Ada and consumer Blackwell."""
     need("attention", ("triton", "cpu"))
     module = dispatch.backend_module("attention", "triton")
-    monkeypatch.setattr(module, "device_architecture", lambda index: 80)
+    monkeypatch.setattr(module.triton_lib, "capability", lambda tensor: 80)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(table, inputs, table.run(inputs, "triton"))
 

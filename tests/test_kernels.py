@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +16,6 @@ import bertfast.commands.kernels as kernels
 from bertfast.commands.errors import UserError
 from bertfast.commands.kernels import Reading, budget, cuda_modules, sass, triton_aot
 from bertfast.commands.kernels.rows import Row, aot_modules, narrowest
-from bertfast.ops.aot import Case
 
 DATA = Path(__file__).parent / "data"
 
@@ -319,12 +321,60 @@ def test_tables_have_80_columns(monkeypatch, capsys, every):
     assert (len(lines) < 20) != every
 
 
-def test_every_triton_case_names_its_kernels_parameters():
+@pytest.fixture(scope="module")
+def recorded():
+    """Of a process without the interpreter, in which Triton would specialise nothing."""
     pytest.importorskip("triton")
-    for module in aot_modules().values():
-        for case in module.triton_cases():
-            assert set(case.arguments) == set(case.kernel.arg_names)
-            assert isinstance(case.case, Case)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(kernels.__file__).parents[3])
+    command = [sys.executable, str(DATA / "recorded_launches.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_launch_is_recorded_as_triton_specialises_it(recorded):
+    (many,) = recorded["many"]
+    assert many["signature"] == {
+        **dict(even_ptr="*fp16", odd_ptr="*fp16", absent_ptr="constexpr", one="constexpr"),
+        **dict(sixteen="i32", seven="i32", wide="i64", never="i32", scale="fp32", N="constexpr"),
+    }
+    names = list(many["signature"])
+    constants = zip(many["constant_keys"], many["constant_vals"], strict=True)
+    assert {names[key[0]]: value for key, value in constants} == dict(absent_ptr=None, one=1, N=96)
+    attributes = zip(many["attrs_keys"], many["attrs_vals"], strict=True)
+    divisible = [names[key[0]] for key, value in attributes if ["tt.divisibility", 16] in value]
+    assert divisible == ["even_ptr", "sixteen", "wide"]
+    assert (many["options"]["num_warps"], many["options"]["num_stages"]) == (2, 5)
+
+
+def test_tensors_without_memory_are_recorded_as_those_with_memory(recorded):
+    assert recorded["without"] == recorded["with memory"]
+    assert all(len(launches) > 20 for launches in recorded["without"])
+
+
+def test_the_budget_has_the_forms_that_are_recorded_and_no_others(recorded):
+    in_budget = sorted(
+        [kernel, label, dtypes]
+        for kernel, entry in budget.load()["kernels"]["triton"].items()
+        for label, cells in entry["forms"].items()
+        for dtypes in cells
+    )
+    assert recorded["said"] == []
+    for found in recorded["forms"].values():
+        assert sorted(found) == in_budget
+
+
+def test_a_wrong_call_of_a_launcher_is_a_fault(recorded):
+    assert recorded["right"] == [1]
+    count, said = recorded["argument missing"]
+    assert count == 1 and said.startswith("a call in copying: TypeError: missing a required arg")
+    count, said = recorded["unknown option"]
+    assert count == 0 and "warps" in said
+    count, said = recorded["two in one"]
+    assert count == 1 and said == (
+        "copy_kernel, copy, float32: two launches of this form are compiled differently"
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -384,7 +434,8 @@ def test_dropout_takes_at_most_12_instructions_a_score_on_hopper(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(DATA))
     rows, failures = triton_aot.read("sm_90a", ["dropout_kernels"])
     assert failures == [] and len(rows) == 6
-    for without, with_ in zip(rows[::2], rows[1::2], strict=True):
+    for without, with_ in zip(rows[:3], rows[3:], strict=True):
+        assert with_.label == f"{without.label}, dropout"
         assert with_.instructions_per_element - without.instructions_per_element <= 12
         assert without.tensor_core > 0 and with_.tensor_core > 0
 

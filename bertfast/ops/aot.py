@@ -1,14 +1,23 @@
 """How an op describes its kernels to `bertfast kernels`, which compiles and reads them.
 
-An op folder's `aot.py` has `triton_cases()`, the Triton kernels in the forms in which they matter
-(`triton_cases(capability)` where their configurations depend on the architecture), and
-`cuda_case()`, which says what an instance of a CUDA template is. So a new op needs no change
-anywhere else.
+An op folder's `aot.py` has three functions, so a new op needs no change anywhere else:
+
+    call_launchers()     calls the Triton launchers in the forms that matter. Its tensors have no
+                         memory: what would be launched is compiled instead.
+    triton_case(launch)  what such a launch is; None if it isn't to be read
+    cuda_case(kernel, template_arguments)    what an instance is; None if it isn't one of the op's
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+# Of x and of everything else, for the ops where these may differ.
+DTYPES = [(dtype, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+MIXED = (torch.bfloat16, torch.float32)
+CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,26 @@ class Case:
 
 
 @dataclass(frozen=True)
-class TritonCase:
-    """A Triton kernel and what it is called with.
-
-    arguments: for each parameter a type ("*fp16", "i32"; with ":16" if it is divisible by 16, which
-    is how a launch specialises it), or, for a constexpr and for an absent pointer, the value.
-    """
+class Launch:
+    """A Triton kernel as its launcher starts it."""
 
     kernel: Any  # a triton.JITFunction
-    arguments: Mapping[str, str | int | None]
-    num_warps: int
-    case: Case
+    values: Mapping[str, Any]  # of its parameters
+    threads: int  # of a block
+    specialization: str  # what Triton compiles it for, in Triton's own words
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def has(self, pointer: str) -> bool:
+        return self.values[pointer] is not None
+
+    def case(self, label: str, x: str, rest: str, elements: int, **more: int) -> Case:
+        """x, rest: the pointers that have the dtypes. elements: a block's."""
+        both = (str(self.values[name].dtype).removeprefix("torch.") for name in (x, rest))
+        return Case(label, dtypes(*both), self.threads, elements / self.threads, **more)
+
+
+def dtypes(x: str, rest: str) -> str:
+    return rest if x == rest else f"{x}->{rest}"

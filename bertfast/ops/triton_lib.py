@@ -1,6 +1,8 @@
 """What the Triton kernels share: rounding stores, and dropout's draws for a row."""
 
 import contextlib
+import contextvars
+import functools
 import os
 
 import torch
@@ -32,6 +34,22 @@ def on_device(tensor: torch.Tensor):
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+# What kernels are meant for while tensors lie on no GPU. In the interpreter it is Hopper, as its
+# kernels have the most forms.
+capability_without_device = contextvars.ContextVar("capability_without_device", default=90)
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """The compute capability that a tensor's kernels are meant for: 90 is sm_90."""
+    return _of_device(tensor.device.index) if tensor.is_cuda else capability_without_device.get()
+
+
+@functools.lru_cache(None)
+def _of_device(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @triton.jit

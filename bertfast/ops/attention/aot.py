@@ -7,113 +7,84 @@ backward a loop's turn has several steps in an inner loop: what is counted is on
 that runs once a turn, which is more than runs for each.
 """
 
-from collections.abc import Iterator
+import torch
 
-from ..aot import Case, TritonCase
-from .config import architecture, block_d, config
+from ...packing.sequences import Sequences
+from ..aot import CUDA_NAMES, Case, Launch
+from ..dropout import NO_DROPOUT, Dropout
+from . import run
 
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Layout -> the pointers that are there, and the plan's tile.
-LAYOUTS = {
-    "padded": (set(), 0),
-    "masked": ({"mask"}, 0),
-    "packed": ({"cu"}, 0),
-    "planned": ({"cu", "tiles"}, 64),
-    "planned by 32": ({"cu", "tiles"}, 32),
-}
-# Pass -> (layout, length of the longest sequence), with dropout; those without it, as the rest
-# differs from them only by having less to do.
-FORMS = {
-    "forward": [("masked", 128), ("masked", 512), ("packed", 512)]
-    + [("planned", 512), ("planned by 32", 512)],
-    "dq": [("masked", 512), ("packed", 512), ("planned", 512), ("planned by 32", 512)],
-    "dkv": [("masked", 512), ("packed", 512), ("planned", 512), ("planned by 32", 512)],
-    "whole": [("masked", 64), ("masked", 128), ("packed", 128)]
-    + [("planned", 64), ("planned by 32", 32)],
-}
-WITHOUT_DROPOUT = {
-    "forward": FORMS["forward"],
-    "dq": [("packed", 512)],
-    "dkv": [("packed", 512), ("planned", 512)],
-    "whole": [("packed", 128)],
-}
+BATCH, HEADS = 3, 12
+TOKENS = 1000  # of a packed batch; a launch specialises on multiples of 16
+TILES = {"planned": 64, "planned by 32": 32}
+# (layout, length of the longest sequence), with dropout; those without it, as the rest differs from
+# them only by having less to do. Up to 128 tokens one kernel computes the whole backward.
+LONG = [(layout, 512) for layout in ("masked", "packed", *TILES)]
+FORWARD = [("masked", 128), *LONG]
+BACKWARD = [*LONG, ("masked", 64), ("masked", 128), ("packed", 128)]
+BACKWARD += [("planned", 64), ("planned by 32", 32)]
+BACKWARD_WITHOUT_DROPOUT = [("packed", 512), ("planned", 512), ("packed", 128)]
+PASSES = {"attention_fwd_kernel": "forward", "attention_bwd_dq_kernel": "dq"}
 
 
-def triton_cases(capability: int = 80) -> Iterator[TritonCase]:
+def call_launchers() -> None:
     """Everything in bfloat16 at head dimension 64; the others where they differ most."""
-    arch = architecture(capability)
-    for pass_, forms in FORMS.items():
-        for layout, length in forms:
-            yield case(pass_, layout, "bfloat16", 64, length, True, arch)
-        for layout, length in WITHOUT_DROPOUT[pass_]:
-            yield case(pass_, layout, "bfloat16", 64, length, False, arch)
-        length = 128 if pass_ == "whole" else 512
-        yield case(pass_, "masked", "float16", 64, length, True, arch)
-        yield case(pass_, "masked", "bfloat16", 32, length, True, arch)
-        if pass_ != "whole":
-            yield case(pass_, "masked", "float32", 64, length, True, arch)
-            for head_dim in (96, 128):
-                yield case(pass_, "masked", "bfloat16", head_dim, length, True, arch)
+    for layout, length in FORWARD:
+        for dropout in (True, False):
+            call(layout, length, dropout=dropout, backward=False)
+    for layout, length in BACKWARD:
+        call(layout, length, forward=False)
+    for layout, length in BACKWARD_WITHOUT_DROPOUT:
+        call(layout, length, dropout=False, forward=False)
+    for dtype, head_dim in ((torch.float16, 64), (torch.bfloat16, 32)):
+        call("masked", 512, dtype, head_dim)
+        call("masked", 128, dtype, head_dim, forward=False)
+    for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 96), (torch.bfloat16, 128)):
+        call("masked", 512, dtype, head_dim)
 
 
-def case(pass_, layout, dtype, head_dim, length, dropout, arch=80, chosen=None) -> TritonCase:
-    from . import triton_bwd_dkv, triton_bwd_dq, triton_fwd
-
-    given, tile = LAYOUTS[layout]
-    given = given | ({"seed"} if dropout else set())
-    short = DTYPES[dtype]
-    if chosen is None:
-        size = ITEM_BYTES[dtype]
-        chosen = config(pass_, arch, size, head_dim, length, dropout, tile)
-    kernel = {
-        "forward": triton_fwd.attention_fwd_kernel,
-        "dq": triton_bwd_dq.attention_bwd_dq_kernel,
-    }.get(pass_, triton_bwd_dkv.attention_bwd_dkv_kernel)
-    single = (chosen.block_n if pass_ == "forward" else chosen.block_m) >= length
-    pointers = {"mask_ptr": "*u8:16", "cu_ptr": "*i32:16", "tiles_ptr": "*i32:16"}
-    pointers |= {"seed_ptr": "*i64:16", "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}
-    absent = {"whole": {"delta_ptr"}, "dkv": {"dq_ptr"}}.get(pass_, set())
-    values = {"scale": "fp32", "scale_log2": "fp32", "keep_scale": "fp32", "heads": "i32"}
-    values |= {"n_tiles": "i32", "length": "i32", "site": "i32", "threshold": "i32"}
-    values |= {
-        "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_T": chosen.block_t,
-        "PARTS": max(1, tile // (chosen.block_m if pass_ in ("forward", "dq") else chosen.block_n)),
-        "TF32": False,
-        "STAGES": chosen.num_stages,
-        "WHOLE": pass_ == "whole",
-        "SINGLE": pass_ in ("forward", "whole") and single,
-    }
-    arguments: dict[str, str | int | None] = {}
-    for name in kernel.arg_names:
-        if name in values:
-            arguments[name] = values[name]
-        elif name.endswith("_ptr"):
-            optional = name[:-4] in ("mask", "cu", "tiles", "seed") and name[:-4] not in given
-            missing = optional or name in absent
-            arguments[name] = None if missing else pointers.get(name, f"*{short}:16")
-        else:
-            arguments[name] = "i32:16"  # strides
-    threads = 32 * chosen.num_warps
-    shorter = tile and pass_ in ("forward", "dq") and not values["SINGLE"]
-    columns = chosen.block_t if shorter else chosen.block_n
-    described = Case(
-        f"{pass_}, {layout}, D {head_dim}, up to {length}" + ", dropout" * dropout,
-        dtype,
-        threads,
-        elements=chosen.block_m * columns / threads,
-        loop=not values["SINGLE"],
-        again=bool(tile),
-        scalar_stores=1,
-    )
-    return TritonCase(kernel, arguments, chosen.num_warps, described)
+def call(
+    layout: str,
+    length: int,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 64,
+    dropout: bool = True,
+    forward: bool = True,
+    backward: bool = True,
+) -> None:
+    if layout == "masked":
+        tokens, sequences = (BATCH, length), Sequences(torch.empty(BATCH, length, dtype=torch.bool))
+    else:
+        cu, tiles = (torch.empty(n, dtype=torch.int32) for n in ((BATCH + 1,), (2 * BATCH, 3)))
+        tile = TILES.get(layout, 0)
+        tokens, sequences = (TOKENS,), Sequences(None, cu, length, tiles if tile else None, tile)
+    heads = torch.empty(*tokens, 3, HEADS, head_dim, dtype=dtype)
+    drop = Dropout(torch.empty(1, dtype=torch.int64), 6554, 1.1, 3, None) if dropout else NO_DROPOUT
+    if forward:
+        run.forward(heads, sequences, 0.125, drop, "triton", True)
+    if backward:
+        saved = run.new_saved(heads, layout != "masked", True)
+        dout = torch.empty_like(saved.out)
+        run.backward(dout, heads, saved, sequences, 0.125, drop, "triton")
 
 
-CUDA_NAMES = {"__half": "float16", "__nv_bfloat16": "bfloat16"}
+def triton_case(launch: Launch) -> Case | None:
+    values, planned, dropout = launch.values, launch.has("tiles_ptr"), launch.has("seed_ptr")
+    pass_ = PASSES.get(launch.name) or ("whole" if values["WHOLE"] else "dkv")
+    if pass_ == "dq" and planned and not dropout:
+        return None  # as with dropout, but for having less to do
+    layout = "packed" if launch.has("cu_ptr") else "masked"
+    if planned:
+        tile = values["PARTS"] * values["BLOCK_M" if launch.name in PASSES else "BLOCK_N"]
+        layout = next(name for name, size in TILES.items() if size == tile)
+    label = f"{pass_}, {layout}, D {values['D']}, up to {values['length']}" + ", dropout" * dropout
+    single = values.get("SINGLE", False)
+    shorter = planned and not single and "BLOCK_T" in values
+    scores = values["BLOCK_M"] * values["BLOCK_T" if shorter else "BLOCK_N"]
+    figures = dict(loop=not single, again=planned, scalar_stores=1)
+    return launch.case(label, "q_ptr", "q_ptr", scores, **figures)
+
+
 _STAGES = 2
 _CUDA_WARPS = 4  # of a block, of 16 rows each
 

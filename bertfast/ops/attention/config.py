@@ -16,8 +16,6 @@ most warps on a multiprocessor. None was measured on a GPU yet. What else the co
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from . import limits
 
 # Compute capability of a class: Ampere, Ada, Hopper, and Blackwell's two. Those with wgmma or
@@ -43,15 +41,6 @@ class Config:
 def architecture(capability: int) -> int:
     """The class of the table that serves a compute capability."""
     return max((a for a in ARCHITECTURES if a <= capability), default=ARCHITECTURES[0])
-
-
-@functools.lru_cache(None)
-def device_architecture(index: int | None) -> int:
-    """The class of a device; without one, as in the interpreter, Hopper's: it has most forms."""
-    if index is None:
-        return 90
-    major, minor = torch.cuda.get_device_capability(index)
-    return architecture(10 * major + minor)
 
 
 def block_d(head_dim: int) -> int:

@@ -10,7 +10,7 @@ from .. import triton_lib
 from ..dropout import Dropout
 from ..pointers import dense, head_strides, row_stride, shared_head_strides
 from . import limits
-from .config import Config, block_d, config, device_architecture
+from .config import Config, architecture, block_d, config
 from .run import AnyHeads, Heads, Saved
 from .triton_bwd_dkv import attention_bwd_dkv_kernel
 from .triton_bwd_dq import attention_bwd_dq_kernel
@@ -32,7 +32,7 @@ class _Batch:
 
     def __init__(self, q: torch.Tensor, sequences: Sequences, scale: float, drop: Dropout) -> None:
         self.heads, self.head_dim = q.shape[-2:]
-        self.arch = device_architecture(q.device.index if q.is_cuda else None)
+        self.arch = architecture(triton_lib.capability(q))
         self.itemsize = q.element_size()
         self.dropout = drop.threshold != 0
         key_mask, cu_seqlens = sequences.key_mask, sequences.cu_seqlens

@@ -1,105 +1,54 @@
 """bias_gelu's kernels as `bertfast kernels` compiles and labels them."""
 
-from collections.abc import Iterator
+from functools import partial
 
-from ..aot import Case, TritonCase
+import torch
 
-# Of x and of everything else.
-DTYPES = {
-    "float32": ("fp32", "fp32"),
-    "float16": ("fp16", "fp16"),
-    "bfloat16": ("bf16", "bf16"),
-    "bfloat16->float32": ("bf16", "fp32"),
-}
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+from ..aot import CUDA_NAMES, DTYPES, MIXED, Case, Launch, dtypes
+from . import run
+
 WIDTHS = (1536, 3072, 4096)
 MAIN_WIDTH = 3072  # where every form is compiled
 ROWS = 16384
-FLAT = 2**24  # elements of a tensor without bias, which is one row
 
 
-def triton_cases() -> Iterator[TritonCase]:
+def call_launchers() -> None:
     for width in WIDTHS:
-        for dtypes in DTYPES:
-            if "->" in dtypes and width != MAIN_WIDTH:
-                continue
+        for forms in DTYPES + [MIXED] * (width == MAIN_WIDTH):
             for tanh in (False, True) if width == MAIN_WIDTH else (False,):
-                yield _forward(width, dtypes, tanh)
-                yield _backward(width, dtypes, tanh)
-    for dtypes in ("float32", "float16", "bfloat16"):
-        yield _backward(MAIN_WIDTH, dtypes, False, want_dbias=False)
+                _call(width, *forms, tanh=tanh)
+    for forms in DTYPES:
+        _call(MAIN_WIDTH, *forms, tanh=False, frozen=True)
         for tanh in (False, True):
-            yield _forward(None, dtypes, tanh)
-            yield _backward(None, dtypes, tanh)
+            _call(None, *forms, tanh=tanh)
 
 
-def _pointer(dtype: str, given: bool = True) -> str | None:
-    return f"*{dtype}:16" if given else None
+def _call(
+    width: int | None, x_dtype: torch.dtype, dtype: torch.dtype, tanh: bool, frozen: bool = False
+) -> None:
+    """width: None for no bias."""
+    rows = partial(torch.empty, (ROWS, width or 1024))
+    bias = None if width is None else torch.empty(width, dtype=dtype)
+    if not frozen:
+        run.forward(rows(dtype=x_dtype), bias, tanh, "triton")
+    sums = not frozen and bias is not None
+    run.backward(rows(dtype=dtype), rows(dtype=x_dtype), bias, tanh, True, sums, "triton")
 
 
-def _label(width: int | None, tanh: bool) -> str:
-    return ("no bias" if width is None else f"{width}") + (", tanh" if tanh else "")
-
-
-def _forward(width: int | None, dtypes: str, tanh: bool) -> TritonCase:
-    from . import triton
-
-    x, rest = DTYPES[dtypes]
-    rows = 1 if width is None else ROWS
-    config = triton.forward_config(width or FLAT, ITEM_BYTES[rest], rows)
-    arguments = {
-        "x_ptr": _pointer(x),
-        "bias_ptr": _pointer(rest, width is not None),
-        "y_ptr": _pointer(rest),
-        "n_rows": "i32",
-        "width": "i32:16",
-        "column_tiles": "i32",
-        "x_row_stride": "i32:16",
-        "TANH": tanh,
-        "ROWS": config.rows,
-        "BLOCK_N": config.block_n,
-        "GROUP": config.group,
-    }
-    threads = 32 * config.num_warps
-    elements = config.rows * config.block_n / threads
+def triton_case(launch: Launch) -> Case | None:
+    if launch.name == "column_sum_kernel":
+        return None  # layer_norm's is the same
+    values, biased = launch.values, launch.has("bias_ptr")
+    label = (f"{values['width']}" if biased else "no bias") + ", tanh" * values["TANH"]
+    elements = values["ROWS"] * values["BLOCK_N"]
+    if launch.name == "bias_gelu_bwd_kernel":
+        label += ", frozen bias" * (biased and not launch.has("dbias_ptr"))
+        return launch.case(label, "x_ptr", "dy_ptr", elements, loop=values["STEPS"] > 1)
     # A tile narrower than the warps beside each other loads its biases once, in narrower pieces.
-    narrow = width is not None and config.block_n < threads * config.group
-    case = Case(_label(width, tanh), dtypes, threads, elements, scalar_loads=int(narrow))
-    return TritonCase(triton.bias_gelu_fwd_kernel, arguments, config.num_warps, case)
+    narrow = biased and values["BLOCK_N"] < launch.threads * values["GROUP"]
+    return launch.case(label, "x_ptr", "y_ptr", elements, scalar_loads=int(narrow))
 
 
-def _backward(width: int | None, dtypes: str, tanh: bool, want_dbias: bool = True) -> TritonCase:
-    from . import triton
-
-    x, rest = DTYPES[dtypes]
-    rows, biased = (1, False) if width is None else (ROWS, True)
-    want_dbias &= biased
-    config = triton.backward_config(width or FLAT, ITEM_BYTES[rest], rows)
-    arguments = {
-        "dy_ptr": _pointer(rest),
-        "x_ptr": _pointer(x),
-        "bias_ptr": _pointer(rest, biased),
-        "dx_ptr": _pointer(x),
-        "dbias_ptr": _pointer("fp32", want_dbias),
-        "n_rows": "i32",
-        "width": "i32:16",
-        "column_tiles": "i32",
-        "dy_row_stride": "i32:16",
-        "x_row_stride": "i32:16",
-        "TANH": tanh,
-        "ROWS": config.rows,
-        "STEPS": config.steps,
-        "BLOCK_N": config.block_n,
-        "GROUP": config.group,
-    }
-    threads = 32 * config.num_warps
-    elements = config.rows * config.block_n / threads
-    label = _label(width, tanh) + (", frozen bias" if biased and not want_dbias else "")
-    case = Case(label, dtypes, threads, elements, loop=config.steps > 1)
-    return TritonCase(triton.bias_gelu_bwd_kernel, arguments, config.num_warps, case)
-
-
-CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 CUDA_THREADS = 256  # of a block, at most
 
 
@@ -114,7 +63,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         label += ", no bias"
     return Case(
         label,
-        rest if x == rest else f"{x}->{rest}",
+        dtypes(x, rest),
         CUDA_THREADS,
         elements=vec * rows,
         loop=kernel == "bias_gelu_backward_kernel",

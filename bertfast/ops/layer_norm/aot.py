@@ -1,153 +1,57 @@
 """layer_norm's kernels as `bertfast kernels` compiles and labels them."""
 
-from collections.abc import Iterator
+from functools import partial
 
-from ..aot import Case, TritonCase
+import torch
 
-# Of x and of everything else.
-DTYPES = {
-    "float32": ("fp32", "fp32"),
-    "float16": ("fp16", "fp16"),
-    "bfloat16": ("bf16", "bf16"),
-    "bfloat16->float32": ("bf16", "fp32"),
-}
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+from ..aot import CUDA_NAMES, DTYPES, MIXED, Case, Launch, dtypes
+from ..dropout import NO_DROPOUT, Dropout
+from . import run
+
 WIDTHS = (384, 768, 1024, 4096)
-MIXED_WIDTH = 768  # of x narrower than the rest
-# Label -> which of the optional arguments are there.
-FORWARD = {
-    "training": {"x_bias", "residual", "z", "stats"},
-    "training, dropout": {"x_bias", "residual", "z", "stats", "dropout"},
-    "inference": {"x_bias", "residual"},
-    "plain": {"stats"},
-}
-# The same of x narrower than the rest, with a copy in its dtype.
-COPYING = {f"{label}, copy": FORWARD[label] | {"copy"} for label in ("training", "inference")}
-COPYING["training, dropout, copy"] = FORWARD["training, dropout"] | {"copy"}
+MIXED_WIDTH = 768  # of x narrower than the rest, with and without a copy in its dtype
+ROWS = 1000  # in 63 partial sums; a launch specialises on multiples of 16
 
 
-def triton_cases() -> Iterator[TritonCase]:
+def call_launchers() -> None:
     for width in WIDTHS:
-        for dtypes in DTYPES:
-            if "->" in dtypes and width != MIXED_WIDTH:
-                continue
-            for label, given in (FORWARD | (COPYING if "->" in dtypes else {})).items():
-                yield _forward(width, dtypes, label, given)
-            for dropout in (False, True):
-                yield _backward(width, dtypes, dropout)
-    for dtypes in ("float32", "float16", "bfloat16"):
-        yield _column_sum(dtypes)
+        for forms in DTYPES + [MIXED] * (width == MIXED_WIDTH):
+            _call(width, *forms)
 
 
-def _pointer(dtype: str, given: bool = True) -> str | None:
-    return f"*{dtype}:16" if given else None
-
-
-def _forward(width: int, dtypes: str, label: str, given: set[str]) -> TritonCase:
-    from . import triton
-
-    x, rest = DTYPES[dtypes]
-    config = triton.forward_config(width, ITEM_BYTES[rest])
-    dropout = "dropout" in given
-    arguments = {
-        "x_ptr": _pointer(x),
-        "residual_ptr": _pointer(rest, "residual" in given),
-        "x_bias_ptr": _pointer(rest, "x_bias" in given),
-        "weight_ptr": _pointer(rest),
-        "bias_ptr": _pointer(rest),
-        "seed_ptr": _pointer("i64", dropout),
-        "row_index_ptr": _pointer("i64", dropout),
-        "y_ptr": _pointer(rest),
-        "z_ptr": _pointer(rest, "z" in given),
-        "mean_ptr": _pointer("fp32", "stats" in given),
-        "rstd_ptr": _pointer("fp32", "stats" in given),
-        "copy_ptr": _pointer(x, "copy" in given),
-        "x_row_stride": "i32:16",
-        "residual_row_stride": "i32:16",
-        "eps": "fp32",
-        "site": "i32",
-        "threshold": "i32",
-        "keep_scale": "fp32",
-        "N": width,
-        "BLOCK_N": config.block_n,
-        "GROUP": config.group,
-    }
-    threads = 32 * config.num_warps
-    case = Case(
-        f"{width}, {label}",
-        dtypes,
-        threads,
-        elements=width / threads,
-        scalar_loads=2 if dropout else 0,
-        scalar_stores=2 if "stats" in given else 0,
-    )
-    return TritonCase(triton.layer_norm_fwd_kernel, arguments, config.num_warps, case)
-
-
-def _backward(width: int, dtypes: str, dropout: bool) -> TritonCase:
-    from . import triton
-
-    x, rest = DTYPES[dtypes]
-    config = triton.backward_config(width, ITEM_BYTES[rest])
-    arguments = {
-        "dy_ptr": _pointer(rest),
-        "z_ptr": _pointer(rest),
-        "mean_ptr": _pointer("fp32"),
-        "rstd_ptr": _pointer("fp32"),
-        "weight_ptr": _pointer(rest),
-        "seed_ptr": _pointer("i64", dropout),
-        "row_index_ptr": _pointer("i64", dropout),
-        "dz_ptr": _pointer(rest),
+def _call(width: int, x_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    row = partial(torch.empty, width, dtype=dtype)
+    rows = partial(torch.empty, (ROWS, width), dtype=dtype)
+    x, norm = rows(dtype=x_dtype), run.Norm(row(), row(), 1e-12)
+    seed, numbers = (torch.empty(n, dtype=torch.int64) for n in (1, ROWS))
+    drop = Dropout(seed, 6554, 1.1, 3, numbers)
+    run.forward(x, norm, None, None, NO_DROPOUT, "triton", True)
+    for copy in {False, x_dtype != dtype}:
+        for dropout, save in ((NO_DROPOUT, False), (NO_DROPOUT, True), (drop, True)):
+            run.forward(x, norm, row(), rows(), dropout, "triton", save, copy)
+    for dropout in (NO_DROPOUT, drop):
         # Without dropout and with one dtype dx is dz.
-        "dx_ptr": _pointer(x, dropout or x != rest),
-        "dweight_ptr": _pointer("fp32"),
-        "dbias_ptr": _pointer("fp32"),
-        "dx_bias_ptr": _pointer("fp32"),
-        "dy_row_stride": "i32:16",
-        "z_row_stride": "i32:16",
-        "n_rows": "i32",
-        "site": "i32",
-        "threshold": "i32",
-        "keep_scale": "fp32",
-        "N": width,
-        "BLOCK_N": config.block_n,
-        "GROUP": config.group,
-        "ROWS": config.rows,
-    }
-    threads = 32 * config.num_warps
-    case = Case(
-        f"{width}, dropout" if dropout else f"{width}",
-        dtypes,
-        threads,
-        elements=width / threads,
-        loop=True,
-        scalar_loads=4 if dropout else 2,
-    )
-    return TritonCase(triton.layer_norm_bwd_kernel, arguments, config.num_warps, case)
+        dx = x_dtype if dropout.threshold or x_dtype != dtype else None
+        stats = torch.empty(ROWS), torch.empty(ROWS)
+        wanted = run.Wanted(True, dx, True, True)
+        run.backward(rows(), rows(), *stats, norm.weight, dropout, wanted, "triton")
 
 
-def _column_sum(dtypes: str) -> TritonCase:
-    from .. import triton_column_sum as shared
-
-    out = _pointer(DTYPES[dtypes][1])
-    arguments = {
-        "partial_ptr": _pointer("fp32"),
-        "out0_ptr": out,
-        "out1_ptr": out,
-        "out2_ptr": out,
-        "n_partials": "i32",
-        "N": "i32:16",
-        "BLOCK_P": shared.BLOCK_P,
-        "BLOCK_N": shared.BLOCK_N,
-    }
-    threads = 32 * shared.NUM_WARPS
-    elements = shared.BLOCK_P * shared.BLOCK_N / threads
-    label = f"{shared.BLOCK_P} x {shared.BLOCK_N}"
-    case = Case(label, dtypes, threads, elements=elements, loop=True)
-    return TritonCase(shared.column_sum_kernel, arguments, shared.NUM_WARPS, case)
-
-
-CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
+def triton_case(launch: Launch) -> Case:
+    if launch.name == "column_sum_kernel":
+        tile = launch.values["BLOCK_P"], launch.values["BLOCK_N"]
+        label = "{} x {}".format(*tile)
+        return launch.case(label, "out0_ptr", "out0_ptr", tile[0] * tile[1], loop=True)
+    width, dropout = launch.values["N"], launch.has("seed_ptr")
+    if launch.name == "layer_norm_bwd_kernel":
+        label = f"{width}" + ", dropout" * dropout
+        x, loads = "dx_ptr" if launch.has("dx_ptr") else "dz_ptr", 4 if dropout else 2
+        return launch.case(label, x, "dz_ptr", width, loop=True, scalar_loads=loads)
+    saves = launch.has("mean_ptr")
+    form = "plain" if not launch.has("residual_ptr") else "training" if saves else "inference"
+    label = f"{width}, {form}" + ", dropout" * dropout + ", copy" * launch.has("copy_ptr")
+    scalars = dict(scalar_loads=2 * dropout, scalar_stores=2 * saves)
+    return launch.case(label, "x_ptr", "y_ptr", width, **scalars)
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
@@ -172,7 +76,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     partial_bytes = 0 if forward else threads // row_threads * columns * 4
     return Case(
         label,
-        rest if x == rest else f"{x}->{rest}",
+        dtypes(x, rest),
         threads,
         elements=vec * per_thread,
         loop=not forward,

@@ -1,0 +1,112 @@
+"""The process that compiles the Triton kernels for one architecture and reads what came out.
+
+It prints a line of JSON for each kernel, and for each fault.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.cache import get_cache_manager
+
+from ...ops.aot import Case, Launch
+from .recording import aim_at, compiled, record
+from .rows import Row, make_row
+from .sass import capability, disassemble, read_cubin
+from .triton_aot import TAG
+
+
+@triton.jit
+def fill_kernel(out_ptr):
+    tl.store(out_ptr + tl.program_id(0), 1.0)
+
+
+def launch_smallest() -> None:
+    """Whether it compiles tells if Triton knows an architecture at all."""
+    fill_kernel[(1,)](torch.empty(1))
+
+
+def forms(module: ModuleType, fail: Callable[[str], None]) -> Iterator[tuple[Launch, Case]]:
+    """What the launchers of a module's op launch, and what it is: each form once."""
+    noted: list[tuple[Launch, Case | None]] = []
+    try:
+        record(
+            module.call_launchers, lambda launch: noted.append((launch, module.triton_case(launch)))
+        )
+    except Exception as error:
+        fail(f"a call in {module.__name__}: {_words(error)}")
+    known: dict[tuple[str, str, str], str] = {}
+    for launch, case in noted:
+        if case is None:
+            continue
+        form = (launch.name, case.label, case.dtypes)
+        if form not in known:
+            known[form] = launch.specialization
+            yield launch, case
+        elif known[form] != launch.specialization:
+            fail(f"{', '.join(form)}: two launches of this form are compiled differently")
+
+
+def _words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def rows(op: str, launch: Launch, case: Case, arch: str, directory: Path) -> Iterator[Row]:
+    kernel = compiled(launch)
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    for name, (code, resources) in read_cubin(cubin, arch, _disassemble).items():
+        shared = kernel.metadata.shared
+        yield make_row("triton", op, name, arch, case, code, resources, shared)
+
+
+def _disassemble(cubin: Path) -> str:
+    """Kept beside the cubin in Triton's cache: for small kernels it takes longer than the rest."""
+    cache = get_cache_manager(hashlib.sha256(cubin.read_bytes()).hexdigest())
+    kept = cache.get_file("kernel.sass")
+    if kept is not None:
+        return Path(kept).read_text()
+    text = disassemble(cubin)
+    cache.put(text, "kernel.sass", binary=False)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch")
+    parser.add_argument("modules", nargs="*")
+    args = parser.parse_args()
+
+    def say(**line: object) -> None:
+        print(TAG + json.dumps(line), flush=True)
+
+    def fail(text: str) -> None:
+        say(failed=f"{text}, on {args.arch}")
+
+    aim_at(capability(args.arch))
+    smallest: list[Launch] = []
+    record(launch_smallest, smallest.append)
+    compiled(smallest[0])
+    say(knows=args.arch)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in args.modules:
+            op = name.split(".")[-2] if "." in name else name
+            for launch, case in forms(importlib.import_module(name), fail):
+                try:
+                    for row in rows(op, launch, case, args.arch, Path(directory)):
+                        say(row=row.as_dict())
+                except Exception as error:
+                    fail(f"{launch.name}, {case.label}, {case.dtypes}: {_words(error)}")
+
+
+if __name__ == "__main__":
+    main()
