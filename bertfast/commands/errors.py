@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """What a command was asked for can't be done. The command line prints the text and exits 2."""
+    """A request that a command can't meet. The command line prints the text and exits 2."""
 
 
 def one_of(option: str, given: str, known: Iterable[str]) -> str:

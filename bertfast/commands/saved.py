@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import UserError, need
 
-# Directories that are called what everybody's are: the name is further up.
+# Common names of directories, which say nothing about the model: its name is further up.
 _GENERIC = ("model", "models", "saved", "encoder", "transformer", "0_Transformer", "snapshots")
 
 
@@ -21,7 +21,7 @@ def need_transformers(what: str) -> None:
 
 
 def load(kind: Any, directory: str, **options: Any) -> Any:
-    """What a class of transformers loads from the directory. Whatever that raises becomes one line
+    """Loads from the directory by a class of transformers. An error of any kind becomes one line
     that names the directory."""
     from transformers.utils import logging
 
@@ -53,7 +53,7 @@ def config(directory: str) -> Any:
 
 
 def model_types() -> list[str]:
-    """Those whose model's class bertfast.hf has a subclass of."""
+    """The model types with a converted class in bertfast.hf."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     from .. import hf
@@ -71,7 +71,7 @@ def positions(config: Any) -> int:
 
     from .. import hf
 
-    kind = MODEL_MAPPING_NAMES[config.model_type]
+    kind: Any = MODEL_MAPPING_NAMES[config.model_type]
     family = sys.modules[getattr(hf, kind)._original.__module__]
     embeddings = getattr(family, kind.removesuffix("Model") + "Embeddings", None)
     skips = hasattr(embeddings, "create_position_ids_from_input_ids")

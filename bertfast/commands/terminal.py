@@ -1,4 +1,4 @@
-"""What the commands print: tables of 80 columns in plain characters, and a line of progress."""
+"""Output of the commands: tables of 80 columns in plain characters, and a line of progress."""
 
 import os
 import shutil
@@ -92,7 +92,7 @@ class Progress:
     It is drawn when something is said: a thread that draws would be in the processor time.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.start = time.monotonic()
         self.shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -108,7 +108,7 @@ class Progress:
         self.done += 1
 
     def clear(self) -> None:
-        """Before something else is printed."""
+        """Erases the line, before something else is printed."""
         if self.shown:
             self._write("")
 

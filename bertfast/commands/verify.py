@@ -45,7 +45,7 @@ class Row:
 
 
 def where(backend: str, device: str) -> str:
-    """What runs the backend's kernels on this device, for people."""
+    """Name, for people, of the hardware or emulation that runs the backend's kernels."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return HOST_PLACES[backend]

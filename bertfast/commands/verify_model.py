@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..convert import optimize, report
+from ..convert import Report, optimize, report
 from ..ops import dispatch
 from ..testing.budget import worst
 from ..testing.model import WAYS, beside_stock
@@ -37,7 +38,7 @@ class Row:
 def check(
     model: torch.nn.Module,
     texts: list[str],
-    tokenizer=None,
+    tokenizer: Any = None,
     backend: str = "auto",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
@@ -56,7 +57,9 @@ def check(
     return rows
 
 
-def _inputs(model, texts, tokenizer) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _inputs(
+    model: Any, texts: list[str], tokenizer: Any
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     config = model.config
     device = model.device
     length = min(LENGTH, config.max_position_embeddings - 2)
@@ -114,8 +117,9 @@ def verify_model(
     """Prints the table; returns the exit code: 1 if any number is outside its budget."""
     lines = [] if texts is None else read_texts(texts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = backend or "auto"
     for op in dispatch.ops() if backend else ():
-        if reason := dispatch.unsupported_reason(op, backend, device, torch.float32):
+        if reason := dispatch.unsupported_reason(op, wanted, device, torch.float32):
             raise UserError(f"--backend {backend} can't run a float32 model's {op} here: {reason}")
     with Progress(0) as progress:
         progress.show(f"loading {directory}")
@@ -125,9 +129,9 @@ def verify_model(
             import transformers
 
             tokenizer = saved.load(transformers.AutoTokenizer, directory)
-        layers = report(optimize(copy.deepcopy(model), backend=backend or "auto"))
+        layers = report(optimize(copy.deepcopy(model), backend=wanted))
         fused = sum(row.reason is None for row in layers)
-        rows = check(model, lines, tokenizer, backend or "auto", progress.show) if fused else []
+        rows = check(model, lines, tokenizer, wanted, progress.show) if fused else []
     ok = bool(rows) and all(row.ok for row in rows)
     if as_json:
         reasons = {row.name: row.status for row in layers}
@@ -143,7 +147,9 @@ def short(name: str) -> str:
     return re.sub(r"\b(?:\w+\.)*layers?\.(\d+)\.", r"layer \1: ", name)
 
 
-def _print(directory, model, layers, fused, rows: list[Row]) -> None:
+def _print(
+    directory: str, model: torch.nn.Module, layers: Report, fused: int, rows: list[Row]
+) -> None:
     out = console()
     out.print(f"{type(model).__name__}, {fused} of {len(layers)} layers fused: {directory}")
     if fused < len(layers) or not rows:

@@ -4,9 +4,11 @@ The rounding model works on the padded form of every case, sequence by sequence 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import packing
 from ..ops import attention, attention_qkv, dropout
@@ -46,7 +48,7 @@ class Case:
 
 
 def quick_cases() -> list[Case]:
-    """What `bertfast verify` runs: each layout and feature once, the hostile values."""
+    """The cases of `bertfast verify`: each layout and feature once, the hostile values."""
     return [
         Case((70,), head_dim=64),
         Case((45, 60), mask="right", p=0.1),
@@ -139,7 +141,7 @@ def _key_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     tail = (case.heads, case.head_dim)
-    lead = (len(case.lengths), max(case.lengths))
+    lead: tuple[int, ...] = (len(case.lengths), max(case.lengths))
     if case.packed:
         lead = (sum(case.lengths),)
     size = 40.0 if case.values == "large" else 1.0  # a score of 1600 * sqrt(D) overflows float16
@@ -154,7 +156,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         values[..., 1, :, 0] = math.copysign(2.0 ** (power - power // 2), case.top)
     buffer = values.to(dtype)
     key_mask = None if case.packed else _key_mask(case, generator)
-    if case.values == "spoilt":
+    if key_mask is not None and case.values == "spoilt":
         spoilt = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(dtype)
         count = int((~key_mask).sum())
         buffer[..., 1:, :, :][~key_mask] = spoilt[torch.arange(count) % 3].view(-1, 1, 1, 1)
@@ -191,7 +193,7 @@ def options(inputs: dict, device: str = "cpu") -> dict:
     made = None
     if inputs["plan"]:
         total = inputs["q"].shape[0]
-        made = packing.plan(moved["cu_seqlens"], inputs["max_seqlen"], total)
+        made = packing.plan(inputs["cu_seqlens"].to(device), inputs["max_seqlen"], total)
     return moved | {
         "max_seqlen": inputs["max_seqlen"],
         "plan": made,
@@ -224,7 +226,9 @@ def oracle(inputs: dict) -> dict:
     return run(inputs, "torch", dtype=torch.float64)
 
 
-def _padded(inputs: dict, dtype: torch.dtype):
+def _padded(
+    inputs: dict, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v, dout as (B, H, S, D), masked keys zeroed; the mask of keys; the dropout's factor."""
     tensors = [inputs[name].to(dtype) for name in (*NAMES, "dout")]
     cu, mask = inputs["cu_seqlens"], inputs["key_mask"]
@@ -268,14 +272,18 @@ def _scale(inputs: dict) -> float:
     return 1 / math.sqrt(inputs["q"].shape[-1]) if scale is None else scale
 
 
-def rounding_model(inputs: dict, statistics=lambda t: t, operand=None) -> dict:
+def rounding_model(
+    inputs: dict,
+    statistics: Callable[[Tensor], Tensor] = lambda t: t,
+    operand: Callable[[Tensor], Tensor] | None = None,
+) -> dict:
     """float32 arithmetic, rounded where the algorithm must: p, ds, lse and out, and the gradients.
 
     statistics (of the scores) and operand are the places where tests plant a precision fault.
     """
     dtype, scale = inputs["q"].dtype, _scale(inputs)
 
-    def rounded(tensor):
+    def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(dtype).float()
 
     operand = operand or rounded
@@ -302,7 +310,7 @@ def rounding_model(inputs: dict, statistics=lambda t: t, operand=None) -> dict:
 
 
 def scales(inputs: dict) -> dict:
-    """What the budget's u multiplies where it is more than |reference|.
+    """Factors of the budget's u where they exceed |reference|.
 
     ds = p * (dp - delta) cancels, and dq and dk are sums of it that cancel again: each term is
     rounded to the dtype once, so u times the sum of the terms' sizes remains. As dp and delta are
@@ -344,7 +352,7 @@ def scales(inputs: dict) -> dict:
 
 
 def plain_torch(inputs: dict) -> dict:
-    """What stock torch computes in this dtype: one op after the other, each rounding."""
+    """Results of stock torch in this dtype: one op after the other, each rounding."""
     q, k, v, dout, mask, factor = _padded(inputs, inputs["q"].dtype)
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     q, k, v = leaves

@@ -1,5 +1,6 @@
 """bias_gelu's cases, inputs and rounding model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Case:
 
 
 def quick_cases() -> list[Case]:
-    """What `bertfast verify` runs: an encoder's width, every feature, the hostile values."""
+    """The cases of `bertfast verify`: an encoder's width, every feature, the hostile values."""
     return [
         Case((3, 7, 3072)),
         Case((5, 1536), approximate="tanh"),
@@ -85,7 +86,7 @@ def mixed_cases() -> list[Case]:
     ]
 
 
-def _values(shape, kind: str, generator: torch.Generator) -> torch.Tensor:
+def _values(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> torch.Tensor:
     normal = torch.randn(shape, generator=generator)
     scale = {"wide": 4.0, "large": 8000.0, "tiny": 1e-4, "zero": 0.0}.get(kind, 1.0)
     return -3.0 - normal.abs() if kind == "tail" else normal * scale
@@ -125,7 +126,9 @@ def oracle(inputs: dict) -> dict:
 
 
 def rounding_model(
-    inputs: dict, approximate: str | None = None, column_sum=lambda t: t.sum(0)
+    inputs: dict,
+    approximate: str | None = None,
+    column_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t.sum(0),
 ) -> dict:
     """The reference in float32, rounded at the outputs and nowhere else.
 
@@ -146,12 +149,12 @@ def rounding_model(
 
 
 def scales(inputs: dict) -> dict:
-    """What the budget's u multiplies where it is more than |reference|: nowhere."""
+    """Factors of the budget's u where they exceed |reference|: none."""
     return {}
 
 
 def plain_torch(inputs: dict) -> dict:
-    """What stock torch computes in this dtype: one op after the other, each rounding."""
+    """Results of stock torch in this dtype: one op after the other, each rounding."""
     leaves = {
         name: inputs[name].detach().requires_grad_() for name in NAMES if inputs[name] is not None
     }

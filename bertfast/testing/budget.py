@@ -10,6 +10,7 @@ round an operand, and at the output. scale is |reference| where nothing else is 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,14 +96,14 @@ def worst(findings: list[Finding]) -> Finding:
     return max(findings, key=lambda f: math.inf if math.isnan(f.share) else f.share)
 
 
-def nearest_to_budget(table, inputs: dict, actual: dict[str, torch.Tensor]) -> Finding:
-    """The worst finding of what a run of an op gave; table is the op's module in this package."""
+def nearest_to_budget(table: Any, inputs: dict, actual: dict[str, torch.Tensor]) -> Finding:
+    """The worst finding of an op's results; table is the op's module in this package."""
     return worst(
         compare(actual, table.oracle(inputs), table.rounding_model(inputs), table.scales(inputs))
     )
 
 
-def hold_to_budget(table, inputs: dict, actual: dict[str, torch.Tensor]) -> None:
+def hold_to_budget(table: Any, inputs: dict, actual: dict[str, torch.Tensor]) -> None:
     """Raises AssertionError if an output or gradient is outside its budget."""
     finding = nearest_to_budget(table, inputs, actual)
     if not finding.ok:

@@ -1,6 +1,7 @@
 """layer_norm's cases, inputs and rounding model."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,7 @@ class Case:
 
 
 def quick_cases() -> list[Case]:
-    """What `bertfast verify` runs: BERT's widths, every feature, the hostile values."""
+    """The cases of `bertfast verify`: BERT's widths, every feature, the hostile values."""
     return [
         Case((3, 7, 768)),
         Case((2, 5, 768), p=0.1),
@@ -98,7 +99,7 @@ def mixed_cases() -> list[Case]:
     ]
 
 
-def _values(shape, kind: str, generator: torch.Generator) -> torch.Tensor:
+def _values(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> torch.Tensor:
     normal = torch.randn(shape, generator=generator)
     if kind == "offset":
         return normal + 100.0
@@ -197,7 +198,11 @@ def _z(f: dict) -> torch.Tensor:
     return z if f["residual"] is None else z + f["residual"]
 
 
-def rounding_model(inputs: dict, statistics=lambda t: t, column_sum=lambda t: t.sum(0)) -> dict:
+def rounding_model(
+    inputs: dict,
+    statistics: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    column_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t.sum(0),
+) -> dict:
     """float32 arithmetic, rounded where the algorithm must: z as it is saved, and the outputs.
 
     statistics and column_sum are the places where tests plant a precision fault.
@@ -229,7 +234,7 @@ def rounding_model(inputs: dict, statistics=lambda t: t, column_sum=lambda t: t.
 
 
 def scales(inputs: dict) -> dict:
-    """What the budget's u multiplies where it is more than |reference|.
+    """Factors of the budget's u where they exceed |reference|.
 
     dz = rstd * (g - <g> - h * <g * h>) may cancel: where one value dominates a row, h^2 / N is near
     1. Each term is rounded in float32 before, so 2^-24 of the terms' sizes remains in the result;
@@ -262,7 +267,7 @@ def _dz_terms(f: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_torch(inputs: dict) -> dict:
-    """What stock torch computes in this dtype: one op after the other, each rounding."""
+    """Results of stock torch in this dtype: one op after the other, each rounding."""
     leaves = {
         name: inputs[name].detach().requires_grad_() for name in NAMES if inputs[name] is not None
     }

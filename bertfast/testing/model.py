@@ -26,7 +26,8 @@ What is compared is what both define: real tokens, not padding.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ def numbers(
     for part in parts:
         with torch.set_grad_enabled(gradients):
             result = model(**{name: value[part] for name, value in inputs.items()})
-            loss = 0.0
+            loss: Any = 0.0  # of tensors, once an output was added
             for name, value in result.items():
                 if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                     continue
@@ -131,11 +132,13 @@ def beside_stock(
 class _ShuffledSums(TorchDispatchMode):
     """The terms of each matrix product are summed in a random order, in the backward too."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int) -> None:
         super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func in _PRODUCTS:
             *rest, a, b = args
             order = torch.randperm(a.shape[-1], generator=self._generator).to(a.device)
@@ -162,5 +165,7 @@ def _errors(actual: torch.Tensor, reference: torch.Tensor) -> tuple[float, float
     return _size(actual.double() - reference.double())
 
 
-def _all_errors(actual, exact) -> dict[str, tuple[float, float]]:
+def _all_errors(
+    actual: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
     return {name: _errors(actual[name], reference) for name, reference in exact.items()}

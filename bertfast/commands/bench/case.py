@@ -17,7 +17,7 @@ Step = Callable[[], Any]  # does a case's work once
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a case runs, and the backend of torch.compile there."""
+    """The device that a case runs on, and the backend of torch.compile there."""
 
     device: str
     compile_backend: str = "inductor"
@@ -30,33 +30,57 @@ class Case(Protocol):
     or a model. The case checks the runner's numbers and turns it into what is timed.
     """
 
-    op: str  # the table: an op's name, "BERT-base", "BERT-base layer"
-    kind: str  # "op", "layer" or "model"
-    pass_: str
-    shape: str
-    dtype: torch.dtype
-    dropout: float
-    # A GPU's time is "device": of calls on several inputs in turn, replayed in a CUDA graph; or
-    # "call": of calls until the GPU is done.
-    clock: str
+    @property
+    def op(self) -> str:
+        """The table: an op's name, "BERT-base", "BERT-base layer"."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """ "op", "layer" or "model"."""
+        ...
+
+    @property
+    def pass_(self) -> str: ...
+
+    @property
+    def shape(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def clock(self) -> str:
+        """A GPU's clock: "device", of calls on several inputs in turn, replayed in a CUDA graph; or
+        "call", of calls until the GPU is done."""
+        ...
 
     def work(self) -> list[Work]:
         """The kernels that it takes at least, with their bytes and operations."""
+        ...
 
     def providers(self) -> "Sequence[Provider]":
         """Those of the table that are compared on it."""
+        ...
 
     def inputs(self, device: str, seed: int) -> Any:
         """The same values for the same seed."""
+        ...
 
     def check(self, provider: "Provider", runner: Any, inputs: Any) -> float:
         """The relative error against float64. Raises Wrong where it is too large."""
+        ...
 
     def step(self, runner: Any, inputs: Any) -> Step:
-        """What is timed."""
+        """The call that is timed."""
+        ...
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Columns of the CSV that follow from the time of a call."""
+        ...
 
 
 class Wrong(Exception):

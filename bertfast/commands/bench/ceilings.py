@@ -1,4 +1,4 @@
-"""What this machine can do, measured: the floors that a kernel's time is compared with."""
+"""Ceilings of this machine, measured: a kernel's time is compared with the floor they make."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ class Machine:
     record is called with a row for everything that was measured.
     """
 
-    def __init__(self, device: str, record: Callable[[Row], None], quick: bool = False):
+    def __init__(self, device: str, record: Callable[[Row], None], quick: bool = False) -> None:
         self.device, self.record = device, record
         gpu = device == "cuda"
         self.clock = "device" if gpu else "process"

@@ -1,6 +1,6 @@
 """`bertfast bench`: what is measured by default, what can't go together, the tables, the files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def bench(
         torch.set_num_threads(threads)
 
 
-def _ops(gpu: bool, dtype: Sequence[str] | None, given: dict[str, object]) -> list[Case]:
+def _ops(gpu: bool, dtype: Sequence[str] | None, given: Mapping[str, object]) -> Sequence[Case]:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"--{name} is for a layer or a model: ops have shapes of their own")
@@ -153,7 +153,12 @@ def _run(
         )
         for case in plan:
             bench.measure(case)
-            if case.kind == "layer" and case.pass_ == "forward" and not wanted:
+            if (
+                isinstance(case, EncoderCase)
+                and case.layer
+                and case.pass_ == "forward"
+                and not wanted
+            ):
                 measure_parts(bench.machine, recorder, case)
             progress.step()
     if not by_op(recorder.rows):

@@ -44,18 +44,18 @@ def is_ours(row: Row) -> bool:
 
 
 def baseline(rows: Iterable[Row]) -> Row | None:
-    """What speed-ups are counted from: the usual way of running it with stock torch."""
+    """The row that speed-ups are counted from: the usual way to run the case with stock torch."""
     timed = {row.provider: row for row in rows if row.median_us is not None}
     return next((timed[n] for n in ("HF SDPA", "torch sdpa", "torch eager") if n in timed), None)
 
 
 def half_range(row: Row) -> float:
-    return (row.p80_us - row.p20_us) / 2
+    return (row.sample.p80 - row.sample.p20) / 2
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a column's times are given in: the values decide, all of them together."""
+    """The unit of a column's times, chosen by all its values together."""
 
     name: str
     factor: float
@@ -72,7 +72,7 @@ class Unit:
         return f"{us / self.factor:.{self.digits}f}"
 
     def spread(self, us: float) -> str:
-        """Never a zero that rounding made. A single repeat has no spread."""
+        """A spread that would round to zero is given as "<0.01"; a single repeat has none: "?"."""
         if us == 0:
             return "?"
         text, least = self.text(us), 10.0**-self.digits
@@ -83,7 +83,7 @@ class Unit:
         spreads = [self.spread(half_range(row)) for row in rows]
         width = max(map(len, spreads), default=0) if align else 0
         pairs = zip(rows, spreads, strict=True)
-        return [f"{self.text(row.median_us)} {PM} {spread:>{width}}" for row, spread in pairs]
+        return [f"{self.text(row.sample.median)} {PM} {spread:>{width}}" for row, spread in pairs]
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,8 @@ class Ratio:
     @classmethod
     def of(cls, ours: Row, other: Row) -> "Ratio":
         """Both spreads are in it, taken as independent."""
-        value = other.median_us / ours.median_us
-        relative = math.hypot(
-            half_range(ours) / ours.median_us, half_range(other) / other.median_us
-        )
+        value = other.sample.median / ours.sample.median
+        relative = math.hypot(*(half_range(row) / row.sample.median for row in (ours, other)))
         return cls(value, value * relative)
 
     def __str__(self) -> str:
@@ -116,15 +114,15 @@ def mean(ratios: Sequence[Ratio]) -> Ratio:
 def verdicts(cases: dict[Key, list[Row]]) -> list[str]:
     """A sentence for each provider that ours stands beside, and a line with the worst case.
 
-    The first of ours is compared with everybody, another of ours with the baseline alone.
+    The first of ours is compared with all others, another of ours with the baseline alone.
     """
     timed = {
         key: {row.provider: row for row in rows if row.median_us is not None}
         for key, rows in cases.items()
     }
-    everybody = {row.provider: row for rows in timed.values() for row in rows.values()}
-    ours = [name for name, row in everybody.items() if is_ours(row)]
-    others = [name for name in everybody if name not in ours]
+    by_name = {row.provider: row for rows in timed.values() for row in rows.values()}
+    ours = [name for name, row in by_name.items() if is_ours(row)]
+    others = [name for name in by_name if name not in ours]
     usual = {stock.provider for rows in timed.values() if (stock := baseline(rows.values()))}
     lines = []
     for name in ours:

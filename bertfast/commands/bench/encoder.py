@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ Named = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    stock: nn.Module  # in eval, with SDPA; nobody may change it
+    stock: Any  # a module in eval, with SDPA; it stays as it is
     tensors: Named  # a model's arguments, or a layer's "x"
     dy: torch.Tensor | None  # in the case's dtype, zero at padding
     hidden: torch.Tensor  # float64
@@ -83,7 +83,7 @@ class EncoderCase:
         y = module(tensors["x"]) if self.layer else module(**tensors)[0]
         return y[0] if isinstance(y, tuple) else y
 
-    def with_attention(self, module: nn.Module, implementation: str) -> nn.Module:
+    def with_attention(self, module: Any, implementation: str) -> Any:
         """A copy whose attention is "eager", "sdpa", ...; the original's config stays as it is."""
         module = copy.deepcopy(module)
         if self.layer:
@@ -93,7 +93,7 @@ class EncoderCase:
         return module
 
     def inputs(self, device: str, seed: int) -> Inputs:
-        """With what is right: plain attention in float64, a few rows at a time, whose gradients add
+        """With the reference: plain attention in float64, a few rows at a time, whose gradients add
         up."""
         stock = _stock(self.model, device, self.dtype, self.layer)
         mask = self.tokens.mask(device)
@@ -147,7 +147,7 @@ class EncoderCase:
             with torch.inference_mode():
                 return runner.forward()
 
-        step = infer
+        step: Step = infer
         if runner.capture:
             graph, (y,) = captured([infer])
             graph.replay()
@@ -157,8 +157,8 @@ class EncoderCase:
 
 
 @functools.lru_cache(maxsize=1)  # cases of one model follow one another
-def _stock(model: Model, device: str, dtype: torch.dtype, layer: bool) -> nn.Module:
-    module = model.build(device, dtype, layers=1 if layer else None)
+def _stock(model: Model, device: str, dtype: torch.dtype, layer: bool) -> Any:
+    module: Any = model.build(device, dtype, layers=1 if layer else None)
     return module.encoder.layer[0] if layer else module
 
 

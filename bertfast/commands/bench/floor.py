@@ -2,7 +2,7 @@
 
 A layer is taken to be seven kernels, each as well fused as it could be; a kernel takes at least the
 longer of (operations / rate of matrix products) and (bytes / copy bandwidth), and no time passes
-between kernels. Only real tokens count: padding is work that nobody needs. So the floor is the same
+between kernels. Only real tokens count: padding is waste. So the floor is the same
 for every implementation, and one that computes padding is far above it.
 """
 
@@ -14,7 +14,7 @@ from .models import Model
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reached in the same run."""
+    """Rates that the machine reached in the same run."""
 
     bytes_per_s: float  # of a large copy, read plus written
     flop_per_s: float  # of matrix products at BERT's own sizes, in the case's dtype
@@ -22,7 +22,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel has to do."""
+    """The work of one kernel."""
 
     kind: str  # products, attention or memory
     flops: int
@@ -43,10 +43,10 @@ def _product(rows: int, inner: int, columns: int, itemsize: int, more: int = 0) 
 
 
 def attention(lengths: Sequence[int], width: int, itemsize: int, backward: bool = False) -> Work:
-    """All heads of one layer; lse, which is a value a row and head, not counted.
+    """All heads of one layer; lse, a value per row and head, is left out.
 
-    forward    scores and their product with v: 4 * width operations a pair of tokens; q, k, v read,
-               the context written
+    forward    scores and their product with v: 4 * width operations per pair of tokens; q, k, v
+               read, the context written
     backward   five products of two where the forward has two; q, k, v, out and its gradient read,
                three gradients written
     """
@@ -60,7 +60,7 @@ def forward(
 ) -> list[Work]:
     """One layer. Products add bias and residual and apply GELU as they write.
 
-    memory      two LayerNorms, each reads the sum and writes: 2 values an element
+    memory      two LayerNorms, each reads the sum and writes: 2 values per element
     training    what GELU was applied to is written too
     """
     tokens, width, inner = sum(lengths), sizes.width, sizes.inner
@@ -79,7 +79,7 @@ def forward(
 def backward(sizes: Model, lengths: Sequence[int], itemsize: int) -> list[Work]:
     """One layer's gradients: each product twice, for its input and for its weight.
 
-    memory      LayerNorm reads dy and what it normalised, writes the gradient: 3 values an element
+    memory      LayerNorm reads dy and what it normalised, writes the gradient: 3 values per element
     GELU's derivative and the residuals' sums are epilogues.
     """
     tokens, width, inner = sum(lengths), sizes.width, sizes.inner
@@ -108,7 +108,7 @@ def layer(sizes: Model, lengths: Sequence[int], itemsize: int, training: bool) -
 def model(sizes: Model, lengths: Sequence[int], itemsize: int, training: bool) -> list[Work]:
     """All layers and the embeddings, whose rows are read and whose normalised sum is written.
 
-    What a head or pooler adds is left out: it sees one token a sequence.
+    What a head or pooler adds is left out: it sees one token per sequence.
     """
     values = sum(lengths) * sizes.width
     embeddings = Work("memory", 0, (5 if training else 2) * values * itemsize)

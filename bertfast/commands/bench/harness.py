@@ -6,6 +6,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class Bench:
         slow: bool = True,
         say: Callable[[str], None] = lambda text: None,
         progress: Callable[[str], None] = lambda text: None,
-    ):
+    ) -> None:
         """wanted: names of providers, or None for all. slow: with those that take long."""
         self.machine, self.recorder = machine, recorder
         self.setting = Setting(machine.device, compile_backend)
@@ -48,7 +49,7 @@ class Bench:
         self.wanted, self.slow = wanted, slow
         self.say, self.progress = say, progress
         self.faults: list[str] = []  # what is wrong, and what of ours failed
-        self.left_out: list[str] = []  # who isn't here, or can't do a case, and why
+        self.left_out: list[str] = []  # providers that can't be used, or not for a case, and why
         self.gpu = machine.device == "cuda"
         self.stream = torch.cuda.Stream() if self.gpu else None
 
@@ -126,10 +127,11 @@ class Bench:
         return row
 
     def _add_rates(self, case: Case, row: Row) -> None:
-        seconds = row.median_us / 1e6
+        seconds = row.sample.median / 1e6
         flops = sum(work.flops for work in case.work())
         row.tflop_per_s = flops / seconds / 1e12 if flops else None
-        self.recorder.add(dataclasses.replace(row, **case.rates(seconds)))
+        rates: dict[str, Any] = {**case.rates(seconds)}
+        self.recorder.add(dataclasses.replace(row, **rates))
 
     def _peak_memory_mb(self, step: Step) -> float | None:
         """The most that a call needs beyond what was there before it. The memory of a captured
@@ -164,7 +166,7 @@ class Bench:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings by which libraries greet a model."""
+    """Silences the warnings that libraries give when a model is made."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -40,7 +40,7 @@ class Model:
             num_hidden_layers=layers or self.layers,
             num_attention_heads=self.heads,
             max_position_embeddings=self.positions,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
         with torch.device(device):
             model = BertModel(config)
@@ -114,12 +114,12 @@ class Tokens:
         return torch.arange(self.longest, device=device) < own
 
     def cu_seqlens(self, device: str) -> torch.Tensor:
-        """Where each sequence begins when they lie behind one another, and where the last ends."""
+        """The first token of each sequence when they lie behind one another, and the last's end."""
         bounds = torch.tensor((0, *self.lengths)).cumsum(0)
         return bounds.to(device, torch.int32)
 
     def inputs(self, device: str, vocabulary: int = 30522) -> dict[str, torch.Tensor]:
-        """What a tokenizer returns."""
+        """The tensors that a tokenizer returns."""
         generator = torch.Generator().manual_seed(1)
         mask = self.mask("cpu").long()
         low = min(1000, vocabulary // 2)  # the special tokens are not in use here

@@ -1,4 +1,4 @@
-"""What the cases of all ops share: the steps, the check, the names of the functions.
+"""The common part of all ops' cases: steps, check, names of the functions.
 
 A subclass is a frozen dataclass of a pass, sizes, a dtype and a dropout, in a module of its own in
 `cases`. Its `functions` say how each provider computes the op: by the provider's name, but for
@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 
 from ...testing import nearest_to_budget
-from .case import Case, Step, Wrong, held, relative
+from .case import Step, Wrong, held, relative
+from .floor import Work
 from .providers import Provider, of_kind
 
 # ||difference|| / ||reference|| that any honest implementation stays under: stock torch rounds to
@@ -40,17 +41,29 @@ class Inputs:
         return Inputs(leaves, self.dy.double(), self.more)
 
 
-class OpCase(Case):
+class OpCase:
     kind: ClassVar[str] = "op"
     clock: ClassVar[str] = "device"
     op: ClassVar[str]
     functions: ClassVar[Mapping[str, Callable]]
     stock: ClassVar[str] = "torch eager"
     pass_: str  # forward, training (a forward that saves what the backward needs), or backward
+    dtype: torch.dtype
+    dropout: float
+
+    @property
+    def shape(self) -> str:
+        raise NotImplementedError
+
+    def work(self) -> list[Work]:
+        raise NotImplementedError
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        raise NotImplementedError
 
     @property
     def form(self) -> tuple:
-        """What a backend's answer to "can you run this?" depends on, besides the device."""
+        """The dtype, and sizes that some backend refuses: what `unsupported_reason` is asked."""
         return (self.dtype,)
 
     def for_budget(self) -> Any:
@@ -58,7 +71,7 @@ class OpCase(Case):
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """What the functions are given besides the inputs."""
+        """Keyword arguments of the functions, besides the inputs."""
         return {}
 
     def providers(self) -> Sequence[Provider]:
@@ -98,7 +111,7 @@ class OpCase(Case):
         # Others draw a mask of their own, so their arithmetic is checked without.
         case = self
         if self.dropout and not provider.ours:
-            case = dataclasses.replace(self, dropout=0.0)
+            case = dataclasses.replace(self, dropout=0.0)  # type: ignore[type-var]
         given = inputs.of(runner)
         again = case.dropout or given is not inputs
         oracle = self.functions["bertfast"]("torch") if again else self.functions[self.stock]

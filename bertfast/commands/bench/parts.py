@@ -1,4 +1,4 @@
-"""Where the time of a layer goes: its products, its attention and the rest, each timed apart.
+"""The time of a layer by its parts: products, attention and the rest, each timed apart.
 
 A part runs on the shapes that it has in a layer's forward. Their sum is the layer without what lies
 between its kernels. The ops' numbers are checked where the ops are measured.
@@ -23,7 +23,7 @@ from .timing import graph_timer, interleaved, process_timer
 class _Layer:
     """The tensors of one layer."""
 
-    def __init__(self, model: Model, tokens: Tokens, device: str, dtype: torch.dtype):
+    def __init__(self, model: Model, tokens: Tokens, device: str, dtype: torch.dtype) -> None:
         values = normal(device, 0, dtype)
         rows, length = len(tokens.lengths), tokens.longest
         width, inner, heads = model.width, model.inner, model.heads
@@ -51,7 +51,7 @@ def _ours(t: _Layer) -> dict[str, Callable]:
 
 
 def _stock(t: _Layer) -> dict[str, Callable]:
-    """What Hugging Face's layer calls with SDPA."""
+    """The calls of Hugging Face's layer with SDPA."""
     q, k, v = (part.transpose(1, 2).contiguous() for part in t.qkv.unbind(2))
     query = t.joined[: t.out.shape[0]]
 
@@ -72,7 +72,7 @@ def _stock(t: _Layer) -> dict[str, Callable]:
 def measure_parts(
     machine: Machine, recorder: Recorder, case: EncoderCase, repeats: int = 7
 ) -> None:
-    """A row for each part of a layer, by bertfast and by what Hugging Face's calls with SDPA."""
+    """A row for each part of a layer, by bertfast and by the calls of Hugging Face's with SDPA."""
     tensors = _Layer(case.model, case.tokens, machine.device, case.dtype)
     stream = torch.cuda.Stream() if machine.device == "cuda" else None
     timers = {}

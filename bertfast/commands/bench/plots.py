@@ -85,7 +85,7 @@ def _frame(plt: Any, height: float, labels: Sequence[str], title: str, rows: int
 
 
 def _aside(axes: Any, y: float, text: str, slower: bool = False, bold: bool = True) -> None:
-    """In the margin on the right, where no bar and no line comes."""
+    """Writes into the margin on the right, which bars and lines leave free."""
     axes.text(
         1.01,
         y,
@@ -107,42 +107,41 @@ def _scale(axes: Any, usual: float, text: str) -> None:
 
 def _bar(axes: Any, y: float, height: float, row: Row, scale: float, shade: str) -> float:
     """A bar as long as scale / time, with its spread; the length."""
-    value = scale / row.median_us
-    reach = [[value - scale / row.p80_us], [scale / row.p20_us - value]]
+    took = row.sample
+    value = scale / took.median
+    reach = [[value - scale / took.p80], [scale / took.p20 - value]]
     axes.barh(y, value, height, xerr=reach, color=shade, error_kw=ERROR_BAR)
     return value
 
 
 def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
-    """Bars a case: how many times as fast as stock SDPA."""
-    groups = {
-        key: [row for row in group if row.median_us is not None]
-        for key, group in grouped(row for row in rows if _is_encoder(row)).items()
-        if baseline(group) is not None
-    }
-    if not groups:
-        return None
+    """Bars for each case: how many times as fast as stock SDPA."""
+    found = grouped(row for row in rows if _is_encoder(row))
+    usual = {key: stock for key, group in found.items() if (stock := baseline(group))}
+    groups = {key: [row for row in found[key] if row.median_us is not None] for key in usual}
     everything = [row for group in groups.values() for row in group]
+    over = baseline(everything)
+    if over is None:
+        return None
     providers = list(dict.fromkeys(row.provider for row in everything))
     one_dtype = len({row.dtype for row in everything}) == 1
     height = 0.8 / len(providers)
     labels = [_label(key, group, one_dtype) for key, group in groups.items()]
-    stock = baseline(everything).provider
     figure, axes = _frame(
         plt,
         0.5 + len(groups) * max(0.45, 0.145 * len(providers)),
         labels,
-        f"Times as fast as {stock}",
+        f"Times as fast as {over.provider}",
         -(-len(providers) // COLUMNS),
     )
-    for place, group in enumerate(groups.values()):
-        usual = baseline(group)
+    for place, (key, group) in enumerate(groups.items()):
+        scale = usual[key].sample.median
         for row in group:
             y = place + (providers.index(row.provider) - (len(providers) - 1) / 2) * height
-            value = _bar(axes, y, 0.9 * height, row, usual.median_us, color(row.provider))
+            value = _bar(axes, y, 0.9 * height, row, scale, color(row.provider))
             if row.provider == "bertfast":
-                _aside(axes, y, str(Ratio.of(row, usual)), value < 1)
-    _scale(axes, 1, f"longer is faster; 1 is {stock}")
+                _aside(axes, y, str(Ratio.of(row, usual[key])), value < 1)
+    _scale(axes, 1, f"longer is faster; 1 is {over.provider}")
     legend(axes, providers, [color(name) for name in providers])
     note = f"On the right: bertfast, {PM} the spreads of both."
     caption(axes, measured_with(everything, facts, SPREAD, note))
@@ -150,7 +149,7 @@ def _speed_up(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
 
 
 def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
-    """Two bars an op's case: percent of the floor, of bertfast's best and of the best other."""
+    """Two bars for each case of an op: percent of the floor, bertfast's best and the best other."""
     best: dict[Key, list[Row | None]] = {}
     for key, group in grouped(row for row in rows if not _is_encoder(row)).items():
         timed = [row for row in group if row.percent_of_floor and " layer " not in row.op]
@@ -158,7 +157,8 @@ def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
         others = [row for row in timed if not is_ours(row)]
         if ours:
             best[key] = [
-                min(those, key=lambda row: row.median_us, default=None) for those in (ours, others)
+                min(those, key=lambda row: row.sample.median, default=None)
+                for those in (ours, others)
             ]
     if not best:
         return None
@@ -169,11 +169,11 @@ def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     figure, axes = _frame(plt, 0.6 + 0.42 * len(best), labels, title, 1)
     shades = (OURS, color("HF SDPA"))
     for place, pair in enumerate(best.values()):
-        fastest = min((row for row in pair if row), key=lambda row: row.median_us)
+        fastest = min((row for row in pair if row), key=lambda row: row.sample.median)
         for row, y, shade in zip(pair, (place - 0.19, place + 0.19), shades, strict=True):
             if row is None:
                 continue
-            scale = row.percent_of_floor * row.median_us
+            scale = (row.percent_of_floor or 0.0) * row.sample.median
             value = _bar(axes, y, 0.34, row, scale, shade)
             slower = is_ours(row) and row is not fastest
             _aside(axes, y, f"{value:.0f} %  {row.provider}", slower, bold=is_ours(row))
@@ -184,7 +184,7 @@ def _floor(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
 
 
 def _layer(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
-    """Stacked bars: the time of a layer's parts, beside that of what stock torch calls."""
+    """Stacked bars: the time of a layer's parts, beside the time of stock torch's calls."""
     cases: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         op, _, kind = row.op.rpartition(" ")
@@ -196,7 +196,7 @@ def _layer(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
     bars = [(key, provider) for key, found in cases.items() for provider in found]
     everything = [r for found in cases.values() for kinds in found.values() for r in kinds.values()]
     totals = {
-        (key, provider): sum(row.median_us for row in kinds.values())
+        (key, provider): sum(row.sample.median for row in kinds.values())
         for key, found in cases.items()
         for provider, kinds in found.items()
     }
@@ -223,8 +223,8 @@ def _layer(plt: Any, rows: Sequence[Row], facts: Environment) -> Any:
         whole = totals.get((key, "HF SDPA")) or totals[key, provider]
         start = 0.0
         for kind, shade in KINDS.items():
-            if row := cases[key][provider].get(kind):
-                share = 100 * row.median_us / whole
+            if part := cases[key][provider].get(kind):
+                share = 100 * part.sample.median / whole
                 axes.barh(y, share, 0.82, left=start, color=shade)
                 start += share
         spread = math.hypot(*map(half_range, cases[key][provider].values()))

@@ -1,4 +1,4 @@
-"""The one table of who is compared: bertfast, stock torch, and everybody else that is installed.
+"""The one table of providers: bertfast, stock torch, and every other library that is installed.
 
 A line says what a provider is called, what it needs, and how it is made ready to run a case. One
 that isn't here, or can't do the case, says why; none is left out in silence.
@@ -155,13 +155,13 @@ def compiled_flex(case: Any, inputs: Any, setting: Setting) -> Callable:
     return functools.partial(case.functions["torch flex"], attend)
 
 
-# Layers and models. Nobody may change the stock module of the inputs.
+# Layers and models. The stock module of the inputs stays as it is: other providers copy it, too.
 
 
 @dataclass(frozen=True)
 class Runner:
     forward: Callable[[], torch.Tensor]  # hidden states, (rows, length, width)
-    module: nn.Module | None  # whose parameters get gradients; None where there are none
+    module: Any  # whose parameters get gradients; None where there are none
     capture: bool = False  # timed as the replay of a CUDA graph
     # The module's gradients by the stock module's names.
     to_ours: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda named: named
@@ -201,7 +201,7 @@ def compiled_module(mode: str | None = None) -> Make:
     return make
 
 
-def torch_layer(layer: nn.Module) -> nn.TransformerEncoderLayer:
+def torch_layer(layer: Any) -> nn.TransformerEncoderLayer:
     """A BertLayer as torch's own."""
     parameter = layer.output.dense.weight
     module = nn.TransformerEncoderLayer(
@@ -228,7 +228,7 @@ def torch_layer_alone(case: Any, inputs: Any, setting: Setting) -> Runner:
 def torch_encoder(case: Any, inputs: Any, setting: Setting) -> Runner:
     """A BERT model's embeddings, and its layers as torch.nn.TransformerEncoder."""
     layers = [torch_layer(layer) for layer in inputs.stock.encoder.layer]
-    module = nn.Module()
+    module: Any = nn.Module()
     module.embeddings = copy.deepcopy(inputs.stock.embeddings)
     module.encoder = nn.TransformerEncoder(layers[0], len(layers))
     module.encoder.layers = nn.ModuleList(layers)
@@ -335,7 +335,7 @@ def onnx(case: Any, inputs: Any, setting: Setting) -> Runner:
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "model.onnx")
         with contextlib.redirect_stdout(None):
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 Hidden().eval(), tuple(arguments), dynamo=True, verbose=False
             )
         program.save(path)

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Environment:
-    """Where and with what; the same for every row of a run."""
+    """The machine and the versions of a run, the same for each of its rows."""
 
     device: str
     driver: str
@@ -62,6 +62,13 @@ class Row:
     peak_memory_mb: float | None = None
     error: float | None = None  # the largest ||difference|| / ||float64 reference|| of its outputs
     note: str = ""
+
+    @property
+    def sample(self) -> Sample:
+        """The time of a row that was timed."""
+        if self.median_us is None or self.p20_us is None or self.p80_us is None:
+            raise ValueError(f"{self.provider}, {self.op} {self.shape}: not timed")
+        return Sample(self.median_us, self.p20_us, self.p80_us)
 
     def timed(self, sample: Sample) -> "Row":
         self.median_us, self.p20_us, self.p80_us = sample.median, sample.p20, sample.p80
@@ -134,7 +141,7 @@ def _text(value: object) -> str:
 class Recorder:
     """Keeps rows for the table at the end and, given a path, writes each one to a CSV at once."""
 
-    def __init__(self, path: Path | None, environment: Environment):
+    def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path = path
         self.environment = asdict(environment)
         self.rows: list[Row] = []
@@ -153,7 +160,7 @@ class Recorder:
 
 
 def read(path: Path) -> tuple[list[Row], Environment]:
-    """What a Recorder wrote."""
+    """The rows and the environment that a Recorder wrote."""
     with path.open(newline="") as file:
         records = list(csv.DictReader(file))
     if not records:

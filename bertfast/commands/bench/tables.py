@@ -26,7 +26,7 @@ def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
     columns = [Column("", left=True)]
     cells: list[dict[int, str]] = []  # a column's, by the row's id
     if timed:
-        unit = Unit.of([row.median_us for row in timed])
+        unit = Unit.of([row.sample.median for row in timed])
         pairs = zip(timed, unit.column(timed), strict=True)
         columns.append(Column(f"median {unit.name}"))
         cells.append({id(row): text for row, text in pairs})
@@ -43,7 +43,7 @@ def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
             if row.median_us is None:
                 table.add(paragraph(f"  {row.provider}: {row.note}", indent=4), style=BAD)
                 continue
-            slower = stock is not None and row.median_us > stock.median_us
+            slower = stock is not None and row.median_us > stock.sample.median
             style = (BAD if slower else OURS) if is_ours(row) else ""
             table.add(
                 f"  {row.provider}", *(column.get(id(row), "") for column in cells), style=style
@@ -54,7 +54,7 @@ def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
 def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, str]]]:
     """Headings and cells; a column that has none is left out."""
     timed = [row for rows in cases.values() for row in rows if row.median_us is not None]
-    ratios = {}
+    ratios: dict[int, str] = {}
     for rows in cases.values():
         if stock := baseline(rows):
             ratios |= {
@@ -80,7 +80,7 @@ def _heading(key: Key, rows: list[Row]) -> str:
 
 
 def ceilings(rows: Iterable[Row]) -> Iterator[str]:
-    """What the floors are made of."""
+    """The measured ceilings, of which the floors are made."""
     for row in rows:
         if row.op == "copy":
             yield f"copy: {row.gb_per_s:.3g} GB/s, read plus written"

@@ -10,12 +10,15 @@ hits all of them.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)  # of a timer
+Result = TypeVar("Result")  # of a call
 Timer = Callable[[], float]  # runs the work once; microseconds per call
 
 
@@ -37,10 +40,10 @@ def summarize(times: Sequence[float]) -> Sample:
 
 
 def turns(
-    timers: dict[str, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
-) -> dict[str, list[float]]:
+    timers: Mapping[Name, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
+) -> dict[Name, list[float]]:
     """Each timer `repeats` times, in turns; after one round fewer if the time is over."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: dict[Name, list[float]] = {name: [] for name in timers}
     for _ in range(repeats):
         for name, timer in timers.items():
             times[name].append(timer())
@@ -50,8 +53,8 @@ def turns(
 
 
 def interleaved(
-    timers: dict[str, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
-) -> dict[str, Sample]:
+    timers: Mapping[Name, Timer], repeats: int, out_of_time: Callable[[], bool] = lambda: False
+) -> dict[Name, Sample]:
     times = turns(timers, repeats, out_of_time)
     return {name: summarize(values) for name, values in times.items()}
 
@@ -67,7 +70,7 @@ def launch_timer(calls: Sequence[Call], least_us: float = 2000.0) -> Timer:
 
 
 def call_timer(call: Call, least_us: float = 20000.0) -> Timer:
-    """What a user waits for: calls after one another until the GPU is done with the last one."""
+    """Time that a user waits: calls after one another until the GPU is done with the last one."""
 
     def clock() -> float:
         torch.cuda.synchronize()
@@ -113,8 +116,8 @@ def _sized(once: Callable[[int], float], calls: int, least_us: float) -> Timer:
 
 
 def captured(
-    calls: Sequence[Call], stream: torch.cuda.Stream | None = None
-) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    calls: Sequence[Callable[[], Result]], stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, list[Result]]:
     """The calls in one CUDA graph, and their outputs, which a replay fills."""
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -131,7 +134,7 @@ def captured(
 
 
 def graph_timer(
-    calls: Sequence[Call], stream: torch.cuda.Stream, least_us: float = 2000.0
+    calls: Sequence[Call], stream: torch.cuda.Stream | None, least_us: float = 2000.0
 ) -> Timer:
     """Device time of the calls, captured in one CUDA graph; a measurement takes `least_us`."""
     graph, outputs = captured(calls, stream)

@@ -1,4 +1,4 @@
-"""What is timed for each op: one module an op, found by its being here.
+"""The timed cases of every op: a module for each, found in this folder.
 
 A module has a subclass of OpCase and three lists of such cases, most important first:
 

@@ -18,7 +18,7 @@ from ..models import Tokens, full_batch
 from ..op_case import Inputs, OpCase, dropout_seed
 
 BASE = (12, 64)  # BERT-base's heads and head_dim
-# torch's kernels, by the names that people know them by; None is torch's own choice.
+# torch's kernels by the names of their providers; None is torch's own choice.
 SDPA = {
     "torch sdpa": None,
     "torch sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -71,7 +71,8 @@ class AttentionCase(OpCase):
 
     @property
     def packed(self) -> bool:
-        """Whether the batch has padding: who can takes its tokens packed, others with a mask."""
+        """True for a batch with padding: a function marked `packed` gets its tokens without, any
+        other gets a mask."""
         return self.tokens.real < self.tokens.padded
 
     @property
@@ -86,7 +87,7 @@ class AttentionCase(OpCase):
         return {"p": self.dropout}
 
     def work(self) -> list[Work]:
-        """lse is written in training and read in the backward: 4 bytes a row and head."""
+        """lse is written in training and read in the backward: 4 bytes per row and head."""
         width = self.heads * self.head_dim
         backward = self.pass_ == "backward"
         least = attention_work(self.tokens.lengths, width, self.dtype.itemsize, backward)

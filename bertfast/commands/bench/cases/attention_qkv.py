@@ -1,5 +1,5 @@
 """Self-attention of one layer from the buffer that the joined product of q, k and v wrote: on full
-batches and packed ones, against torch's own kernels and others'."""
+batches and packed ones, against torch's own kernels and other libraries'."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ LARGE, MINILM = (16, 64), (12, 32)  # heads and head_dim
 class _ours:
     packed = True
 
-    def __init__(self, backend: str):
+    def __init__(self, backend: str) -> None:
         self.backend = backend
 
     def __call__(self, qkv: torch.Tensor, p: float, **more: Any) -> torch.Tensor:
@@ -29,7 +29,8 @@ class _ours:
 
 
 def _sdpa(qkv: torch.Tensor, **more: Any) -> torch.Tensor:
-    return sdpa(*qkv.unbind(2), **more)
+    q, k, v = qkv.unbind(2)
+    return sdpa(q, k, v, **more)
 
 
 def _flex(attend: Callable, qkv: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

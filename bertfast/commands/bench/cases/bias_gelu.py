@@ -41,7 +41,7 @@ class BiasGeluCase(OpCase):
     def work(self) -> list[Work]:
         """The least that must go through memory.
 
-        forward    values an element: x read, y written; x is what the backward needs, too     2
+        forward    values per element: x read, y written; the backward needs x alone           2
         backward   dy and x read, dx written                                                   3
         The bias is one row, and so is its gradient; the partial sums are not counted.
         """

@@ -26,7 +26,7 @@ def _ours(backend: str) -> Callable:
 
 
 def _after_torch(norm: Callable) -> Callable:
-    """norm of what torch added and dropped."""
+    """Adds and drops by torch, then norm."""
 
     def run(
         x: Tensor,
@@ -37,7 +37,9 @@ def _after_torch(norm: Callable) -> Callable:
         seed: Tensor | None = None,
         p: float = 0.0,
     ) -> Tensor:
-        z = x if residual is None else F.dropout(x + x_bias, p, training=p > 0) + residual
+        z = x if x_bias is None else x + x_bias
+        if residual is not None:
+            z = F.dropout(z, p, training=p > 0) + residual
         return norm(z, weight, bias)
 
     return run
