@@ -1,4 +1,4 @@
-"""Checks of what public functions are given, made before anything is computed or allocated.
+"""Checks of public functions' arguments, made before anything is computed or allocated.
 
 Every error comes from here or is worded alike: it names the argument, what it must be, what came.
 TypeError where the kind of thing is wrong (a string for a number, a sparse tensor, another dtype),
@@ -6,7 +6,7 @@ ValueError where its value, shape or place is.
 """
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -44,9 +44,8 @@ def said(value: object) -> str:
 
 
 def _bound(value: float) -> str:
-    power = value + 1
-    if value > 2**16 and isinstance(value, int) and power & (power - 1) == 0:
-        return f"2**{power.bit_length() - 1} - 1"
+    if isinstance(value, int) and value > 2**16 and value & (value + 1) == 0:
+        return f"2**{value.bit_length()} - 1"
     return f"{value:g}"
 
 
@@ -193,17 +192,19 @@ def check_mask(
         check_place(name, mask, device, like)
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:
-    """The bounds of a packed batch's sequences, all but their values."""
+def check_cu_seqlens(cu_seqlens: Any) -> torch.Tensor:
+    """The bounds of a packed batch's sequences, of which all but the values is looked at."""
     check_tensor("cu_seqlens", cu_seqlens, "an int32 tensor")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {shape(cu_seqlens)}")
+    return cu_seqlens
 
 
-def check_max_seqlen(max_seqlen: int) -> None:
+def check_max_seqlen(max_seqlen: Any) -> int:
     check_int("max_seqlen", max_seqlen, 0, INT32_MAX)  # as cu_seqlens is int32
+    return max_seqlen
 
 
 def check_dropout(p: float, site: int) -> None:

@@ -1,10 +1,10 @@
-"""optimize, revert and report: swapping a model's classes, and telling what became of a layer."""
+"""optimize, revert and report: a model's classes swapped, and the outcome told for each layer."""
 
 import functools
 import html
 import types
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -60,6 +60,7 @@ def optimize(
     _refuse_sharded(model)
     found = False
     readers = {} if packed == "always" else _readers_of_padding(model)
+    module: Any  # a swapped class has methods that nn.Module lacks
     for module in model.modules():
         keep_padding = readers.get(id(module)) if packed else "packed=False"
         settings = Settings(backend, keep_padding, packed == "always", recompute)
@@ -97,7 +98,7 @@ def revert(model: M) -> M:
     Raises ValueError for a model that FSDP2 has sharded since.
     """
     checks.check_module("model", model)
-    converted = [module for module in model.modules() if is_swapped(module)]
+    converted: list[Any] = [module for module in model.modules() if is_swapped(module)]
     for module in converted:
         if "_original" not in type(module).__dict__:
             raise ValueError(
@@ -111,8 +112,8 @@ def revert(model: M) -> M:
     return model
 
 
-def _swap(module: nn.Module, kind: type) -> None:
-    """Changes the class, and with it the class's forward where others have kept it on the instance:
+def _swap(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Changes the class, and with it the class's forward where libraries keep it on the instance:
     accelerate's hooks call it under another name, and transformers 5.0 leaves it there."""
     before = type(module)
     kept = [
@@ -127,7 +128,7 @@ def _swap(module: nn.Module, kind: type) -> None:
 
 def _readers_of_padding(model: nn.Module) -> dict[int, str]:
     """Modules under a head that looks at padded positions, by id, and why they keep them."""
-    found = {}
+    found: dict[int, str] = {}
     for head in model.modules():
         # By the name of what makes spans' scores, which heads of all names share.
         if "qa_outputs" in head._modules:
@@ -162,7 +163,7 @@ def _hf() -> types.ModuleType | str:
     return hf
 
 
-def _swapped_class(module: nn.Module) -> type | None:
+def _swapped_class(module: nn.Module) -> type[nn.Module] | None:
     if type(module).__module__ == "torch.nn.modules.transformer":
         from . import torch_nn
 
@@ -246,7 +247,7 @@ class Report(list):
 
 
 def report(model: nn.Module) -> Report:
-    """Lists what became of each encoder layer: fused, or the reason why not.
+    """Lists the outcome for each encoder layer: fused, or the reason why not.
 
     The result is a list of `Row`s (name, kind, reason; `status` is "fused" or the reason) that
     prints as a table, in a notebook too. Its `notes`, printed below, say which model keeps its

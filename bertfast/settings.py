@@ -5,6 +5,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def disabled() -> Iterator[None]:
         _off.blocks = blocks
 
 
-def _checkpoint() -> tuple[object | None, bool]:
+def _checkpoint() -> tuple[Any, bool]:
     """torch's record of the innermost non-reentrant checkpoint whose function runs now, which is
     the same when it is run again, and whether it is. None where there is no checkpoint, or where
     another hook for saved tensors or another version of torch hides it."""

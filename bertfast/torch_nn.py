@@ -11,7 +11,7 @@ layer see what they always saw: then each layer takes the padded batch and gives
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return self._fused(src, bertfast_batch)
         if is_disabled() or not is_converted(self):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        entered: Entered | str | None
         if src_mask is not None or is_causal:
             entered = "src_mask or is_causal was given"
         else:
@@ -72,7 +73,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
         return run_layer(self._parts(), x, call)
 
-    def _as_in_training(self, src, src_mask, key_padding_mask, is_causal) -> torch.Tensor:
+    def _as_in_training(
+        self,
+        src: torch.Tensor,
+        src_mask: torch.Tensor | None,
+        key_padding_mask: torch.Tensor | None,
+        is_causal: bool,
+    ) -> torch.Tensor:
         if is_causal and src_mask is None:
             raise RuntimeError("src_mask must be given with is_causal=True, a hint about it")
         masks = _added(src_mask, src.dtype), _added(key_padding_mask, src.dtype)
@@ -136,7 +143,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return None
 
     def attributes(self) -> list[tuple[dict, str]]:
-        """What why_not() looks at besides modules, by the dicts in which it stands."""
+        """The attributes that why_not() depends on: their dicts and names."""
         own, attention = vars(self), vars(self.self_attn)
         names = ("_qkv_same_embed_dim", "add_zero_attn", "batch_first")
         return [
@@ -167,7 +174,8 @@ class TransformerEncoder(nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         entered = None
         if not is_causal and facts.unfused is facts.rows_seen is None:
-            batch_first = facts.layers[0].self_attn.batch_first
+            first: Any = facts.layers[0]
+            batch_first = first.self_attn.batch_first
             settings = self.__dict__[ATTRIBUTE]
             entered = enter(
                 *(src, src_key_padding_mask, batch_first),
@@ -199,7 +207,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return facts.untold or kept or facts.unfused or facts.rows_seen
 
     def facts(self) -> Facts:
-        """What is known of its modules now."""
+        """The facts of its modules now."""
         return facts_of(self, self._find, self._attributes)
 
     def _find(self) -> Facts:
@@ -230,16 +238,14 @@ def _is_converted_layer(layer: nn.Module) -> bool:
     return isinstance(layer, TransformerEncoderLayer) and is_converted(layer)
 
 
-def _unwrapped(layer: nn.Module) -> nn.Module:
+def _unwrapped(layer: nn.Module) -> Any:
     """The layer inside torch's checkpoint wrapper, which hands on any argument."""
     return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
-def _why_rows_are_seen(
-    number: int, called: nn.Module, layer: nn.Module, first: nn.Module
-) -> str | None:
-    """Why each layer takes the batch and gives it back by itself: somebody sees what goes from one
-    to the next, or they don't all take it in one form."""
+def _why_rows_are_seen(number: int, called: nn.Module, layer: Any, first: Any) -> str | None:
+    """Why each layer takes the batch and gives it back by itself: a hook sees what passes between
+    layers, or the layers take it in different forms."""
     if layer.self_attn.batch_first != first.self_attn.batch_first:
         return f"layer {number} has another batch_first than layer 0"
     reason = why_rows_are_seen(layer, (type(layer), nn.MultiheadAttention))
@@ -313,7 +319,7 @@ def _enter_nested(src: torch.Tensor) -> Entered | str:
 
 
 def _attended(padding: torch.Tensor) -> torch.Tensor | None:
-    """Which keys a padding mask leaves; None if it does more than that, or if that could only be
+    """The keys that a padding mask leaves; None if it does more than that, or if that could only be
     known by waiting for the device."""
     if padding.dtype == torch.bool:
         return ~padding

@@ -1,4 +1,4 @@
-"""Which backend runs an op: the table that "auto" follows, and why a backend can't.
+"""The choice of an op's backend: the table that "auto" follows, and why a backend can't run.
 
 Each fast backend of an op is a module `bertfast.ops.<op>.<backend>` with `forward`, `backward` and
 `unsupported_reason(device_type, dtype, ...) -> str | None`. That one text is what an explicit
@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ CHOICES = ("auto", *BACKENDS)
 # measured yet; the compiled kernels have the lower call cost.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch")}
 
-_modules: dict[tuple[str, str], object] = {}
+_modules: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple, str] = {}
 
 
@@ -39,8 +40,8 @@ def ops() -> dict[str, str]:
     return found
 
 
-def backend_module(op: str, backend: str):
-    """The backend's module, or the text of what its import failed with."""
+def backend_module(op: str, backend: str) -> Any:
+    """The backend's module, or the text of the error of its import."""
     key = (op, backend)
     if key not in _modules:
         name = f"{__package__}.{ops()[op]}.{backend}"
@@ -54,7 +55,7 @@ def backend_module(op: str, backend: str):
     return _modules[key]
 
 
-def unsupported_reason(op: str, backend: str, *case) -> str | None:
+def unsupported_reason(op: str, backend: str, *case: Any) -> str | None:
     """Why the backend can't run the op for this case (device type, dtype, ...); None if it can."""
     if backend == "torch":
         return None
@@ -62,7 +63,7 @@ def unsupported_reason(op: str, backend: str, *case) -> str | None:
     return module if isinstance(module, str) else module.unsupported_reason(*case)
 
 
-def choose(op: str, backend: str, device_type: str, *case) -> str:
+def choose(op: str, backend: str, device_type: str, *case: Any) -> str:
     """The backend that runs this case. An explicit one never falls back: it raises ValueError."""
     if type(backend) is not str:
         checks.check_choice("backend", backend, CHOICES)
@@ -75,10 +76,10 @@ def choose(op: str, backend: str, device_type: str, *case) -> str:
 
 # What torch.compiler.assume_constant_result sets. Calling that would import torch._dynamo, which
 # takes longer than all of torch.
-choose._dynamo_marked_constant = True
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _choose(op: str, backend: str, device_type: str, *case) -> str:
+def _choose(op: str, backend: str, device_type: str, *case: Any) -> str:
     checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
         order = AUTO_ORDER.get(device_type, ("torch",))

@@ -16,9 +16,11 @@ The functions here compute the draws with torch, in int64 (uint32 arithmetic is 
 torch); the kernels compute the same bits in 32-bit registers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import checks
 from ..tracing import can_look_at
@@ -110,7 +112,11 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) + b, product & _MASK32
 
 
-def philox(counters, key, rounds: int = ROUNDS):
+def philox(
+    counters: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    rounds: int = ROUNDS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32: four words (int64 tensors holding 32 bits) from four counters and two keys."""
     c0, c1, c2, c3 = counters
     k0, k1 = key
@@ -122,28 +128,36 @@ def philox(counters, key, rounds: int = ROUNDS):
     return c0, c1, c2, c3
 
 
-def _kept(seed: torch.Tensor, site: int, c0, c1, c2, threshold: int) -> torch.Tensor:
-    """Which of the eight draws of each counter are kept, in a new last dimension."""
+def _kept(
+    seed: Tensor, site: int, counters: tuple[Tensor, Tensor, Tensor], threshold: int
+) -> Tensor:
+    """The eight draws of each counter, True where a value is kept, in a new last dimension.
+    counters: the first three; the site is the fourth."""
     seed = seed.reshape(())
-    c3 = torch.full_like(c0, site)
-    words = philox((c0, c1, c2, c3), (seed & _MASK32, (seed >> 32) & _MASK32))
+    last = torch.full_like(counters[0], site)
+    words = philox((*counters, last), (seed & _MASK32, (seed >> 32) & _MASK32))
     halves = [
         kept for word in words for kept in ((word & 0xFFFF) >= threshold, word >= threshold << 16)
     ]
     return torch.stack(halves, -1)
 
 
-def row_keep_mask(seed, site: int, rows: torch.Tensor, width: int, threshold: int):
+def row_keep_mask(seed: Tensor, site: int, rows: Tensor, width: int, threshold: int) -> Tensor:
     """The mask of kind "row", (len(rows), width), for the given row numbers (int64)."""
     group = torch.arange((width + 7) // 8, device=seed.device)
     c0, row = torch.broadcast_tensors(group, rows[:, None])
-    kept = _kept(seed, site, c0, row & _MASK32, (row >> 32) & _MASK32, threshold)
+    kept = _kept(seed, site, (c0, row & _MASK32, (row >> 32) & _MASK32), threshold)
     return kept.flatten(1)[:, :width]
 
 
 def attention_keep_mask(
-    seed, site: int, shape, threshold: int, start=None, sequence: int = 0
-) -> torch.Tensor:
+    seed: Tensor,
+    site: int,
+    shape: Sequence[int],
+    threshold: int,
+    start: Tensor | None = None,
+    sequence: int = 0,
+) -> Tensor:
     """The mask of kind "attention" for shape (batch, heads, queries, keys).
 
     start: for each of the batch the position of its first token, which then counts as 0. What lies
@@ -155,7 +169,7 @@ def attention_keep_mask(
     block = _attention_block(
         seed, site, numbers, before + queries, before + keys, threshold, -before
     )
-    if before == 0:
+    if start is None or before == 0:
         return block.unflatten(0, (batch, heads))
     first = before - start.to(torch.int64)[:, None]
     i = (first + torch.arange(queries, device=seed.device))[:, None, :, None]
@@ -165,16 +179,17 @@ def attention_keep_mask(
 
 
 def _most_before(start: torch.Tensor, length: int) -> int:
-    """How many positions come before a row's first token, at most, in 32s: calls repeat after that.
-    On a CPU this is looked up; elsewhere nobody waits to learn it."""
+    """The most positions before a row's first token, rounded up to 32s: calls repeat after that.
+    On a CPU the positions are read; elsewhere reading would wait for the device, so it is the
+    length."""
     if start.device.type == "cpu" and can_look_at(start) and start.numel() > 0:
         length = int(start.max())
     return -(-length // 32) * 32
 
 
 def _attention_block(
-    seed, site: int, numbers: torch.Tensor, queries: int, keys: int, threshold: int, first: int
-) -> torch.Tensor:
+    seed: Tensor, site: int, numbers: Tensor, queries: int, keys: int, threshold: int, first: int
+) -> Tensor:
     """(numbers, queries, keys), for numbers batch * H + head, and for coordinates that both
     begin with `first`, a multiple of 32. Each call is made once: its draws are two queries by four
     keys."""
@@ -183,7 +198,8 @@ def _attention_block(
     c1 = torch.arange(first // 2, first // 2 + 8 * rows, device=device) & _MASK32
     c0 = torch.arange(first // 4, first // 4 + 8 * columns, device=device) & _MASK32
     c2 = numbers[:, None, None]
-    kept = _kept(seed, site, *torch.broadcast_tensors(c0, c1[:, None], c2), threshold)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1[:, None], c2)
+    kept = _kept(seed, site, (c0, c1, c2), threshold)
     kept = kept.view(count, rows, 8, columns, 8, 2, 4).permute(0, 1, 5, 2, 3, 6, 4)
     return kept.reshape(count, 16 * rows, 32 * columns)[:, :queries, :keys]
 

@@ -16,7 +16,7 @@ _DLPACK = "__dlpack_c_exchange_api__"
 
 @functools.cache
 def build_record() -> dict:
-    """What setup.py wrote when it built the modules."""
+    """The record that setup.py wrote when it built the modules."""
     path = Path(__file__).parent.parent / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

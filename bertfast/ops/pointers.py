@@ -1,14 +1,16 @@
-"""What the Triton kernels assume of strides.
+"""Checks of the strides that Triton kernels assume.
 
-A kernel reads memory as it is told and can't see a tensor's strides. So whatever is handed to one
-passes through a function here, which looks at the strides first and raises where the memory isn't
-what the kernel takes it for. To make a tensor dense is the caller's affair, before. The compiled
+A kernel reads memory by an address and can't see a tensor's strides. So each tensor that is handed
+to one passes through a function here, which looks at the strides first and raises where the memory
+isn't what the kernel takes it for. The caller makes tensors dense before. The compiled
 modules do the same in csrc/bindings/tensor.cpp.
 """
 
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
+
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 def _refuse(tensor: torch.Tensor, what: str) -> NoReturn:
@@ -18,7 +20,7 @@ def _refuse(tensor: torch.Tensor, what: str) -> NoReturn:
     )
 
 
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def dense(tensor: MaybeTensor) -> MaybeTensor:
     """The tensor, of which a kernel is told nothing but where it begins."""
     if tensor is not None and not tensor.is_contiguous():
         _refuse(tensor, "dense")

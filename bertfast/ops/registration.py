@@ -1,10 +1,11 @@
-"""Registered ops: how torch's dispatcher, its tracers and its transforms see an op of bertfast's.
+"""Registered ops: the form in which torch's dispatcher, tracers and transforms see bertfast's ops.
 
 Each has one Python implementation of fixed arity, the cheapest registered form. `direct` is that
 implementation itself, for calls that nothing has to see as a whole (`tracing.plain_call`).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Op:
     def call(self, plain: bool) -> Callable:
         return self.direct if plain else self.dispatched
 
-    def _one_by_one(self, info, in_dims: tuple, *arguments: object) -> tuple:
+    def _one_by_one(self, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         results = []
         for number in range(info.batch_size):
             results.append(
@@ -50,7 +51,7 @@ class Op:
 
 def fast_apply(function: type[torch.autograd.Function]) -> Callable:
     """A Function's apply without its Python wrapper, which only serves functorch and takes 3 us."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def empty(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

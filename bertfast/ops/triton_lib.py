@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rounding stores, and dropout's draws for a row."""
+"""Functions of all Triton kernels: rounding stores, and dropout's draws for a row."""
 
 import contextlib
 import contextvars
@@ -29,7 +29,7 @@ def unsupported_reason(device_type: str) -> str | None:
     return f"Triton kernels run on 'cuda' and (interpreted) on 'cpu', not on {device_type!r}"
 
 
-def on_device(tensor: torch.Tensor):
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """A context in which Triton launches where the tensor is: it takes the current device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

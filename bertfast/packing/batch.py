@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ class Copies:
         self._copy: torch.Tensor | None = None
 
     def keep(self, x: torch.Tensor, copy: torch.Tensor | None, clean: bool) -> None:
-        """clean: nobody sees x between two layers, and so nobody changes it. Tensors of
-        torch.inference_mode don't tell."""
+        """clean: x is seen, and so changed, by the layers alone. A tensor of torch.inference_mode
+        counts no changes."""
         if copy is None or (x.is_inference() and not clean):
             self._copy = None
         else:
@@ -40,7 +41,7 @@ class Copies:
 
     def take(self, x: torch.Tensor) -> torch.Tensor | None:
         copy, self._copy = self._copy, None
-        if copy is None or self._of() is not x or _version(x) != self._version:
+        if copy is None or self._of is None or self._of() is not x or _version(x) != self._version:
             return None
         return copy
 
@@ -88,7 +89,7 @@ class Batch:
         )
 
     def check(self, x: torch.Tensor) -> None:
-        """That it can be the batch of x, (rows, length, width) or packed (1, tokens, width)."""
+        """Raises unless x is of this batch: (rows, length, width), or packed (1, tokens, width)."""
         if self.packed:
             total = None if self.plan is None else self.plan.total
             if x.shape[0] != 1 or total not in (None, x.shape[1]):
@@ -98,7 +99,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """On another device, for models that are spread over several."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts", "seed"):
             value = getattr(self, name)
             fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
@@ -106,12 +107,12 @@ class Batch:
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, length, ...) -> (1, tokens, ...); a first size of 1 stands for every row."""
-        rows, length = self.padded_shape
+        (rows, length), index, _ = self._places()
         if x.shape[0] not in (1, rows) or x.shape[1] != length:
             raise ValueError(f"x must have shape [{rows} or 1, {length}, ...], got {list(x.shape)}")
         if x.shape[0] == 1 != rows:
             x = x.expand(rows, *x.shape[1:])
-        return x.flatten(0, 1).index_select(0, self.index)[None]
+        return x.flatten(0, 1).index_select(0, index)[None]
 
     def unpack(self, x: torch.Tensor, zeros: bool = False) -> torch.Tensor:
         """(1, tokens, ...) -> (rows, length, ...).
@@ -120,15 +121,21 @@ class Batch:
         `zeros` there are zeros. So what comes back is finite, has a direction, changes no maximum
         over a row, and carries nothing from one row to another.
         """
-        rows, length = self.padded_shape
+        (rows, length), index, first = self._places()
         packed = x[0]
         flat = packed.new_empty(rows * length, *packed.shape[1:])
         if zeros:
             flat.zero_()
         else:
-            firsts = packed.detach().index_select(0, self.firsts)
+            firsts = packed.detach().index_select(0, first)
             flat.unflatten(0, (rows, length)).copy_(firsts[:, None])
-        return flat.index_copy_(0, self.index, packed).unflatten(0, (rows, length))
+        return flat.index_copy_(0, index, packed).unflatten(0, (rows, length))
+
+    def _places(self) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+        """padded_shape, index and firsts."""
+        if self.padded_shape is None or self.index is None or self.firsts is None:
+            raise ValueError("the batch has no padded form: it is padded, or came packed")
+        return self.padded_shape, self.index, self.firsts
 
 
 def pack(
@@ -142,10 +149,10 @@ def pack(
     attended. If nothing is padding: padded, without a mask.
 
     It stays padded, and `kept` says why, if a row's position 0 is masked, which poolers read, or if
-    a masked token is none of `padding`, bool (rows, length): somebody put it there to read it.
+    a masked token is none of `padding`, bool (rows, length): it may be there to be read.
 
-    sort: rows may change places, which nobody sees but dropout; on a CPU those of one length then
-    share attention calls. The host waits for the device once, if the mask is not on the CPU.
+    sort: rows may change places, which only dropout shows; on a CPU those of one length then share
+    attention calls. The host waits for the device once, if the mask is not on the CPU.
     """
     rows, length = mask.shape
     if mask.numel() == 0:
@@ -188,21 +195,25 @@ def pack(
 
 
 def packed_by_caller(
-    cu_seqlens: torch.Tensor, max_seqlen: int | None, tokens: int, backend: str = "auto"
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | torch.Tensor | None,
+    tokens: int,
+    backend: str = "auto",
 ) -> Batch:
     """A batch that came packed, as (1, tokens). Without max_seqlen the host waits for it."""
+    longest: Any = max_seqlen
     if max_seqlen is None:
-        max_seqlen = tokens if tracing.is_compiling() else cu_seqlens.diff().max().item()
+        longest = tokens if tracing.is_compiling() else cu_seqlens.diff().max().item()
     elif isinstance(max_seqlen, torch.Tensor):
-        max_seqlen = max_seqlen.item()
+        longest = max_seqlen.item()
     cu_seqlens, plan = cu_seqlens.to(torch.int32), None
     if not tracing.is_compiling() and _wants_plan(backend, cu_seqlens.device):
-        plan = plan_batch(cu_seqlens, max_seqlen, tokens)
-    return Batch(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, plan=plan)
+        plan = plan_batch(cu_seqlens, longest, tokens)
+    return Batch(cu_seqlens=cu_seqlens, max_seqlen=longest, plan=plan)
 
 
 def _wants_plan(backend: str, device: torch.device) -> bool:
-    """Not where torch does the work on a GPU."""
+    """False where torch does the work on a GPU."""
     return backend != "torch" or device.type == "cpu"
 
 

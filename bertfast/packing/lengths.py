@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
     sequence: int  # the first of them
     token: int  # its first
-    count: int  # how many
+    count: int  # type: ignore[assignment]  # how many; hides tuple's method
     length: int
 
 

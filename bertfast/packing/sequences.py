@@ -1,4 +1,4 @@
-"""The places of a batch's sequences, as attention is told of them."""
+"""The places of a batch's sequences, in the form that attention takes."""
 
 from typing import NamedTuple
 
@@ -52,6 +52,7 @@ def restored(
     if cu_seqlens is None:
         return Sequences(None if key_mask is None else key_mask.contiguous())
     tiles = None if tiles is None else tiles.contiguous()
+    longest = tokens if max_seqlen is None else max_seqlen
     if not is_exporting():  # which refuses what depends on comparing a size
-        max_seqlen = min(max_seqlen, tokens)  # no sequence is longer than all of them
-    return Sequences(None, cu_seqlens.contiguous(), max_seqlen, tiles, tile)
+        longest = min(longest, tokens)  # no sequence is longer than all of them
+    return Sequences(None, cu_seqlens.contiguous(), longest, tiles, tile)

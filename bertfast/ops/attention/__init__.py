@@ -72,10 +72,9 @@ def attention(
     rest = _flat(*layout, plan, drop, scale, backend)
     plain = tracing.plain_call(q, k, v, *rest[:3], drop.seed)
     if any_requires_grad(q, k, v):
-        if not plain:
-            q, k, v = distinct((q, k, v))
-        apply = registered.apply_plain if plain else registered.Attention.apply
-        return apply(q, k, v, *rest, plain)
+        if plain:
+            return registered.apply_plain(q, k, v, *rest, plain)
+        return registered.Attention.apply(*distinct((q, k, v)), *rest, plain)
     return registered.infer.call(plain)(q, k, v, *rest)
 
 
@@ -113,7 +112,8 @@ def attention_qkv(
         drop = dropout.dropout_of(dropout_p, seed, site, qkv.device)
     if backend == "torch" or tracing.only_reference():
         sequences = packing.sequences_of(*layout, plan, qkv.shape[0])
-        return reference.forward(*qkv.unbind(-3), sequences, scale, drop)
+        q, k, v = qkv.unbind(-3)
+        return reference.forward(q, k, v, sequences, scale, drop)
     rest = _flat(*layout, plan, drop, scale, backend)
     plain = tracing.plain_call(qkv, *rest[:3], drop.seed)
     if any_requires_grad(qkv):
@@ -131,7 +131,7 @@ def _flat(
     scale: float,
     backend: str,
 ) -> tuple:
-    """What follows q, k and v in a registered op, one by one."""
+    """The arguments of a registered op after q, k and v, one by one."""
     tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
     layout = (key_mask, cu_seqlens, tiles, tile, drop.seed, max_seqlen or 0)
     return (*layout, scale, drop.threshold, drop.site, backend)

@@ -1,4 +1,4 @@
-"""What attention's arguments must be. Checked before anything is allocated."""
+"""Checks of attention's arguments, before anything is allocated."""
 
 import torch
 
@@ -35,7 +35,15 @@ def _check_head(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_layout(name, x, batch_shape, key_mask, cu_seqlens, max_seqlen, plan) -> None:
+def check_layout(
+    name: str,
+    x: torch.Tensor,
+    batch_shape: torch.Size,
+    key_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    plan: "packing.Plan | None",
+) -> None:
     """The arguments that say where sequences lie. batch_shape: (B, S), or (T,) if x is packed."""
     device = x.device
     if len(batch_shape) == 2:
@@ -54,9 +62,9 @@ def check_layout(name, x, batch_shape, key_mask, cu_seqlens, max_seqlen, plan) -
         return
     if key_mask is not None:
         raise ValueError(f"key_mask must be None where {name} is packed, got a tensor")
-    checks.check_cu_seqlens(cu_seqlens)
+    cu_seqlens = checks.check_cu_seqlens(cu_seqlens)
     checks.check_place("cu_seqlens", cu_seqlens, device, name)
-    checks.check_max_seqlen(max_seqlen)
+    max_seqlen = checks.check_max_seqlen(max_seqlen)
     if plan is not None:
         if not isinstance(plan, packing.Plan):
             raise TypeError(

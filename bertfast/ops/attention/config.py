@@ -1,12 +1,12 @@
-"""How attention's kernels are split: a table for each pass and architecture class.
+"""The splits of attention's kernels: a table for each pass and architecture class.
 
 Every line was chosen by compilation, for each class with the machine code of `bertfast kernels` in
-hand: no spill in any layout; where several don't spill, the fewest instructions a score, then the
+hand: no spill in any layout; where several don't spill, the fewest instructions per score, then the
 most warps on a multiprocessor. None was measured on a GPU yet. What else the code showed:
   - sm_90's wgmma needs 64 rows and four warps. Tiles of 32 use mma.sync there too.
   - Products of float32 don't use tensor cores, unless torch allows TF32.
   - One kernel for the whole backward fits up to 128 keys. At 256 every split either spills or takes
-    60 instructions a score, against 15 in the loops of the two kernels together.
+    60 instructions per score, against 15 in the loops of the two kernels together.
   - Whole rows of 256 keys in the forward spill 32 to 128 bytes on sm_90: from 128 keys on it is
     online.
   - A head dimension of 96 is padded to 128 in registers, not in memory: a third more products and

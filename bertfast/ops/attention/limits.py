@@ -1,4 +1,4 @@
-"""What attention's kernels can be asked for. No length is too long for their table of splits."""
+"""Limits of attention's kernels. Their table of splits serves every length."""
 
 import torch
 

@@ -73,7 +73,7 @@ def _padded(
     probabilities = scores.softmax(-1)
     if drop.threshold and drop.seed is None:
         probabilities = F.dropout(probabilities, drop.threshold / 65536)
-    elif drop.threshold:
+    elif drop.threshold and drop.seed is not None:
         # The mask counts from a sequence's first token, wherever that lies in the padded row.
         start = None if key_mask is None else key_mask.int().argmax(1)
         keep = dropout.attention_keep_mask(
@@ -95,8 +95,9 @@ def _by_runs(
     outs = []
     for run in runs:
         rows = slice(run.token, run.token + run.count * run.length)
-        parts = (tensor[rows].unflatten(0, (run.count, run.length)) for tensor in (q, k, v))
-        out = _padded(*parts, None, scale, drop, run.sequence)
+        shape = (run.count, run.length)
+        q_run, k_run, v_run = (tensor[rows].unflatten(0, shape) for tensor in (q, k, v))
+        out = _padded(q_run, k_run, v_run, None, scale, drop, run.sequence)
         outs.append(out.flatten(0, 1))
     if not outs:
         return q * 1.0 + 0.0 * (k + v)
@@ -121,8 +122,8 @@ def _through_padding(
     index = (cu[:-1, None] + position).clamp(max=tokens - 1)
     # Beyond a sequence's end lie its neighbours' tokens, in whose gradients a NaN would be no zero.
     outside = ~key_mask[:, :, None, None]
-    padded = (tensor[index].masked_fill(outside, 0.0) for tensor in (q, k, v))
-    out = _padded(*padded, key_mask, scale, drop)
+    q, k, v = (tensor[index].masked_fill(outside, 0.0) for tensor in (q, k, v))
+    out = _padded(q, k, v, key_mask, scale, drop)
     token = torch.arange(tokens, device=q.device)
     row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=cu.shape[0] - 2)
     return out[row, token - cu[row]]

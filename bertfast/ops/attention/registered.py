@@ -4,12 +4,15 @@ One op each for inference, forward and backward, of three tensors and of one buf
 the two functions of run.py.
 """
 
+from typing import Any
+
 import torch
 
 from ...packing.sequences import Sequences
 from ...packing.sequences import restored as restored_sequences
 from ...tracing import plain_backward
 from .. import derivatives
+from ..derivatives import Context
 from ..dropout import Dropout
 from ..dropout import restored as restored_dropout
 from ..registration import Op, empty, fast_apply
@@ -24,7 +27,7 @@ _THREE = "Tensor q, Tensor k, Tensor v"
 _FORWARD = "(Tensor out, Tensor lse)"
 
 
-def _types(q: torch.Tensor, rest: tuple) -> tuple:
+def _types(q: torch.Tensor, rest: tuple) -> tuple[Sequences, float, Dropout, str]:
     """sequences, scale, dropout and backend of an op's last arguments."""
     key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, scale, threshold, site, backend = rest
     sequences = restored_sequences(key_mask, cu_seqlens, tiles, tile, max_seqlen, q.shape[0])
@@ -35,11 +38,11 @@ def _types(q: torch.Tensor, rest: tuple) -> tuple:
 
 
 def _infer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> torch.Tensor:
-    return run.forward(Heads(q, k, v), *_types(q, rest), save=False).out
+    return run.forward(Heads(q, k, v), *_types(q, rest), False).out
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> Saved:
-    return run.forward(Heads(q, k, v), *_types(q, rest), save=True)
+    return run.forward(Heads(q, k, v), *_types(q, rest), True)
 
 
 def _backward(
@@ -58,11 +61,11 @@ def _backward(
 
 
 def _infer_qkv(qkv: torch.Tensor, *rest: object) -> torch.Tensor:
-    return run.forward(qkv, *_types(qkv, rest), save=False).out
+    return run.forward(qkv, *_types(qkv, rest), False).out
 
 
 def _forward_qkv(qkv: torch.Tensor, *rest: object) -> Saved:
-    return run.forward(qkv, *_types(qkv, rest), save=True)
+    return run.forward(qkv, *_types(qkv, rest), True)
 
 
 def _backward_qkv(
@@ -116,15 +119,26 @@ def backward_as_op(
     """run.backward of one buffer by torch's dispatcher, for gradients that it alone can read, such
     as batches."""
     key_mask, cu_seqlens, max_seqlen, tiles, tile, _ = sequences
-    rest = (key_mask, cu_seqlens, tiles, tile, dropout.seed, max_seqlen, scale)
-    rest = (*rest, dropout.threshold, dropout.site, backend)
-    return backward_qkv.dispatched(dout, qkv, *saved, *rest)
+    layout = (key_mask, cu_seqlens, tiles, tile, dropout.seed, max_seqlen)
+    numbers = (scale, dropout.threshold, dropout.site)
+    return backward_qkv.dispatched(dout, qkv, *saved, *layout, *numbers, backend)
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_mask, cu_seqlens, tiles, tile, seed, *constants):
-        *constants, plain = constants
+    def forward(
+        ctx: Context,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        tiles: torch.Tensor | None,
+        tile: int,
+        seed: torch.Tensor | None,
+        *rest: Any,
+    ) -> torch.Tensor:
+        *constants, plain = rest
         layout = (key_mask, cu_seqlens, tiles, tile, seed)
         out, lse = forward.call(plain)(q, k, v, *layout, *constants)
         ctx.save_for_backward(q, k, v, out, lse, key_mask, cu_seqlens, tiles, seed)
@@ -133,7 +147,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dout):
+    def backward(
+        ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         *saved, seed = saved
         tile, *constants = ctx.constants
         plain = plain_backward(dout, *saved[:3])
@@ -145,8 +161,17 @@ class Attention(torch.autograd.Function):
 
 class AttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, key_mask, cu_seqlens, tiles, tile, seed, *constants):
-        *constants, plain = constants
+    def forward(
+        ctx: Context,
+        qkv: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        tiles: torch.Tensor | None,
+        tile: int,
+        seed: torch.Tensor | None,
+        *rest: Any,
+    ) -> torch.Tensor:
+        *constants, plain = rest
         layout = (key_mask, cu_seqlens, tiles, tile, seed)
         out, lse = forward_qkv.call(plain)(qkv, *layout, *constants)
         ctx.save_for_backward(qkv, out, lse, key_mask, cu_seqlens, tiles, seed)
@@ -155,7 +180,9 @@ class AttentionQKV(torch.autograd.Function):
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dout):
+    def backward(
+        ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         *saved, seed = saved
         tile, *constants = ctx.constants
         plain = plain_backward(dout, saved[0])

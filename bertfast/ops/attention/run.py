@@ -5,7 +5,7 @@ gradients. Padded tensors are (batch, length, heads, head_dim), packed ones (tok
 head_dim).
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ class Heads(NamedTuple):
 
 
 AnyHeads: TypeAlias = "Heads | torch.Tensor"
+Form = TypeVar("Form", Heads, torch.Tensor)
 
 
 class Saved(NamedTuple):
@@ -52,19 +53,20 @@ def forward(
 
 def backward(
     dout: torch.Tensor,
-    heads: AnyHeads,
+    heads: Form,
     saved: Saved,
     sequences: Sequences,
     scale: float,
     dropout: Dropout,
     backend: str,
-) -> AnyHeads:
+) -> Form:
     """The gradients of q, k and v, in the form of `heads`."""
     grads = new_like(heads)
     if dout.numel():
         module = dispatch.backend_module("attention", backend)
-        heads, sequences = _dense_heads(heads), _in_few_programs(sequences, dout)
-        module.backward(_dense(dout), heads, saved, sequences, scale, dropout, grads)
+        sequences = _in_few_programs(sequences, dout)
+        dense = _dense_heads(heads)
+        module.backward(_dense(dout), dense, saved, sequences, scale, dropout, grads)
     return grads
 
 
@@ -82,7 +84,7 @@ def new_saved(heads: AnyHeads, packed: bool, save: bool) -> Saved:
     return Saved(out, torch.empty(shape, dtype=torch.float32, device=x.device))
 
 
-def new_like(heads: AnyHeads) -> AnyHeads:
+def new_like(heads: Form) -> Form:
     return empty(heads) if isinstance(heads, torch.Tensor) else Heads(*map(empty, heads))
 
 

@@ -1,4 +1,4 @@
-"""attention in Triton: which kernels run with what; they are in triton_fwd.py, triton_bwd_*.py."""
+"""attention in Triton: launches of the kernels in triton_fwd.py and triton_bwd_*.py."""
 
 import math
 
@@ -28,7 +28,7 @@ def unsupported_reason(
 
 
 class _Batch:
-    """What all kernels are told about a batch."""
+    """The arguments about a batch, the same for all kernels."""
 
     def __init__(self, q: torch.Tensor, sequences: Sequences, scale: float, drop: Dropout) -> None:
         self.heads, self.head_dim = q.shape[-2:]
@@ -55,12 +55,20 @@ class _Batch:
         precision = torch.backends.cuda.matmul.fp32_precision  # reading allow_tf32 may raise
         self.tf32 = q.dtype == torch.float32 and precision == "tf32"
 
-    def config(self, pass_: str) -> Config | None:
+    def config_of_whole(self) -> Config | None:
+        """The configuration of the whole backward in one kernel, where there is one."""
         case = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
-        return config(pass_, self.arch, *case)
+        return config("whole", self.arch, *case)
+
+    def config(self, pass_: str) -> Config:
+        case = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
+        chosen = config(pass_, self.arch, *case)
+        if chosen is None:
+            raise LookupError(f"no configuration of {pass_} for {case}")
+        return chosen
 
     def grid(self, block: int, extra: int) -> tuple[tuple[int], int]:
-        """How many programs there are, and tiles a head: block tokens each."""
+        """The number of programs, and that of a head's tiles of `block` tokens."""
         if self.tiles is not None:
             n_tiles = self.tiles.shape[0] * (self.tile // block)
             return (n_tiles * self.heads,), n_tiles
@@ -122,15 +130,17 @@ def backward(
     """Fills the gradients, whose strides are the same."""
     q, k, v = _parts(heads)
     dq, dk, dv = _parts(grads)
+    if saved.lse is None:
+        raise AssertionError("the forward saved no lse for this backward")
     batch = _Batch(q, sequences, scale, dropout)
     layout, out, lse = batch.layout, saved.out, dense(saved.lse)
     inputs = [stride for x in (dout, q, k, v) for stride in head_strides(x)]
     strides = (*shared_head_strides(dq, dk, dv), *batch.mask_and_lse)
     numbers = (batch.scale, batch.scale_log2, *batch.drop)
     with triton_lib.on_device(q):
-        chosen, delta = batch.config("whole"), None
+        chosen, delta = batch.config_of_whole(), None
         whole = chosen is not None
-        if not whole:
+        if chosen is None:
             delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
             chosen = batch.config("dq")
             grid, n_tiles = batch.grid(chosen.block_m, batch.extra)

@@ -1,4 +1,4 @@
-"""What attention's kernels share: where a tile lies, which keys count, loads and stores.
+"""Functions of all of attention's kernels: a tile's place, the keys that count, loads, stores.
 
 A sequence's tokens are counted from its first: position 0. A padded batch and a packed one differ
 only in where that token is, so one kernel serves both.

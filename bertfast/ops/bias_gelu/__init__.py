@@ -53,8 +53,7 @@ def bias_gelu(
         return reference.forward(x, bias, tanh)
     plain = tracing.plain_call(x, bias)
     if any_requires_grad(x, bias):
-        if not plain:
-            x, bias = distinct((x, bias))
-        apply = registered.apply_plain if plain else registered.BiasGelu.apply
-        return apply(x, bias, tanh, backend, plain)
+        if plain:
+            return registered.apply_plain(x, bias, tanh, backend, plain)
+        return registered.BiasGelu.apply(*distinct((x, bias)), tanh, backend, plain)
     return registered.forward.call(plain)(x, bias, tanh, backend)

@@ -18,7 +18,7 @@ to the absolute error of the floor, since what they are added to or multiplied b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,32 +53,32 @@ class Fit:
     at_zero: float | None = None  # a value to meet exactly
 
 
-def _forward_16(z):
+def _forward_16(z: np.ndarray) -> np.ndarray:
     # Up to 5.8 the float16 result is not zero. Beyond, the small weight only sees to it that the
     # polynomial goes on falling, so that exp2 comes to zero.
     y = z * upper_tail(z)
     return np.where(z < 5.8, math.log(2) * y / float16_ulp(y), 0.006)
 
 
-def _forward_32(z):
+def _forward_32(z: np.ndarray) -> np.ndarray:
     # Near 0, where gelu is v / 2, relative; the tail need not be better than what is beside it.
     y = z * upper_tail(z)
     return math.log(2) * y / (2.0**-24 * np.where(z < 1, y, np.maximum(y, 0.1)))
 
 
-def _log2_upper_tail(z):
+def _log2_upper_tail(z: np.ndarray) -> np.ndarray:
     return np.log2(upper_tail(z))
 
 
-def _derivative_by_bell(z):
+def _derivative_by_bell(z: np.ndarray) -> np.ndarray:
     return upper_tail(z) / bell(z) - z / math.sqrt(2 * math.pi)
 
 
-def _backward_16(z):
+def _backward_16(z: np.ndarray) -> np.ndarray:
     return bell(z) / float16_ulp(np.maximum(np.abs(bell(z) * _derivative_by_bell(z)), 1e-3))
 
 
-def _backward_32(z):
+def _backward_32(z: np.ndarray) -> np.ndarray:
     return bell(z) / (2.0**-24 * np.maximum(np.abs(bell(z) * _derivative_by_bell(z)), 0.2))
 
 
@@ -108,10 +108,10 @@ def solve(fit: Fit) -> tuple[np.ndarray, float]:
     target, weight = fit.target(z), fit.weight(z)
     pinned = fit.at_zero is not None
     basis = np.polynomial.chebyshev.chebvander(2 * z / fit.end - 1, fit.degree - pinned)
-    if pinned:
+    if fit.at_zero is not None:
         target, weight = (target - fit.at_zero) / z, weight * z
     share = np.full(len(z), 1 / len(z))
-    least, best = math.inf, None
+    least, best = math.inf, np.zeros(0)
     for _ in range(200):
         scale = np.sqrt(share) * weight
         solution = np.linalg.lstsq(basis * scale[:, None], target * scale, rcond=None)[0]
@@ -122,12 +122,12 @@ def solve(fit: Fit) -> tuple[np.ndarray, float]:
         share /= share.sum()
     series = np.polynomial.Chebyshev(best, domain=[0, fit.end])
     coefficients = series.convert(kind=np.polynomial.Polynomial).coef
-    if pinned:
+    if fit.at_zero is not None:
         coefficients = np.append(fit.at_zero, coefficients)
     return coefficients.astype(np.float32), weighted_error(fit, coefficients)
 
 
-def weighted_error(fit: Fit, coefficients) -> float:
+def weighted_error(fit: Fit, coefficients: Sequence[float] | np.ndarray) -> float:
     """The largest error in the fit's unit, with float32 coefficients and exact arithmetic."""
     z = np.linspace(0, fit.end, 4001)[1:]
     rounded = np.asarray(coefficients, dtype=np.float32).astype(np.float64)

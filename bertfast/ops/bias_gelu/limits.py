@@ -1,4 +1,4 @@
-"""What bias_gelu's kernels can be asked for: any shape, in these dtypes."""
+"""Limits of bias_gelu's kernels: any shape, in these dtypes."""
 
 import torch
 

@@ -1,9 +1,12 @@
 """bias_gelu's registered ops and the autograd Function around them."""
 
+from typing import Any
+
 import torch
 
 from ...tracing import plain_backward
 from .. import derivatives
+from ..derivatives import Context
 from ..registration import Op, empty, fast_apply, nothing
 from . import run
 
@@ -12,7 +15,7 @@ def _given(grads: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[
     return tuple(nothing(like) if grad is None else grad for grad in grads)
 
 
-def _backward(dy: torch.Tensor, x: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
+def _backward(dy: torch.Tensor, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     return _given(run.backward(dy, x, *rest), x)
 
 
@@ -61,14 +64,23 @@ def backward_as_op(
 
 class BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, tanh, backend, plain):
+    def forward(
+        ctx: Context,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        tanh: bool,
+        backend: str,
+        plain: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, bias)
         ctx.constants = tanh, backend
         return forward.call(plain)(x, bias, tanh, backend)
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dy):
+    def backward(
+        ctx: Context, saved: list[torch.Tensor], dy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x, bias = saved
         tanh, backend = ctx.constants
         need_x, need_bias = ctx.needs_input_grad[:2]

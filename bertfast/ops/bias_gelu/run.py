@@ -43,4 +43,5 @@ def backward(
 def new_gradients(
     x: torch.Tensor, bias: torch.Tensor | None, want_dx: bool, want_dbias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return empty(x) if want_dx else None, empty(bias) if want_dbias else None
+    dx = empty(x) if want_dx else None
+    return dx, empty(bias) if want_dbias and bias is not None else None

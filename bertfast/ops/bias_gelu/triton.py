@@ -295,5 +295,5 @@ def backward(
             GROUP=config.group,
             num_warps=config.num_warps,
         )
-        if dbias is not None:
+        if dbias is not None and partial is not None:
             column_sums(partial, [dbias])

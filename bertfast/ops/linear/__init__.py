@@ -91,18 +91,28 @@ def linear_norm(
     row_index and backend belong, and whose kernel adds the bias where it runs.
     """
     _check(x, weight, bias)
-    norm = dict(eps=eps, dropout_p=dropout_p, seed=seed, site=site, row_index=row_index)
     dtype = tracing.autocast(x) or x.dtype
     chosen = dispatch.choose("layer_norm", backend, x.device.type, dtype, int(weight.shape[0]))
+    added: torch.Tensor | None = residual
     if chosen != "torch":
         y = F.linear(x, weight)
     elif backend == "auto" and not dropout_p and onednn.serves(x, training):
         y = linear_add(x, weight, bias, residual=residual, training=training)
-        bias, residual = None, None
+        bias, added = None, None
     else:
         y, bias = F.linear(x, weight, bias), None
     return layer_norm(
-        y, norm_weight, norm_bias, x_bias=bias, residual=residual, backend=chosen, **norm
+        y,
+        norm_weight,
+        norm_bias,
+        eps=eps,
+        residual=added,
+        x_bias=bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        site=site,
+        row_index=row_index,
+        backend=chosen,
     )
 
 
@@ -118,7 +128,8 @@ def linear_add(
     """x weight^T + bias + residual"""
     _check(x, weight, bias)
     if backend == "auto" and onednn.serves(x, training):
-        checks.check_like("residual", residual, (*x.shape[:-1], weight.shape[0]), x.device, x.dtype)
+        shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+        checks.check_like("residual", residual, shape, x.device, x.dtype)
         return onednn.linear_add(x, residual, weight, bias)
     return F.linear(x, weight, bias) + residual
 

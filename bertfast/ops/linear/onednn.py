@@ -9,11 +9,14 @@ never.
 
 import functools
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ... import tracing
+from ..derivatives import Context
 
 VARIABLE = "BERTFAST_ONEDNN"
 # Of torch.backends.cpu.get_cpu_capability(): as fast as F.linear or faster. With AVX2 they gain
@@ -39,7 +42,7 @@ def linear_add(
 
 
 def serves(x: torch.Tensor, training: bool) -> bool:
-    """Whether these functions are to be used for x now, in a layer that is in training or not."""
+    """True if these functions are to be used for x now. training: the flag of the layer."""
     return (
         not training
         and x.dtype == torch.float32
@@ -48,7 +51,7 @@ def serves(x: torch.Tensor, training: bool) -> bool:
         and tracing.plain_call(x)
         and not tracing.only_reference()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and why_not() is None
     )
 
@@ -73,13 +76,17 @@ def why_not() -> str | None:
     return None
 
 
-def _call(x, weight, bias, residual, approximate) -> torch.Tensor:
+def _call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, approximate: str | None
+) -> Tensor:
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias, residual, approximate)
     return _product(x, weight, bias, residual, approximate)
 
 
-def _product(x, weight, bias, residual, approximate) -> torch.Tensor:
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, approximate: str | None
+) -> Tensor:
     op = torch.ops.mkldnn._linear_pointwise
     if residual is not None:
         return op.binary(x, residual, weight, bias, "add")
@@ -98,7 +105,14 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, approximate):
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        approximate: str | None,
+    ) -> Tensor:
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if approximate is not None:
             ctx.save_for_backward(x, weight, bias)
@@ -108,7 +122,7 @@ class _Product(torch.autograd.Function):
         return _product(x, weight, bias, residual, approximate)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         dz = dy
         if ctx.approximate is not None:
@@ -126,10 +140,12 @@ class _Product(torch.autograd.Function):
 
 
 def _are_right() -> bool:
-    """Whether they exist and do what is expected of them."""
+    """True if they exist and give the expected numbers."""
     if not torch.backends.mkldnn.is_available():
         return False
-    like = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    like: dict[str, Any] = dict(
+        generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     x, weight, residual = (
         torch.randn(shape, **like) for shape in ((64, 256), (128, 256), (64, 128))
     )
