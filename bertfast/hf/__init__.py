@@ -1,4 +1,4 @@
-"""Hugging Face's BERT-like models: which classes are swapped for which.
+"""Hugging Face's BERT-like models: the table of swapped classes.
 
 A converted module keeps its parameters, children, hooks and class name; only its class becomes a
 subclass of the original one, found here by name, so that pickles find it too:
@@ -9,7 +9,9 @@ Importing this also makes attn_implementation="bertfast" known to transformers (
 
 import importlib
 import inspect
+from typing import Any
 
+import torch
 import transformers
 
 if int(transformers.__version__.partition(".")[0]) < 5:
@@ -32,9 +34,9 @@ _BERT_LIKE = {
 }
 
 
-def _table() -> dict[str, tuple[str, type]]:
-    """Class name -> the module of the original, and what is put in front of it."""
-    table: dict[str, tuple[str, type]] = {}
+def _table() -> dict[str, tuple[str, Any]]:
+    """Class name -> the module of the original, and the class that is put in front of it."""
+    table: dict[str, tuple[str, Any]] = {}
     for family, prefix in _BERT_LIKE.items():
         module = f"transformers.models.{family}.modeling_{family}"
         table[prefix + "Layer"] = module, bert.Layer
@@ -62,7 +64,7 @@ def __getattr__(name: str) -> type:
     return _classes[name]
 
 
-def swapped_class(module: object) -> type | None:
+def swapped_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """The class that a module's is swapped for, if it is exactly one that bertfast knows."""
     kind = type(module)
     known = _TABLE.get(kind.__name__)
@@ -71,7 +73,7 @@ def swapped_class(module: object) -> type | None:
     return __getattr__(kind.__name__)
 
 
-def why_unknown(kind: type) -> str | None:
+def why_unknown(kind: Any) -> str | None:
     """Why a class of a known name isn't the class that bertfast knows: its forward takes other
     arguments, as that of another version of transformers may."""
     if kind.__name__ not in _TABLE or kind.__module__ != _TABLE[kind.__name__][0]:

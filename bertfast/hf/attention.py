@@ -6,9 +6,12 @@
 It is for models that `bertfast.optimize` doesn't know, and complete by itself. The mask stays 2-D,
 so no (length x length) mask is ever made, and nothing looks at its values: it goes through
 fullgraph and export. Inputs that come packed, with cu_seq_lens_q, are attended sequence by
-sequence. What a model asks beyond that (causal attention, keys of another length, masks of its own,
+sequence. A call that needs more (causal attention, keys of another length, masks of its own,
 grouped heads, a bias) goes to transformers' "sdpa".
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,7 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from .. import ops
 
 NAME = "bertfast"  # not with "flash" in it, by which transformers and others take it for another
-# What an attention function may be given that changes nothing here.
+# Arguments of an attention function that change nothing here.
 _HARMLESS = frozenset(
     ("position_ids", "cache_position", "encoder_hidden_states", "output_hidden_states")
     + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -34,7 +37,7 @@ def attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query, key and value: (batch, heads, length, head_dim). Returns (batch, length, heads,
     head_dim), and no attention weights."""
@@ -56,7 +59,7 @@ def attention(
         return out, None
     if q.shape[0] != 1:
         raise ValueError(f"inputs with cu_seq_lens_q must have one row, got {q.shape[0]}")
-    longest = kwargs.get("max_length_q")
+    longest: Any = kwargs.get("max_length_q")
     if longest is None:
         longest = cu_seqlens.diff().max()
     if isinstance(longest, torch.Tensor):
@@ -71,7 +74,14 @@ def attention(
     return out[None], None
 
 
-def _is_ours(module, query, key, value, attention_mask, kwargs) -> bool:
+def _is_ours(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> bool:
     causal = kwargs.get("is_causal")
     if causal if causal is not None else getattr(module, "is_causal", False):
         return False
@@ -84,16 +94,16 @@ def _is_ours(module, query, key, value, attention_mask, kwargs) -> bool:
     if query.shape != key.shape or query.shape != value.shape:
         return False
     return all(
-        value is None or value is False or name in _HARMLESS for name, value in kwargs.items()
+        given is None or given is False or name in _HARMLESS for name, given in kwargs.items()
     )
 
 
 def mask(
     *,
     kv_length: int,
-    mask_function=bidirectional_mask_function,
+    mask_function: Callable = bidirectional_mask_function,
     attention_mask: torch.Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor | None:
     """The 2-D mask itself, bool (batch, length); for any other pattern sdpa's mask."""
     if mask_function is bidirectional_mask_function:

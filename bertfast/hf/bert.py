@@ -1,6 +1,7 @@
 """BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA: one layer under five names."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from . import layer, model
 class Layer(layer.Layer):
     @classmethod
     def container_kinds(cls, original: type) -> tuple[type, ...]:
-        family = sys.modules[original.__module__]
+        family: Any = sys.modules[original.__module__]
         prefix = original.__name__.removesuffix("Layer")
         names = ("Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
         return tuple(getattr(family, prefix + name) for name in names)
@@ -22,7 +23,7 @@ class Layer(layer.Layer):
         return bert_parts(self)
 
     def containers(self) -> tuple[nn.Module, ...]:
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         inside = modules["attention"]._modules
         return (
             *(modules["attention"], inside["self"], inside["output"]),

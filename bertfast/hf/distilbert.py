@@ -1,6 +1,7 @@
 """DistilBERT: the same layer with other names, and no dropout after the attention."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,11 @@ from . import layer, model
 class Layer(layer.Layer):
     @classmethod
     def container_kinds(cls, original: type) -> tuple[type, ...]:
-        family = sys.modules[original.__module__]
+        family: Any = sys.modules[original.__module__]
         return family.DistilBertSelfAttention, family.FFN
 
     def parts(self) -> Parts:
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         attention, mlp = modules["attention"], modules["ffn"]
         inside, ffn = attention._modules, mlp._modules
         activation = ffn.get("activation")
@@ -48,7 +49,7 @@ class Layer(layer.Layer):
         return self.attention
 
     def attributes(self) -> list[tuple[dict, str]]:
-        return [(vars(self.ffn), "chunk_size_feed_forward")]
+        return [(self.ffn.__dict__, "chunk_size_feed_forward")]
 
     def why_not(self) -> str | None:
         if self.ffn.chunk_size_feed_forward:

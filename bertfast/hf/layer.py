@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ _HARMLESS = frozenset(
     )
 )
 # Arguments that transformers' layers or its attention functions look at. Any other is handed down
-# and seen by nobody, unless the attention function is a user's.
+# without being read, unless the attention function is a user's.
 _LOOKED_AT = frozenset(
     ("encoder_hidden_states", "past_key_values", "head_mask", "output_attentions", "is_causal")
     + ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "dropout", "scaling")
@@ -45,14 +47,24 @@ _IMPLEMENTATIONS = (None, "eager", "sdpa", "bertfast", "flex_attention") + tuple
 )
 
 
-class Layer:
-    """Stands in front of the original layer class. A subclass says what the layer's parts are."""
+if TYPE_CHECKING:
 
-    _original: type  # the class that was swapped
+    class Swapped(nn.Module):
+        """A module of transformers: an attribute may be anything."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    Swapped = object
+
+
+class Layer(Swapped):
+    """Stands in front of the original layer class. A subclass names the layer's parts."""
+
+    _original: Any  # the class that was swapped
     _container_kinds: tuple[type, ...]  # what containers() must be, class by class
 
     @classmethod
-    def subclass(cls, original: type, module: str) -> type:
+    def subclass(cls, original: Any, module: str) -> type[nn.Module]:
         body = {
             "__module__": module,
             "__qualname__": original.__name__,
@@ -100,7 +112,7 @@ class Layer:
         return [(vars(self), "forward"), *self.attributes()]
 
     def attributes(self) -> list[tuple[dict, str]]:
-        """What why_not() looks at besides modules, by the dicts in which it stands."""
+        """The attributes that why_not() depends on: their dicts and names."""
         raise NotImplementedError
 
     def why_rows_are_seen(self) -> str | None:
@@ -108,16 +120,22 @@ class Layer:
         return why_rows_are_seen(self, (type(self), *self._container_kinds))
 
     def prepare(self) -> None:
-        """What a layer needs besides its new class."""
+        """Gives the layer the state that it needs besides its new class."""
         parts = self.parts()
         self.__dict__["_bertfast_joined"] = JoinedWeights((parts.query, parts.key, parts.value))
 
 
-def _forward(original: type):
+def _forward(original: Any) -> Callable:
     @functools.wraps(original.forward)
-    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+    def forward(
+        self: Layer,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         told = ARGUMENT in kwargs
-        batch = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
+        batch: Any = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
         reason = batch if isinstance(batch, str) else None
         # A packed batch comes only from a model that has asked every layer, as a clean one does.
         if type(batch) is Batch and not (batch.packed or batch.clean):
@@ -141,12 +159,12 @@ def _forward(original: type):
     return forward
 
 
-def _batch_of(layer: Layer, attention_mask, args: tuple, kwargs: dict) -> Batch | str:
+def _batch_of(layer: Layer, attention_mask: Any, args: tuple, kwargs: dict) -> Batch | str:
     """The batch of a layer that is called by itself, outside a converted model; or the reason for
     its original code, "" if that needs no telling."""
     if is_disabled() or not is_converted(layer):
         return ""
-    attention = layer.self_attention()
+    attention: Any = layer.self_attention()
     if any(value is not None for value in args):
         return "it was given more than hidden_states and attention_mask"
     name = changes_layers(kwargs, attention.config)
@@ -166,7 +184,7 @@ def _batch_of(layer: Layer, attention_mask, args: tuple, kwargs: dict) -> Batch 
     )
 
 
-def changes_layers(kwargs: dict, config) -> str | None:
+def changes_layers(kwargs: dict, config: Any) -> str | None:
     """The name of an argument that asks a layer for something that bertfast doesn't do."""
     for name, value in kwargs.items():
         if value is None or value is False or name in _HARMLESS:
@@ -176,8 +194,9 @@ def changes_layers(kwargs: dict, config) -> str | None:
     return None
 
 
-def _original_mask(layer: Layer, hidden_states, key_mask):
+def _original_mask(layer: Layer, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
     """The mask as the original code wants it."""
     from transformers.masking_utils import create_bidirectional_mask
 
-    return create_bidirectional_mask(layer.self_attention().config, hidden_states, key_mask)
+    attention: Any = layer.self_attention()
+    return create_bidirectional_mask(attention.config, hidden_states, key_mask)

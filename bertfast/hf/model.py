@@ -10,6 +10,8 @@ at the model, and every layer is told.
 import functools
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +24,9 @@ from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..packing.batch import Batch, layout, packed_by_caller
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
-from .layer import ARGUMENT, Layer, changes_layers
+from .layer import ARGUMENT, Layer, Swapped, changes_layers
 
-# What the model itself deals with; anything else that is asked for, the layers have to know.
+# Arguments that the model itself deals with; the layers have to know any other.
 _HANDLED = frozenset(
     ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "output_attentions")
 ) | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -32,14 +34,14 @@ _HANDLED = frozenset(
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 
-class Model:
+class Model(Swapped):
     """Stands in front of the original model class (BertModel, ...)."""
 
-    _original: type
+    _original: Any
     _embeddings_kind: type
 
     @classmethod
-    def subclass(cls, original: type, module: str) -> type:
+    def subclass(cls, original: Any, module: str) -> type[nn.Module]:
         family = sys.modules[original.__module__]
         prefix = (
             "" if original.__name__ == "DistilBertModel" else original.__name__[: -len("Model")]
@@ -66,8 +68,9 @@ class Model:
     def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def layers(self) -> list[nn.Module]:
-        return [_unwrapped(layer) for layer in self.encoder_module().layer.children()]
+    def layers(self) -> list[Any]:
+        encoder: Any = self.encoder_module()
+        return [_unwrapped(layer) for layer in encoder.layer.children()]
 
     def prepare(self) -> None:
         pass
@@ -151,7 +154,7 @@ class Model:
         return None
 
     def facts(self) -> Facts:
-        """What is known of its modules now."""
+        """The facts of its modules now."""
         return facts_of(self, self._find, self._attributes)
 
     def _find(self) -> Facts:
@@ -166,7 +169,7 @@ class Model:
             if rows_seen is None and (reason := layer.why_rows_are_seen()) is not None:
                 rows_seen = f"in layer {number} {reason}"
         return Facts(
-            **dict(untold=None, unfused=unfused, rows_seen=rows_seen),
+            *(None, unfused, rows_seen),
             embeddings_plain=self._embeddings_are_plain(),
             **layer_facts(layers),
         )
@@ -187,7 +190,7 @@ class Model:
         return None
 
     def _why_kept(self, arguments: dict) -> str | None:
-        """Why somebody could see that tokens moved; None if nobody could, whatever the batch."""
+        """Why the call's results would show that tokens moved; None if they never do."""
         hidden = arguments.get(
             "output_hidden_states", getattr(self.config, "output_hidden_states", False)
         )
@@ -202,6 +205,8 @@ class Model:
             return
         if "position_ids" not in given:
             given["position_ids"] = self.position_ids(given["input_ids"])
+        if batch.padded_shape is None:
+            return
         rows, length = batch.padded_shape
         if any(
             t.ndim != 2 or t.shape[0] not in (1, rows) or t.shape[1] != length
@@ -212,8 +217,8 @@ class Model:
             arguments[name] = batch.pack(tensor)
 
     def _embeddings_are_plain(self) -> bool:
-        """Whether all that comes before the encoder acts on each token alone. The encoder itself is
-        asked for hooks only: they see what it is given."""
+        """True if all that comes before the encoder acts on each token alone. Of the encoder itself
+        only hooks count: they see its input."""
         encoder = self.encoder_module()
         own = (self._embeddings_kind,)
         return not sees_layout(encoder) and not any(
@@ -223,7 +228,7 @@ class Model:
         )
 
 
-def _unwrapped(layer: nn.Module) -> nn.Module:
+def _unwrapped(layer: nn.Module) -> Any:
     if isinstance(layer, Layer):
         return layer
     for name in _WRAPPED:
@@ -231,17 +236,17 @@ def _unwrapped(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _tokens_of(arguments: dict) -> torch.Tensor | None:
+def _tokens_of(arguments: dict) -> Any:
     ids = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if ids is None else ids
 
 
-def _model_forward(original: type):
+def _model_forward(original: Any) -> Callable:
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: Model, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
             return original.forward(self, *args, **kwargs)  # which has an error for it
         arguments = dict(zip(names, args, strict=False), **kwargs)
@@ -254,20 +259,20 @@ def _model_forward(original: type):
             if batch.padded_shape is not None:
                 self._pack(arguments, batch)
         elif self._why_untold() is not None:
-            del arguments[ARGUMENT]  # what is somebody else's needn't know it
+            del arguments[ARGUMENT]  # another library's encoder doesn't take it
         return original.forward(self, **arguments)
 
     return forward
 
 
-class Encoder:
+class Encoder(Swapped):
     """Stands in front of the original encoder class: takes the padding out before the first layer,
     if the model hasn't, and puts it back after the last."""
 
-    _original: type
+    _original: Any
 
     @classmethod
-    def subclass(cls, original: type, module: str) -> type:
+    def subclass(cls, original: Any, module: str) -> type[nn.Module]:
         body = {
             "__module__": module,
             "__qualname__": original.__name__,
@@ -281,9 +286,9 @@ class Encoder:
         pass
 
 
-def _encoder_forward(original: type):
+def _encoder_forward(original: Any) -> Callable:
     @functools.wraps(original.forward)
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self: Encoder, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = kwargs.get(ARGUMENT)
         if batch is None or batch.padded_shape is None:
             return original.forward(self, hidden_states, *args, **kwargs)
@@ -296,12 +301,14 @@ def _encoder_forward(original: type):
     return forward
 
 
-def _keep_recording(original: type, made: type) -> None:
+def _keep_recording(original: Any, made: type) -> None:
     """transformers looks up what a model class can record (hidden states, attentions) by the
     class's text."""
     try:
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as registry
     except ImportError:  # before 5.2
-        from transformers.utils.generic import _CAN_RECORD_REGISTRY as registry
+        from transformers.utils.generic import (  # type: ignore[attr-defined, no-redef]
+            _CAN_RECORD_REGISTRY as registry,
+        )
     # By dict's own method: in newer versions the registry's takes a model.
     dict.__setitem__(registry, str(made), original._can_record_outputs)

@@ -12,13 +12,14 @@ block saves z too and makes y of it again, so y itself isn't kept (mlp_block.py)
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..ops import derivatives
 from ..ops.attention import registered as attention_op
 from ..ops.attention import run as attention
+from ..ops.derivatives import Context
 from ..ops.dropout import Dropout
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
@@ -100,7 +101,18 @@ def _forward(
 
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, count, copy, x, out, out_bias, norm, norm_bias, *qkv):
+    def forward(
+        ctx: Context,
+        call: Call,
+        count: int,
+        copy: torch.Tensor | None,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        out_bias: torch.Tensor | None,
+        norm: torch.Tensor,
+        norm_bias: torch.Tensor,
+        *qkv: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
         p = Parameters(out, out_bias, norm, norm_bias, qkv[:count], qkv[count:])
         outs, rows, *saved = _forward(call, x, copy, p, save=True)
         # The parameters are saved too: torch then notices one that changed before the backward,
@@ -118,7 +130,9 @@ class _AttentionBlock(torch.autograd.Function):
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dy, *_):
+    def backward(
+        ctx: Context, saved: list[Any], dy: torch.Tensor | None, *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         call, count = ctx.call, ctx.count

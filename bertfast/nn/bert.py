@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from .parts import Parts
 def bert_parts(layer: nn.Module) -> Parts:
     """The parts of a layer with the names of Hugging Face's BertLayer."""
     # By the dicts of modules, as attributes of a Module take three times as long.
-    modules = layer._modules
+    modules: dict[str, Any] = layer._modules
     attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
     attend, attended, output = attention["self"], attention["output"]._modules, modules["output"]
     inside, output = attend._modules, output._modules

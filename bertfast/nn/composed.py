@@ -2,6 +2,7 @@
 where something traces or transforms, on torch's backend, and for pre-norm layers."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Composed:
         parts, call, linears = self.parts, self.call, self.now.qkv
         packed = call.batch.packed
         seed, site = self._seed(x, parts.attention_dropout, ATTENTION)
-        options = dict(
+        options: dict[str, Any] = dict(
             **call.batch.layout(),
             dropout_p=parts.attention_dropout,
             seed=seed,
@@ -90,7 +91,7 @@ class Composed:
     def linear_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """activation_dropout(activation(up(x)))"""
         parts, call, up, drop = self.parts, self.call, self.now.up, self.now.activation_dropout
-        options = dict(approximate=parts.approximate, backend=call.backend)
+        options: dict[str, Any] = dict(approximate=parts.approximate, backend=call.backend)
         if parts.approximate is None:
             h = parts.activation(self.linear(up, x))
         elif type(up) is Weights:
@@ -114,7 +115,7 @@ class Composed:
             y = _dropped(self.linear(linear, x), drop) + residual
             return self.norm(norm, y)
         seed, site = self._seed(x, drop, place)
-        options = dict(
+        options: dict[str, Any] = dict(
             residual=residual,
             eps=norm.eps,
             dropout_p=drop,
@@ -129,7 +130,7 @@ class Composed:
         return ops.layer_norm(linear(x), norm.weight, norm.bias, **options)
 
     def norm(self, norm: Norm | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if type(norm) is not Norm:
+        if not isinstance(norm, Norm):
             return norm(x)
         weight, bias, eps = norm
         return ops.layer_norm(x, weight, bias, eps=eps, backend=self.call.backend)
@@ -144,7 +145,7 @@ class Composed:
         """residual + dropout(linear(x))"""
         if drop == 0.0 and type(linear) is Weights:
             call = self.call
-            options = dict(training=call.training, backend=call.backend)
+            options: dict[str, Any] = dict(training=call.training, backend=call.backend)
             return linear_add(x, *linear, residual=residual, **options)
         return residual + _dropped(self.linear(linear, x), drop)
 
@@ -155,6 +156,6 @@ def _by_head(x: torch.Tensor, *sizes: int) -> torch.Tensor:
 
 
 def _dropped(x: torch.Tensor, drop: float | torch.nn.Module) -> torch.Tensor:
-    if type(drop) is float:
+    if isinstance(drop, float):
         return torch.nn.functional.dropout(x, drop) if drop else x
     return drop(x)

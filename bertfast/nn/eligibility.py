@@ -1,4 +1,4 @@
-"""What hangs on a model's modules: found out in one pass, and again only after something changed.
+"""The facts of a model's modules: found in one pass, and again only after something changed.
 
 A call asks for each module of each layer whether it is of the class that it was, whether a hook or
 another forward has to be called, and so on. `Watch` keeps the answers beside a list of everything
@@ -8,7 +8,7 @@ they depend on, which is compared in a few microseconds a layer.
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from operator import getitem
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -32,10 +32,10 @@ class Facts(NamedTuple):
     layers: tuple[nn.Module, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()  # of the layers
     numbers: dict[int, int] | None = None  # of the layers by their ids; None if one comes twice
-    clean: bool = False  # nothing hangs on any module: all may be read that are of a known class
+    clean: bool = False  # no module has a hook: all of a known class may be read
 
 
-def layer_facts(layers: Iterable[nn.Module]) -> dict[str, object]:
+def layer_facts(layers: Iterable[nn.Module]) -> dict[str, Any]:
     """The facts that are found in the same way for every model."""
     layers = tuple(layers)
     numbers = {id(layer): number for number, layer in enumerate(layers)}
@@ -52,8 +52,9 @@ def facts_of(
     find: Callable[[], Facts],
     attributes: Callable[[], list[tuple[dict, str]]],
 ) -> Facts:
-    """What `find` says of the model, or has said if nothing changed since. attributes: what
-    else of the modules `find` looks at, by the dicts of attributes or parameters."""
+    """The facts that `find` gives, now or at an earlier call after which nothing changed.
+    attributes: of the modules, which `find` looks at too, by the dicts of attributes or
+    parameters."""
     if tracing.is_compiling():
         return find()
     watch = model.__dict__.get(WATCH)
@@ -62,14 +63,14 @@ def facts_of(
     facts = find()
     if facts.untold is None and facts.unfused is None:
         watch = Watch(model, facts, attributes())
-        if watch.holds():
+        if watch.facts is not None and watch.holds():
             model.__dict__[WATCH] = watch
             return watch.facts
     return facts
 
 
 class Watch:
-    """The facts of a model on whose modules nothing hangs, as long as that is so."""
+    """The facts of a model without hooks, and a list of all they depend on."""
 
     def __init__(
         self,
@@ -77,8 +78,8 @@ class Watch:
         facts: Facts | None = None,
         attributes: Iterable[tuple[dict, str]] = (),
     ) -> None:
-        if model is None:  # a copy's, which has to look for itself
-            self.facts = None
+        self.facts: Facts | None = None
+        if model is None or facts is None:  # a copy's, which has to look for itself
             return
         self.facts = facts._replace(clean=True)
         # All but the model itself, whose own hooks are called around its forward.
@@ -101,7 +102,9 @@ class Watch:
         # What has to be empty: all hooks, and the modules inside those that had none.
         self._empty = [d[name] for d in self._dicts for name in _HOOKS]
         self._empty += [names for names in children if not names]
-        self._handles = None  # how many hooks there had been, anywhere, at the last look
+        self._handles: int | None = (
+            None  # how many hooks there had been, anywhere, at the last look
+        )
 
     def __deepcopy__(self, memo: dict) -> "Watch":
         return Watch()

@@ -1,6 +1,8 @@
 """Encoder and EncoderLayer: modules of our own, with the state_dict keys of Hugging Face's
 BertEncoder."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from .layer import Call, for_layers, run_layer
 
 
 class _SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.num_attention_heads = heads
         self.scaling = (width // heads) ** -0.5
@@ -26,7 +28,7 @@ class _SelfAttention(nn.Module):
 
 
 class _Output(nn.Module):
-    def __init__(self, inner: int, width: int, eps: float, dropout: float):
+    def __init__(self, inner: int, width: int, eps: float, dropout: float) -> None:
         super().__init__()
         self.dense = nn.Linear(inner, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
@@ -102,8 +104,8 @@ class Encoder(nn.Module):
         *,
         packed: bool = True,
         backend: str = "auto",
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__()
         checks.check_int("layers", layers, 1)
         checks.check_bool("packed", packed)

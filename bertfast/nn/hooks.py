@@ -1,6 +1,7 @@
-"""Who hangs on a module's call: what has to be called, and who would see that tokens moved."""
+"""Hooks of a module's call: those that have to be called, and those that see tokens moved."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -15,17 +16,17 @@ _MOVERS = ("torch.distributed.", "accelerate.hooks")
 
 
 def has_user_hooks(module: nn.Module) -> bool:
-    """Whether something would be missing if the module weren't called."""
+    """True if a hook would be missed if the module weren't called."""
     return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS)
 
 
 def has_global_hooks() -> bool:
-    """Whether a hook hangs on every module that there is."""
+    """True if there is a hook for all modules."""
     return torch_module._has_any_global_hook()
 
 
 def sees_layout(module: nn.Module) -> bool:
-    """Whether somebody's hook looks at the module's inputs or outputs, and so at their shape."""
+    """True if a hook looks at the module's inputs or outputs, and so at their shape."""
     return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS + _MOVERS)
 
 
@@ -45,7 +46,7 @@ def _is_hooked_by_others(module: nn.Module, harmless: tuple[str, ...]) -> bool:
     return any(not _origin(hook).startswith(harmless) for hook in hooks)
 
 
-def _accelerate_hooks(hook: object) -> Iterator[Callable]:
+def _accelerate_hooks(hook: Any) -> Iterator[Callable]:
     """The calls that accelerate makes before and after a module's forward. Its own hooks move
     parameters; a user's may do anything."""
     for one in getattr(hook, "hooks", () if hook is None else (hook,)):
@@ -53,7 +54,7 @@ def _accelerate_hooks(hook: object) -> Iterator[Callable]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward that may never come to the class's."""
+    """True if the instance has a forward that may not call the class's."""
     forward = module.__dict__.get("forward")
     return not (
         forward is None
@@ -63,8 +64,8 @@ def is_replaced(module: nn.Module) -> bool:
     )
 
 
-def is_own_forward(module: nn.Module, forward: object, kind: type) -> bool:
-    """Whether an attribute of the module is no more than the class's own forward."""
+def is_own_forward(module: nn.Module, forward: object, kind: type[nn.Module]) -> bool:
+    """True if an attribute of the module is just the class's own forward."""
     return (
         getattr(forward, "__self__", None) is module
         and getattr(forward, "__func__", None) is kind.forward

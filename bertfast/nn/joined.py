@@ -1,11 +1,11 @@
 """q, k and v of a layer in one product.
 
 The three weights lie in one allocation, one after the other, but each is a tensor with a storage of
-its own, so that whoever saves a model by storages loses none. Many things move a weight elsewhere
+its own, so that a model saved by its storages is complete. Many things move a weight elsewhere
 (`.to`, deepcopy, `.data =`, sharding); in eager the addresses are compared on every call, which
 takes a few microseconds, and the weights gathered again when they differ.
 
-Weights that somebody else may free or fill behind their Parameter are left where they are: the
+Weights whose memory others may free or fill behind their Parameter are left where they are: the
 three are then concatenated for each product, as they are while something is traced.
 """
 
@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.distributed
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import tracing
-from .modules import Weights
+from ..ops.derivatives import Context
+
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 _gathering = threading.Lock()
 
@@ -29,28 +32,28 @@ class JoinedWeights:
     """The allocation of one layer's weights. A copy of the layer, or one from a pickle, starts
     without, as its parameters lie elsewhere."""
 
-    def __init__(self, linears: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(self, linears: tuple[nn.Module | None, ...] = ()) -> None:
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.stays = False  # another process may have the same weights
         plain = [linear for linear in linears if type(linear) is nn.Linear]
         self._own = [weakref.ref(p) for linear in plain for p in linear.parameters()]
 
-    def __deepcopy__(self, memo) -> "JoinedWeights":
+    def __deepcopy__(self, memo: dict) -> "JoinedWeights":
         return JoinedWeights()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return JoinedWeights, ()
 
-    def holds(self, weights, biases) -> bool:
-        """Whether the parameters are those in the allocation."""
+    def holds(self, weights: Tensors, biases: Tensors | None) -> bool:
+        """True if the parameters are those in the allocation."""
         if not _lie_in(self.weight, weights):
             return False
         if biases is None:
             return self.bias is None
         return _lie_in(self.bias, biases)
 
-    def gather(self, weights, biases) -> bool:
+    def gather(self, weights: Tensors, biases: Tensors | None) -> bool:
         """Moves the parameters into one allocation, their values as they are; False if they have
         to stay where they are."""
         parameters = [*weights, *(biases or ())]
@@ -74,7 +77,8 @@ class JoinedWeights:
             not tracing.is_capturing(weights[0])  # a graph must not move weights
             and self.gather(weights, biases or None)
         ):
-            return self.weight, self.bias
+            joined: Any = self.weight
+            return joined, self.bias
         with torch.no_grad():
             return torch.cat(weights), torch.cat(biases) if biases else None
 
@@ -82,9 +86,10 @@ class JoinedWeights:
         """The weights one after the other, for a backward, which moves nothing."""
         if len(weights) == 1:
             return weights[0]
-        return self.weight if _lie_in(self.weight, weights) else torch.cat(weights)
+        joined = self.weight
+        return joined if joined is not None and _lie_in(joined, weights) else torch.cat(weights)
 
-    def _may_move(self, parameters) -> bool:
+    def _may_move(self, parameters: Tensors) -> bool:
         # What other processes read or write must stay in the memory that they know.
         if self.stays or any(p.device.type == "cpu" and p.is_shared() for p in parameters):
             return False
@@ -119,7 +124,7 @@ def _staying() -> JoinedWeights:
 ForkingPickler.register(JoinedWeights, _for_another_process)
 
 
-def _lie_in(joined: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> bool:
+def _lie_in(joined: torch.Tensor | None, parts: Tensors) -> bool:
     """True if the three lie in `joined`, one after the other, and are all of it."""
     if joined is None or len(joined) != 3 * len(parts[0]):
         return False
@@ -136,7 +141,7 @@ def _lie_in(joined: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def _join(parameters) -> torch.Tensor:
+def _join(parameters: Tensors) -> torch.Tensor:
     """One tensor of all; each parameter then owns its part of the memory."""
     joined = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, part in zip(parameters, joined.chunk(3), strict=True):
@@ -144,7 +149,7 @@ def _join(parameters) -> torch.Tensor:
     return joined
 
 
-def same_form(linears: Sequence[nn.Module | Weights]) -> bool:
+def same_form(linears: Sequence[Any]) -> bool:
     """True if one product can serve these three: one shape, dtype and place, biases for all or
     none."""
     q, k, v = (linear.weight for linear in linears)
@@ -158,7 +163,7 @@ def same_form(linears: Sequence[nn.Module | Weights]) -> bool:
     )
 
 
-def joined_product(linears, x: torch.Tensor, joined: JoinedWeights) -> torch.Tensor:
+def joined_product(linears: Sequence[Any], x: torch.Tensor, joined: JoinedWeights) -> torch.Tensor:
     """[q(x), k(x), v(x)] in one tensor (..., 3 * width) of plain Linears of the same form."""
     q, k, v = linears
     weights = q.weight, k.weight, v.weight
@@ -176,13 +181,19 @@ def joined_product(linears, x: torch.Tensor, joined: JoinedWeights) -> torch.Ten
     return _JoinedProduct.apply(x, joined.weight, joined.bias, *weights, *(biases or ()))
 
 
-def _concatenated(x: torch.Tensor, weights, biases) -> torch.Tensor:
+def _concatenated(x: torch.Tensor, weights: Tensors, biases: Tensors | None) -> torch.Tensor:
     return F.linear(x, torch.cat(weights), None if biases is None else torch.cat(biases))
 
 
 class _JoinedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *parameters):
+    def forward(
+        ctx: Context,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.dtype = weight.dtype
         if tracing.autocast(x) is not None:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -192,7 +203,7 @@ class _JoinedProduct(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *parameters = ctx.saved_tensors
         dx = dweights = dbiases = None
         if torch.is_grad_enabled():  # a second derivative leads to the parameters themselves

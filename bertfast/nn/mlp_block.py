@@ -11,13 +11,14 @@ makes h again. x is made again of what the attention block has saved of its own 
 as a node; else it is saved.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..ops import derivatives
 from ..ops.bias_gelu import registered as bias_gelu_op
 from ..ops.bias_gelu import run as bias_gelu
+from ..ops.derivatives import Context
 from ..ops.dropout import NO_DROPOUT, Dropout
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
@@ -88,7 +89,10 @@ def _forward(
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, copy, x, up, up_bias, down, down_bias, norm, norm_bias, *made_of):
+    def forward(
+        ctx: Context, call: Call, copy: torch.Tensor | None, x: torch.Tensor, *given: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        up, up_bias, down, down_bias, norm, norm_bias, *made_of = given
         p = Parameters(up, up_bias, down, down_bias, norm, norm_bias)
         outs, rows, u, h, *weights = _forward(call, x, copy, p, save=True)
         ctx.save_for_backward(
@@ -106,7 +110,9 @@ class _MlpBlock(torch.autograd.Function):
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dy, *_):
+    def backward(
+        ctx: Context, saved: list[Any], dy: torch.Tensor | None, *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call

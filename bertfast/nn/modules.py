@@ -1,11 +1,11 @@
-"""Modules of somebody's, to be read or to be called.
+"""A model's modules: to be read, or to be called.
 
 A Linear's weight is read only if calling the module would do just x @ weight^T + bias. One that is
-anything else (LoRA, quantised, hooked, offloaded, parametrized) is called, so its owner's work is
+anything else (LoRA, quantised, hooked, offloaded, parametrized) is called, so that its work is
 done. Likewise a LayerNorm and a Dropout.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +28,18 @@ class Weights(NamedTuple):
 
 
 def untouched(module: nn.Module, kind: type, clean: bool = False) -> bool:
-    """True if the module is exactly of this class and nothing hangs on its call, or is known to
-    (`clean`)."""
+    """True if the module is exactly of this class and its call has no hook. clean: known to have
+    none."""
     return type(module) is kind and (clean or (not is_hooked(module) and has_own_forward(kind)))
 
 
-def has_own_forward(kind: type) -> bool:
-    """Whether the class has the forward that was written with it, and nobody has put another there:
-    that one has to be called."""
+def has_own_forward(kind: Any) -> bool:
+    """True if the class has the forward that was written with it: another has to be called."""
     return kind.forward.__module__ == kind.__module__
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something happens at the module's call besides its class's forward."""
+    """True if the module's call does more than its class's forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -55,20 +54,22 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def plain(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is an ordinary tensor: not sharded, not packed, not a subclass."""
+def plain(tensor: torch.Tensor | None) -> bool:
+    """True for an ordinary tensor: not sharded, not quantised, not a subclass."""
     return type(tensor) in _PARAMETERS
 
 
 def read_linear(linear: "nn.Module | Weights", clean: bool = False) -> "nn.Module | Weights":
-    if type(linear) is Weights or not untouched(linear, nn.Linear, clean):
+    if isinstance(linear, Weights) or not untouched(linear, nn.Linear, clean):
         return linear
-    parameters = linear._parameters  # as attributes of a Module take three times as long
-    weight = parameters.get("weight")
+    parameters: dict[str, Any] = (
+        linear._parameters
+    )  # as attributes of a Module take three times as long
+    weight: Any = parameters.get("weight")
     return Weights(weight, parameters["bias"]) if plain(weight) else linear
 
 
-def read_norm(norm: nn.Module, clean: bool = False) -> "nn.Module | Norm":
+def read_norm(norm: Any, clean: bool = False) -> "nn.Module | Norm":
     """Its bias is zeros if it has none."""
     if not untouched(norm, nn.LayerNorm, clean) or len(norm.normalized_shape) != 1:
         return norm
@@ -78,7 +79,7 @@ def read_norm(norm: nn.Module, clean: bool = False) -> "nn.Module | Norm":
     return Norm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)
 
 
-def read_dropout(dropout: nn.Module | None, clean: bool = False) -> float | nn.Module:
+def read_dropout(dropout: Any, clean: bool = False) -> float | nn.Module:
     """The share that is dropped now."""
     if dropout is None:
         return 0.0

@@ -1,7 +1,7 @@
 """The modules of a layer, whatever their names; and a call of it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,10 +53,11 @@ class Read(NamedTuple):
 
 
 def read(parts: Parts, clean: bool) -> Read:
-    """Decides, once a call, which modules are read and which are called. clean: it is known that
-    nothing hangs on any of them, so that their classes alone decide."""
+    """Decides, once a call, which modules are read and which are called. clean: they are known to
+    have no hooks, so that their classes alone decide."""
     if parts.qkv is None:
-        qkv = tuple(read_linear(p, clean) for p in (parts.query, parts.key, parts.value))
+        linears: Any = (parts.query, parts.key, parts.value)
+        qkv = tuple(read_linear(linear, clean) for linear in linears)
     else:
         qkv = (parts.qkv,)
     return Read(
@@ -88,7 +89,8 @@ class Dropouts:
     or one that is drawn for this call."""
 
     def __init__(self, call: Call) -> None:
-        number = None if call.batch.numbers is None else call.batch.numbers.get(call.layer)
+        numbers, layer = call.batch.numbers, call.layer
+        number = None if numbers is None or layer is None else numbers.get(layer)
         self._seed = None if number is None else call.batch.seed
         self._first = 0 if number is None else len(PLACES) * number
 

@@ -1,4 +1,4 @@
-"""Which modules act on each token alone: only around those may tokens change places.
+"""The modules that act on each token alone: only around those may tokens change places.
 
 A packed batch is one long row. A module that draws once per row (DropPath), adds to a row's
 beginning (soft prompts) or otherwise knows rows would act on the whole batch as if it were one. A
@@ -7,6 +7,7 @@ batch stays padded.
 """
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -21,14 +22,14 @@ _CLASSES: tuple[type, ...] = (
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardswish),
     *(nn.Module, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential),
 )
-COMMON = nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding
+COMMON: tuple[type[nn.Module], ...] = nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding
 # PEFT's methods. Not among them: poly and xlora, which route or scale each row by itself.
 _PEFT = (
     *("lora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "hra", "hira", "glora", "gralora"),
     *("delora", "randlora", "vera", "vblora", "fourierft", "waveft", "c3a", "miss", "shira", "osf"),
     *("ln_tuning", "trainable_tokens", "lycoris_utils", "tuners_utils", "_buffer_dict"),
 )
-# Packages whose modules do: by the beginning of the class's module.
+# Packages of modules that act on each token alone: by the beginning of the class's module.
 _PACKAGES = (
     *("transformers.activations", "torch.ao.nn.", "torchao.", "bitsandbytes.nn."),
     "optimum.quanto.",
@@ -74,7 +75,7 @@ def _is_listed(kind: type) -> bool:
 
 def _parts(module: nn.Module) -> Iterable[nn.Module]:
     """The modules inside, in their order, but for those that act on weights."""
-    parts = module._modules
+    parts: dict[str, Any] = module._modules
     if None not in parts.values() and "parametrizations" not in parts:
         return reversed(parts.values())
     return [

@@ -1,9 +1,13 @@
 """The products of a block and of its backward, for rows (tokens, width)."""
 
+from typing import TypeVar
+
 import torch
 
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
-def rounded(tensor: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+
+def rounded(tensor: MaybeTensor, dtype: torch.dtype | None) -> MaybeTensor:
     """A product's operand in the dtype that autocast gives it; itself without autocast."""
     return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
