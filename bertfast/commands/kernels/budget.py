@@ -79,7 +79,7 @@ def blocks_per_multiprocessor(row: Row) -> int:
 
 
 def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Verdict]:
-    """What the rows exceed. allowance: the part by which instructions may, under a compiler other
+    """The limits that the rows exceed. allowance: the part by which instructions may, under a compiler other
     than the one that the budget was measured with."""
     verdicts = []
 
@@ -125,9 +125,10 @@ def stale(budget: dict, rows: Iterable[Row], sources: Iterable[str]) -> list[Ver
 
 
 def _cell(worst: list[Row], rules: dict) -> float | dict | None:
-    """What is measured of a form, as the file has it: over all architectures the worst."""
+    """The figures of a form, as the file has them: over all architectures the worst."""
     figures = [row.instructions_per_element for row in worst]
-    most = None if None in figures else max(figures)
+    known = [figure for figure in figures if figure is not None]
+    most = max(known) if len(known) == len(figures) else None
     beyond: dict = {}
     if (stack := max(row.stack for row in worst)) > rules["stack"]:
         beyond["stack"] = stack

@@ -1,6 +1,7 @@
 """The tables of kernels, for a person: a summary, and every kernel in every form."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -15,7 +16,7 @@ SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 class Summary:
     """A line for each op, source and architecture, printed as soon as it is known."""
 
-    def __init__(self, out: Console, ops: Sequence[str], archs: Sequence[str]):
+    def __init__(self, out: Console, ops: Sequence[str], archs: Sequence[str]) -> None:
         self.out = out
         self.table = Table(
             [
@@ -64,7 +65,7 @@ def _nearest(rows: list[Row], budget: dict) -> str:
     """Instructions per element and the budget, where the part taken is the largest."""
     shares = []
     for row in rows:
-        limit = budgets.limits(budget, row)
+        limit: Any = budgets.limits(budget, row)
         is_, most = row.instructions_per_element, limit and limit["instructions"]
         if is_ is not None and most is not None:
             shares.append((is_ / most, is_, f"{is_:.2f} of {most:.2f}"))
@@ -113,6 +114,6 @@ def _figures(rows: list[Row]) -> list[str]:
     ]
 
 
-def _worst(worst, figures: Iterable[float | None]) -> str:
+def _worst(worst: Callable, figures: Iterable[float | None]) -> str:
     there = [figure for figure in figures if figure is not None]
     return f"{worst(there):g}" if there else "-"

@@ -60,7 +60,8 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 def parse(text: str) -> dict[str, Code]:
     """The kernels of nvdisasm's output, by their (mangled) names."""
     found: dict[str, Code] = {}
-    name, lines = None, []
+    name: str | None = None
+    lines: list[str] = []
     for line in text.splitlines():
         if line.startswith(".text."):
             name, lines = line[len(".text.") : -1], []
@@ -85,8 +86,8 @@ def _instructions(lines: list[str]) -> list[_Instruction]:
             if opcode.startswith("BRA"):
                 predicated |= bool(re.match(r"\s*!?U?P\d", operands))
             instructions.append(_Instruction(opcode, predicated))
-            label = _TARGET.search(operands)
-            targets.append(label[1] if label else None)
+            target = _TARGET.search(operands)
+            targets.append(target[1] if target else None)
         elif match := _LABEL.match(line):
             labels[match[1]] = len(instructions)
     for index, (instruction, label) in enumerate(zip(instructions, targets, strict=True)):
@@ -205,7 +206,7 @@ def run_tool(name: str, *arguments: str, cwd: Path | None = None) -> str:
 
 
 def disassemble(cubin: Path) -> str:
-    # Without the data-flow analysis, whose annotations nobody reads.
+    # Without the data-flow analysis, whose annotations are not read.
     return run_tool("nvdisasm", "--print-code", "--no-dataflow", str(cubin))
 
 
