@@ -51,7 +51,7 @@ class Launch:
     def has(self, pointer: str) -> bool:
         return self.values[pointer] is not None
 
-    def case(self, label: str, x: str, rest: str, elements: int, **more: int) -> Case:
+    def case(self, label: str, x: str, rest: str, elements: int, **more: Any) -> Case:
         """x, rest: the pointers that have the dtypes. elements: a block's."""
         both = (str(self.values[name].dtype).removeprefix("torch.") for name in (x, rest))
         return Case(label, dtypes(*both), self.threads, elements / self.threads, **more)

@@ -79,8 +79,8 @@ def blocks_per_multiprocessor(row: Row) -> int:
 
 
 def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Verdict]:
-    """The limits that the rows exceed. allowance: the part by which instructions may, under a compiler other
-    than the one that the budget was measured with."""
+    """The limits that the rows exceed. allowance: the part by which instructions may, under another
+    compiler than the one that the budget was measured with."""
     verdicts = []
 
     def fail(row: Row, text: str) -> None:

@@ -25,7 +25,7 @@ from .triton_aot import TAG
 
 
 @triton.jit
-def fill_kernel(out_ptr):
+def fill_kernel(out_ptr):  # noqa: ANN001, ANN201
     tl.store(out_ptr + tl.program_id(0), 1.0)
 
 

@@ -54,7 +54,7 @@ def read(
             command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process,
     ):
-        for line in process.stdout:
+        for line in process.stdout or ():
             before, tag, after = line.partition(TAG)
             if tag and not before:
                 said.append(json.loads(after))

@@ -52,6 +52,7 @@ def call(
     forward: bool = True,
     backward: bool = True,
 ) -> None:
+    tokens: tuple[int, ...]
     if layout == "masked":
         tokens, sequences = (BATCH, length), Sequences(torch.empty(BATCH, length, dtype=torch.bool))
     else:

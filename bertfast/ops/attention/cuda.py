@@ -54,6 +54,8 @@ def backward(
 ) -> None:
     """Fills the gradients."""
     out, lse = saved
+    if lse is None:
+        raise AssertionError("the forward saved no lse for this backward")
     module = native.module_for(out)
     # lse and delta of each row, from the first kernel to the second.
     statistics = lse.new_empty((*lse.shape, 2))
