@@ -30,12 +30,12 @@ def fill_kernel(out_ptr):  # noqa: ANN001, ANN201
 
 
 def launch_smallest() -> None:
-    """Whether it compiles tells if Triton knows an architecture at all."""
+    """Launches a kernel that compiles for every architecture that Triton knows."""
     fill_kernel[(1,)](torch.empty(1))
 
 
 def forms(module: ModuleType, fail: Callable[[str], None]) -> Iterator[tuple[Launch, Case]]:
-    """What the launchers of a module's op launch, and what it is: each form once."""
+    """The launches of a module's op, each form once, with its description."""
     noted: list[tuple[Launch, Case | None]] = []
     try:
         record(

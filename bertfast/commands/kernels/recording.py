@@ -1,4 +1,4 @@
-"""What launchers hand to Triton: noted, not launched.
+"""Launches recorded: the arguments that launchers hand to Triton, noted and not launched.
 
 A launch takes its ordinary way through Triton up to where the kernel would be compiled. So what is
 noted is what a launch specialises on, by Triton's own rules.

@@ -101,7 +101,7 @@ def _cuda_keys_at_a_time(kernel: str, head_dim: int) -> tuple[int, int]:
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """What a template instance of csrc/kernels/attention_*.cu is, if it is one."""
+    """The case of a template instance of csrc/kernels/attention_*.cu, if it is one."""
     names = ("forward", "backward_dq", "backward_dkv")
     if kernel not in [f"attention_{name}_kernel" for name in names]:
         return None

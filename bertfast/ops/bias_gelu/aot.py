@@ -53,7 +53,7 @@ CUDA_THREADS = 256  # of a block, at most
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """What a template instance of csrc/kernels/bias_gelu.cu is, if it is one."""
+    """The case of a template instance of csrc/kernels/bias_gelu.cu, if it is one."""
     if kernel not in ("bias_gelu_forward_kernel", "bias_gelu_backward_kernel"):
         return None
     x, rest = (CUDA_NAMES[name] for name in arguments[:2])
