@@ -230,7 +230,7 @@ def unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> st
     return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype)
 
 
-def _shape(x, bias, *others) -> tuple[int, int]:
+def _shape(x: torch.Tensor, bias: torch.Tensor | None, *others: torch.Tensor) -> tuple[int, int]:
     """Rows and width; the tensor as one row where there is no bias and no gap between rows."""
     width = x.shape[-1] if x.dim() else 1
     if bias is None and all(tensor.is_contiguous() for tensor in (x, *others)):
