@@ -25,7 +25,7 @@ from ..ops import dispatch
 from ..ops.attention import limits
 from ..ops.dropout import draw_seed
 from ..ops.layer_norm.run import Norm
-from ..packing.batch import Batch
+from ..packing.batch import Batch, Copies
 from . import attention_block, mlp_block
 from .attention_block import Given
 from .composed import Composed
@@ -46,13 +46,15 @@ def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     if place is None:
         return layer.mlp_block(layer.attention_block(x))
     copies = call.batch.copies
-    given = _attention_node(layer, place, Given(x, copies.take(x)))
-    if given is None:
-        given = Given(layer.attention_block(x))
-    made = _mlp_node(layer, place, given)
+    given = Given(x, None if copies is None else copies.take(x))
+    attended = _attention_node(layer, place, given)
+    if attended is None:
+        attended = Given(layer.attention_block(x))
+    made = _mlp_node(layer, place, attended)
     if made is None:
-        return layer.mlp_block(given.y)
-    copies.keep(made.y, made.copy, call.batch.clean)
+        return layer.mlp_block(attended.y)
+    if copies is not None:
+        copies.keep(made.y, made.copy, call.batch.clean)
     return made.y
 
 
@@ -181,7 +183,8 @@ def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
     if tracing.is_compiling():
         return batch
     seed = draw_seed(device) if facts.numbers and any(map(_drops, facts.dropouts)) else None
-    return dataclasses.replace(batch, seed=seed, numbers=facts.numbers, clean=facts.clean)
+    known = dict(numbers=facts.numbers, clean=facts.clean, copies=Copies())
+    return dataclasses.replace(batch, seed=seed, **known)
 
 
 def _drops(module: nn.Module) -> bool:

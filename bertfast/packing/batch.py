@@ -68,7 +68,7 @@ class Batch:
     seed: torch.Tensor | None = None  # of the dropouts of all layers
     numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
     clean: bool = False  # nothing hangs on any module of the layers: see nn/eligibility.py
-    copies: Copies = dataclasses.field(default_factory=Copies, repr=False, compare=False)
+    copies: Copies | None = None  # of a model's layers; None for one that is called by itself
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
 
     @property
