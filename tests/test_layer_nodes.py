@@ -301,6 +301,8 @@ def test_hooks_of_parameters_see_each_gradient_once(backend):
 
 def test_threads(backend):
     """Four of them, one model: forward and backward."""
+    if backend == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter serves one thread at a time")
     module, x = make(backend), make_input(backend)
     expected = gradients(module, x)
     found, errors = [None] * 4, []

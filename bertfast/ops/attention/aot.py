@@ -77,7 +77,7 @@ def triton_case(launch: Launch) -> Case | None:
     layout = "packed" if launch.has("cu_ptr") else "masked"
     if planned:
         tile = values["PARTS"] * values["BLOCK_M" if launch.name in PASSES else "BLOCK_N"]
-        layout = next(name for name, size in TILES.items() if size == tile)
+        (layout,) = (name for name, size in TILES.items() if size == tile)
     label = f"{pass_}, {layout}, D {values['D']}, up to {values['length']}" + ", dropout" * dropout
     single = values.get("SINGLE", False)
     shorter = planned and not single and "BLOCK_T" in values
