@@ -76,15 +76,15 @@ def dropout_of(
 
 
 def may_be_torchs(
-    requested: str, chosen: str, device: torch.device, p: float, *layout: torch.Tensor | None
+    backend: str, device: torch.device, p: float, *layout: torch.Tensor | None
 ) -> bool:
-    """True where no other backend or layout has to draw the same mask: it may then be torch's own,
-    which is faster on a CPU. layout: a seed and whatever says where a batch's rows lie."""
+    """True where no other backend or layout has to draw the same mask, as none was asked for: it
+    may then be torch's own, which is faster on a CPU. layout: a seed, and whatever says where a
+    batch's rows lie."""
     return (
         p < 1.0
         and device.type == "cpu"
-        and chosen == "torch"
-        and requested == "auto"
+        and backend == "torch"
         and all(part is None for part in layout)
     )
 

@@ -12,7 +12,7 @@ import torch
 from ... import checks, tracing
 from .. import dispatch, dropout
 from ..registration import any_requires_grad, distinct
-from . import reference, registered
+from . import reference, registered, run
 from .run import Norm
 
 __all__ = ["layer_norm"]
@@ -75,7 +75,7 @@ def layer_norm(
         weight, bias = weight.float(), bias.float()
         x_bias = None if x_bias is None else x_bias.float()
         residual = None if residual is None else residual.float()
-    if dropout.may_be_torchs(requested, backend, device, dropout_p, seed, row_index):
+    if requested == "auto" and dropout.may_be_torchs(backend, device, dropout_p, seed, row_index):
         drop = dropout.torchs(dropout_p)
     else:
         drop = dropout.dropout_of(dropout_p, seed, site, device, row_index)
@@ -90,6 +90,8 @@ def layer_norm(
                 y, _ = registered.apply_plain(*tensors, *rest, plain)
             else:
                 y, _ = registered.LayerNorm.apply(*distinct(tensors), *rest, plain)
+        elif plain:
+            y = run.forward(x, Norm(weight, bias, eps), x_bias, residual, drop, backend, False).y
         else:
-            y = registered.infer.call(plain)(*tensors, *rest)
+            y = registered.infer.dispatched(*tensors, *rest)
     return y if out_dtype is None else y.to(out_dtype)

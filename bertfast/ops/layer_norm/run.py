@@ -56,15 +56,18 @@ def forward(
 ) -> Outputs:
     """save: what the backward reads is wanted. copy: so is y in the dtype of x."""
     weight, bias, eps = norm
-    outs = new_outputs(x, weight, save, saves_z(x, weight, residual, x_bias, dropout.threshold))
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        norm = Norm(weight.contiguous(), bias.contiguous(), eps)
+    with_z = save and saves_z(x, weight, residual, x_bias, dropout.threshold)
+    outs = new_outputs(x, weight, save, with_z)
     if copy:
         outs = outs._replace(copy=empty(x))
     if x.numel():
         dispatch.backend_module("layer_norm", backend).forward(
             as_rows(x),
             as_rows(residual),
-            _dense(x_bias),
-            Norm(weight.contiguous(), bias.contiguous(), eps),
+            x_bias if x_bias is None else x_bias.contiguous(),
+            norm,
             dropout,
             outs,
         )
@@ -123,7 +126,3 @@ def new_gradients(dy: torch.Tensor, weight: torch.Tensor, wanted: Wanted) -> Gra
         empty(weight) if wanted.params else None,
         empty(weight) if wanted.x_bias else None,
     )
-
-
-def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
