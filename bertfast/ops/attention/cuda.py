@@ -9,7 +9,7 @@ from ...packing.sequences import Sequences
 from .. import native
 from ..dropout import Dropout
 from . import limits
-from .run import AnyHeads, Heads, Saved
+from .run import AnyHeads, Heads, Saved, parts
 
 _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
@@ -37,7 +37,7 @@ def forward(
     if module.attention_forward(heads, sequences, scale, dropout, out, lse):
         return
     copies = _Copies(module)
-    heads = Heads(*map(copies.read, _parts(heads)))
+    heads = Heads(*map(copies.read, parts(heads)))
     written = copies.write(out)
     done = module.attention_forward(heads, sequences, scale, dropout, written, lse)
     copies.give_back(done)
@@ -64,14 +64,10 @@ def backward(
         return
     copies = _Copies(module)
     dout, saved = copies.read(dout), Saved(copies.read(out), lse)
-    heads = Heads(*map(copies.read, _parts(heads)))
-    written = Heads(*map(copies.write, _parts(grads)))
+    heads = Heads(*map(copies.read, parts(heads)))
+    written = Heads(*map(copies.write, parts(grads)))
     done = module.attention_backward(dout, heads, saved, *rest, written, statistics)
     copies.give_back(done)
-
-
-def _parts(heads: AnyHeads) -> Heads:
-    return Heads(*heads.unbind(-3)) if isinstance(heads, torch.Tensor) else heads
 
 
 class _Copies:

@@ -27,6 +27,11 @@ AnyHeads: TypeAlias = "Heads | torch.Tensor"
 Form = TypeVar("Form", Heads, torch.Tensor)
 
 
+def parts(heads: AnyHeads) -> Heads:
+    """q, k and v as three tensors."""
+    return Heads(*heads.unbind(-3)) if isinstance(heads, torch.Tensor) else heads
+
+
 class Saved(NamedTuple):
     """The output, and of each of its rows the logarithm to base 2 of the sum of its weights."""
 

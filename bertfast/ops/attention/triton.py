@@ -11,7 +11,7 @@ from ..dropout import Dropout
 from ..pointers import dense, head_strides, row_stride, shared_head_strides
 from . import limits
 from .config import Config, architecture, block_d, config
-from .run import AnyHeads, Heads, Saved
+from .run import AnyHeads, Saved, parts
 from .triton_bwd_dkv import attention_bwd_dkv_kernel
 from .triton_bwd_dq import attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
@@ -89,10 +89,6 @@ class _Batch:
         )
 
 
-def _parts(heads: AnyHeads) -> Heads:
-    return Heads(*heads.unbind(-3)) if isinstance(heads, torch.Tensor) else heads
-
-
 def forward(
     heads: AnyHeads,
     sequences: Sequences,
@@ -102,7 +98,7 @@ def forward(
     lse: torch.Tensor | None,
 ) -> None:
     """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
-    q, k, v = _parts(heads)
+    q, k, v = parts(heads)
     batch = _Batch(q, sequences, scale, dropout)
     chosen = batch.config("forward")
     grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
@@ -128,8 +124,8 @@ def backward(
     grads: AnyHeads,
 ) -> None:
     """Fills the gradients, whose strides are the same."""
-    q, k, v = _parts(heads)
-    dq, dk, dv = _parts(grads)
+    q, k, v = parts(heads)
+    dq, dk, dv = parts(grads)
     if saved.lse is None:
         raise AssertionError("the forward saved no lse for this backward")
     batch = _Batch(q, sequences, scale, dropout)
