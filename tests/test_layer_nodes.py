@@ -19,8 +19,10 @@ from support.layers import (
     make_batch,
     make_input,
 )
+from torch import distributed
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bertfast.nn import Encoder, attention_block, layer, mlp_block
@@ -297,6 +299,77 @@ def test_hooks_of_parameters_see_each_gradient_once(backend):
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
     module(x).sum().backward()
     assert sorted(seen) == sorted(name for name, _ in module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+        {"static_graph": True},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_ddp(backend, one_process, nodes, options):
+    """Gradients that travel by DDP's buckets, over two steps with accumulation in one of them."""
+    module, x = make(backend, 0.2), make_input(backend)
+    wrapped = DistributedDataParallel(copy.deepcopy(module), **options)
+
+    def steps(model):
+        torch.manual_seed(3)
+        found = []
+        for step in range(3):
+            model(x).float().square().sum().backward()
+            if step:
+                found += [p.grad.clone() for p in model.parameters()]
+                model.zero_grad()
+        return found
+
+    expected = steps(module)
+    nodes.clear()
+    got = steps(wrapped)
+    assert nodes == ["attention", "mlp"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_grad_scaler(backend, nodes):
+    """Scaled by a power of 2, the gradients are the same once unscaled; a step with an infinity in
+    them changes no weight."""
+    module, x = make(backend, dtype=torch.float32), make_input(backend, dtype=torch.float32)
+    scaler = torch.amp.GradScaler(backend[1], init_scale=2.0**10)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def loss():
+        with torch.autocast(backend[1], torch.bfloat16):
+            return module(x).float().square().sum()
+
+    leaves = [*module.parameters()]
+    expected = torch.autograd.grad(loss(), leaves)
+    scaler.scale(loss()).backward()
+    scaler.unscale_(optimizer)
+    assert nodes == ["attention", "mlp"] * 2
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(leaves, expected, strict=True))
+    before = [p.detach().clone() for p in leaves]
+    scaler.step(optimizer)
+    scaler.update()
+    assert not any(torch.equal(p, old) for p, old in zip(leaves, before, strict=True))
+
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in leaves]
+    (scaler.scale(loss()) * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(p, old) for p, old in zip(leaves, before, strict=True))
 
 
 def test_threads(backend):

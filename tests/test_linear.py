@@ -156,3 +156,15 @@ def test_it_compiles_in_one_graph(form):
     options = dict(backend="eager", fullgraph=True)
     compiled = torch.compile(lambda given: ours(form, given, "auto"), **options)
     torch.testing.assert_close(compiled(given), ours(form, given, "torch"), rtol=0, atol=2e-5)
+
+
+def test_masks_are_torchs_on_a_cpu():
+    """Where neither a backend nor a seed asks for others."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 32), torch.randn(32, 32)
+    bias, one, zero = torch.randn(32), torch.ones(32), torch.zeros(32)
+    torch.manual_seed(1)
+    y = linear_norm(x, weight, bias, one, zero, residual=x, dropout_p=0.5)
+    torch.manual_seed(1)
+    z = F.dropout(F.linear(x, weight, bias), 0.5) + x
+    torch.testing.assert_close(y, F.layer_norm(z, (32,), eps=1e-12))

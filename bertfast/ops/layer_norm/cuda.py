@@ -8,7 +8,9 @@ from . import limits
 from .run import Gradients, Norm, Outputs
 
 
-def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
+def unsupported_reason(
+    device_type: str, dtype: torch.dtype | None = None, width: int | None = None
+) -> str | None:
     return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
 
 

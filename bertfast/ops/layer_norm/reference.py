@@ -26,9 +26,11 @@ def forward(
     z = x.to(compute)
     if x_bias is not None:
         z = z + x_bias.to(compute)
-    if dropout.threshold and dropout.seed is None:
+    if not dropout.threshold:
+        pass
+    elif dropout.seed is None:
         z = F.dropout(z, dropout.threshold / 65536)
-    elif dropout.threshold:
+    else:
         rows, width = math.prod(x.shape[:-1]), x.shape[-1]
         row = torch.arange(rows, device=x.device) if dropout.rows is None else dropout.rows
         keep = row_keep_mask(dropout.seed, dropout.site, row, width, dropout.threshold)

@@ -1,9 +1,12 @@
 """layer_norm's registered ops and the autograd Function around them."""
 
+from typing import Any
+
 import torch
 
 from ...tracing import plain_backward
 from .. import derivatives
+from ..derivatives import Context
 from ..dropout import Dropout, restored
 from ..registration import Op, empty, fast_apply, nothing
 from . import run
@@ -15,19 +18,22 @@ _INPUTS = (
 )
 
 
-def _run(save: bool, x, weight, bias, residual, x_bias, seed, row_index, *rest) -> run.Outputs:
-    eps, threshold, site, backend = rest
+def _run(save: bool, *arguments: Any) -> run.Outputs:
+    x, weight, bias, residual, x_bias, seed, row_index, eps, threshold, site, backend = arguments
     drop = restored(seed, threshold, site, row_index)
     return run.forward(x, Norm(weight, bias, eps), x_bias, residual, drop, backend, save)
 
 
-def _infer(*arguments: object) -> torch.Tensor:
+def _given(outs: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(nothing(like) if out is None else out for out in outs)
+
+
+def _infer(*arguments: Any) -> torch.Tensor:
     return _run(False, *arguments).y
 
 
-def _forward(x: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
-    y, z, mean, rstd, _ = _run(True, x, *rest)
-    return y, nothing(x) if z is None else z, mean, rstd
+def _forward(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return _given(_run(True, x, *rest)[:4], x)
 
 
 def _forward_fake(
@@ -36,24 +42,24 @@ def _forward_fake(
     bias: torch.Tensor,
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
-    *rest: object,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     threshold = rest[3]
     with_z = run.saves_z(x, weight, residual, x_bias, threshold)
-    y, z, mean, rstd, _ = run.new_outputs(x, weight, True, with_z)
-    return y, nothing(x) if z is None else z, mean, rstd
+    return _given(run.new_outputs(x, weight, True, with_z)[:4], x)
 
 
-def _backward(dy, z, mean, rstd, weight, seed, row_index, threshold, site, *wanted):
-    *wanted, backend = wanted
+def _backward(dy: torch.Tensor, z: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    mean, rstd, weight, seed, row_index, threshold, site, *wanted, backend = rest
     drop = restored(seed, threshold, site, row_index)
     grads = run.backward(dy, z, mean, rstd, weight, drop, Wanted(*wanted), backend)
-    return tuple(nothing(weight) if grad is None else grad for grad in grads)
+    return _given(grads, weight)
 
 
-def _backward_fake(dy, z, mean, rstd, weight, seed, row_index, threshold, site, *wanted):
-    grads = run.new_gradients(dy, weight, Wanted(*wanted[:-1]))
-    return tuple(nothing(weight) if grad is None else grad for grad in grads)
+def _backward_fake(dy: torch.Tensor, z: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    _, _, weight, _, _, _, _, *wanted, _ = rest
+    grads = run.new_gradients(dy, weight, Wanted(*wanted))
+    return _given(grads, weight)
 
 
 infer = Op(f"layer_norm({_INPUTS}) -> Tensor", _infer, lambda x, weight, *_: empty(x, weight.dtype))
@@ -93,15 +99,14 @@ def backward_as_op(
 
 class LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, x_bias, seed, row_index, *constants):
-        *constants, plain = constants
-        y, z, mean, rstd = forward.call(plain)(
-            x, weight, bias, residual, x_bias, seed, row_index, *constants
-        )
+    def forward(ctx: Context, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *given, plain = arguments
+        y, z, mean, rstd = forward.call(plain)(*given)
+        x, weight, _, _, _, seed, row_index, _, threshold, site, backend = given
         # Without bias, dropout and residual z is x: nothing to write, the backward reads x.
         z = z if z.numel() else x
         ctx.save_for_backward(z, mean, rstd, weight, seed, row_index)
-        ctx.constants = *constants[1:], x.dtype
+        ctx.constants = threshold, site, backend, x.dtype
         ctx.set_materialize_grads(False)
         # rstd is an output for what it is saved as: by it a second derivative finds x and residual,
         # which aren't saved.
@@ -109,7 +114,9 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @derivatives.first_only
-    def backward(ctx, saved, dy, _):
+    def backward(
+        ctx: Context, saved: list[Any], dy: torch.Tensor | None, _: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
         z, mean, rstd, weight, seed, row_index = saved

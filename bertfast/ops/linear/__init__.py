@@ -112,7 +112,7 @@ def linear_norm(
         seed=seed,
         site=site,
         row_index=row_index,
-        backend=chosen,
+        backend=backend if chosen == "torch" else chosen,  # "auto" may mean more than a choice
     )
 
 
