@@ -17,6 +17,7 @@ if THREADS or "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 
+from bertfast.nn import attention_block, mlp_block  # noqa: E402
 from bertfast.ops import dispatch  # noqa: E402
 
 TRITON = pytest.param(("triton", "cpu"), id="triton", marks=pytest.mark.triton)
@@ -97,3 +98,36 @@ def host_runtime():
     module.set_perturb(False)
     module.set_dry_launch(False)
     module.reset_records()
+
+
+@pytest.fixture
+def backend(target, need):
+    """(name, device) of a backend that runs whole layers, in 16 bits."""
+    return _for_layers(target, need)
+
+
+@pytest.fixture(params=[k for k in KERNELS if k is not TRITON])
+def compiled(request, need):
+    """As `backend`, but none that is interpreted, which takes a second for each pass of a layer:
+    for what doesn't depend on who runs the kernels."""
+    return _for_layers(request.param, need)
+
+
+def _for_layers(target, need):
+    for op in ("attention", "layer_norm", "bias_gelu"):
+        need(op, target)
+    return target
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A list to which each node that is made adds its name."""
+    made = []
+    for module, name in ((attention_block, "attention"), (mlp_block, "mlp")):
+
+        def apply(*arguments, _real=module._apply, _name=name):
+            made.append(_name)
+            return _real(*arguments)
+
+        monkeypatch.setattr(module, "_apply", apply)
+    return made

@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import random
-import threading
 
 import pytest
 import torch
@@ -19,24 +18,12 @@ from support.layers import (
     make_batch,
     make_input,
 )
-from torch import distributed
 from torch.autograd import forward_ad
-from torch.autograd.graph import save_on_cpu
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from bertfast.nn import Encoder, attention_block, layer, mlp_block
+from bertfast.nn import Encoder, layer
 from bertfast.nn.eligibility import Facts, layer_facts
 from bertfast.packing.batch import Batch
 from bertfast.testing.budget import UNIT_ROUNDOFF
-
-
-@pytest.fixture
-def backend(target, need):
-    """The name of the backend, for 16-bit tensors on the CPU or a GPU."""
-    for op in ("attention", "layer_norm", "bias_gelu"):
-        need(op, target)
-    return target
 
 
 @pytest.fixture
@@ -50,20 +37,6 @@ def composed(monkeypatch):
             return function(*arguments)
 
     return composed
-
-
-@pytest.fixture
-def nodes(monkeypatch):
-    """A list to which each node that is made adds its name."""
-    made = []
-    for module, name in ((attention_block, "attention"), (mlp_block, "mlp")):
-
-        def apply(*arguments, _real=module._apply, _name=name):
-            made.append(_name)
-            return _real(*arguments)
-
-        monkeypatch.setattr(module, "_apply", apply)
-    return made
 
 
 @pytest.mark.parametrize("kind", ["padded", "masked", "packed"])
@@ -91,12 +64,12 @@ def test_the_numbers_are_the_composed_ones(backend, composed, nodes, kind, dropo
         assert error <= 2 * (yardstick + u * scale), name
 
 
-def test_frozen_parts(backend):
+def test_frozen_parts(compiled):
     """Whatever needs no gradient is left out, and the others keep their very bits. But for `up`'s
     weight below a frozen attention block: its input is then saved, and not made again of a z that
     was rounded."""
-    module = make(backend, 0.2)
-    everything = gradients(module, make_input(backend))
+    module = make(compiled, 0.2)
+    everything = gradients(module, make_input(compiled))
     names = ["x", *(name for name, _ in module.named_parameters())]
     exact = dict(zip(names, everything[1:], strict=True))
     rng = random.Random(0)
@@ -105,7 +78,7 @@ def test_frozen_parts(backend):
     for wanted in subsets:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in wanted)
-        x = make_input(backend).detach().requires_grad_("x" in wanted)
+        x = make_input(compiled).detach().requires_grad_("x" in wanted)
         _, *found = gradients(module, x)
         for name, gradient in zip((n for n in names if n in wanted), found, strict=True):
             if name == "intermediate.dense.weight" and not any(map(in_attention, wanted)):
@@ -119,8 +92,8 @@ def in_attention(name):
     return name == "x" or name.startswith("attention.")
 
 
-def test_without_any_gradient_there_is_no_node(backend, nodes):
-    module, x = make(backend), make_input(backend)
+def test_without_any_gradient_there_is_no_node(compiled, nodes):
+    module, x = make(compiled), make_input(compiled)
     y = module(x)
     with torch.no_grad():
         assert torch.equal(module(x), y)
@@ -140,8 +113,8 @@ def test_recompute_changes_no_gradient(backend, recompute):
         assert torch.equal(mine, other)
 
 
-def test_the_gradient_that_comes_in_is_not_written_to(backend):
-    module, x = make(backend), make_input(backend)
+def test_the_gradient_that_comes_in_is_not_written_to(compiled):
+    module, x = make(compiled), make_input(compiled)
     y = module(x)
     dy = torch.randn_like(y)
     before = dy.clone()
@@ -149,8 +122,8 @@ def test_the_gradient_that_comes_in_is_not_written_to(backend):
     assert torch.equal(dy, before)
 
 
-def test_a_second_backward_and_accumulation(backend):
-    module, x = make(backend, 0.2), make_input(backend)
+def test_a_second_backward_and_accumulation(compiled):
+    module, x = make(compiled, 0.2), make_input(compiled)
     y = module(x)
     dy = torch.randn_like(y)
     y.backward(dy, retain_graph=True)
@@ -162,9 +135,9 @@ def test_a_second_backward_and_accumulation(backend):
         y.backward(dy)
 
 
-def test_the_same_layer_twice(backend, composed):
+def test_the_same_layer_twice(compiled, composed):
     """Its parameters' gradients are the sums of two nodes' each."""
-    module, x = make(backend), make_input(backend)
+    module, x = make(compiled), make_input(compiled)
     twice = torch.autograd.grad(module(module(x)).float().square().sum(), [*module.parameters()])
     other = copy.deepcopy(module)
     y = other(module(x)).float().square().sum()
@@ -174,12 +147,12 @@ def test_the_same_layer_twice(backend, composed):
         assert torch.equal(both, a + b)
 
 
-def test_a_weight_in_two_places(backend):
+def test_a_weight_in_two_places(compiled):
     """`up` and the transpose of `down` can't be, but two layers' weights can: tied layers."""
-    one, two = make(backend), make(backend)
-    apart = gradients_of_two(one, copy.deepcopy(two), make_input(backend))
+    one, two = make(compiled), make(compiled)
+    apart = gradients_of_two(one, copy.deepcopy(two), make_input(compiled))
     two.intermediate.dense.weight = one.intermediate.dense.weight
-    tied = gradients_of_two(one, two, make_input(backend))
+    tied = gradients_of_two(one, two, make_input(compiled))
     a, b = apart
     assert torch.equal(tied[0], a + b)
 
@@ -191,8 +164,8 @@ def gradients_of_two(one, two, x):
 
 
 @pytest.mark.parametrize("name", ["query.weight", "out", "norm", "up", "down"])
-def test_a_weight_changed_in_place_raises(backend, name):
-    module, x = make(backend), make_input(backend)
+def test_a_weight_changed_in_place_raises(compiled, name):
+    module, x = make(compiled), make_input(compiled)
     parameter = {
         "query.weight": module.attention.self.query.weight,
         "out": module.attention.output.dense.weight,
@@ -208,9 +181,9 @@ def test_a_weight_changed_in_place_raises(backend, name):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_second_derivative_is_refused(backend, frozen):
+def test_a_second_derivative_is_refused(compiled, frozen):
     """Also where dy is a constant, and where only x wants a gradient: a penalty would be lost."""
-    module, x = make(backend), make_input(backend)
+    module, x = make(compiled), make_input(compiled)
     module.requires_grad_(not frozen)
     y = module(x)
     for leaf in (x,) if frozen else (x, module.output.dense.weight, module.attention.self.key.bias):
@@ -221,9 +194,9 @@ def test_a_second_derivative_is_refused(backend, frozen):
             torch.autograd.grad(gradient.square().sum(), x, retain_graph=True, allow_unused=True)
 
 
-def test_dual_tensors_run_the_reference(backend, nodes):
+def test_dual_tensors_run_the_reference(compiled, nodes):
     """With frozen weights a node would be left out, and its tangent dropped."""
-    module, x = make(backend).requires_grad_(False), make_input(backend).detach()
+    module, x = make(compiled).requires_grad_(False), make_input(compiled).detach()
     tangent = torch.randn_like(x)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, tangent)
@@ -254,151 +227,6 @@ def test_batched_gradients(backend):
             assert (a[number] - b).abs().max() <= 4 * u * scale, name
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_checkpointing_repeats_the_forward(backend, reentrant, dropout):
-    module, x = make(backend, dropout), make_input(backend)
-    expected = gradients(module, x)
-    torch.manual_seed(3)
-    y = checkpoint(module, x, use_reentrant=reentrant)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
-    y.backward(dy)
-    assert torch.equal(y, expected[0])
-    for leaf, gradient in zip((x, *module.parameters()), expected[1:], strict=True):
-        assert torch.equal(leaf.grad, gradient)
-
-
-def test_saved_tensors_on_the_host_and_anomaly_mode(backend):
-    module, x = make(backend, 0.2), make_input(backend)
-    expected = gradients(module, x)
-    with save_on_cpu(), torch.autograd.detect_anomaly(check_nan=True):
-        found = gradients(module, x)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_an_exception_in_a_backward_leaves_the_layer_usable(backend):
-    module, x = make(backend), make_input(backend)
-    expected = gradients(module, x)
-
-    def fail(gradient):
-        raise RuntimeError("on purpose")
-
-    y = module(x)
-    handle = module.attention.output.dense.weight.register_post_accumulate_grad_hook(fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        y.sum().backward()
-    handle.remove()
-    for a, b in zip(gradients(module, x), expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_hooks_of_parameters_see_each_gradient_once(backend):
-    module, x, seen = make(backend), make_input(backend), []
-    for name, parameter in module.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
-    module(x).sum().backward()
-    assert sorted(seen) == sorted(name for name, _ in module.named_parameters())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"find_unused_parameters": True},
-        {"gradient_as_bucket_view": True},
-        {"static_graph": True},
-    ],
-    ids=lambda options: next(iter(options), "plain"),
-)
-def test_ddp(backend, one_process, nodes, options):
-    """Gradients that travel by DDP's buckets, over two steps with accumulation in one of them."""
-    module, x = make(backend, 0.2), make_input(backend)
-    wrapped = DistributedDataParallel(copy.deepcopy(module), **options)
-
-    def steps(model):
-        torch.manual_seed(3)
-        found = []
-        for step in range(3):
-            model(x).float().square().sum().backward()
-            if step:
-                found += [p.grad.clone() for p in model.parameters()]
-                model.zero_grad()
-        return found
-
-    expected = steps(module)
-    nodes.clear()
-    got = steps(wrapped)
-    assert nodes == ["attention", "mlp"] * 3
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.fixture
-def one_process():
-    """A process group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-def test_grad_scaler(backend, nodes):
-    """Scaled by a power of 2, the gradients are the same once unscaled; a step with an infinity in
-    them changes no weight."""
-    module, x = make(backend, dtype=torch.float32), make_input(backend, dtype=torch.float32)
-    scaler = torch.amp.GradScaler(backend[1], init_scale=2.0**10)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-
-    def loss():
-        with torch.autocast(backend[1], torch.bfloat16):
-            return module(x).float().square().sum()
-
-    leaves = [*module.parameters()]
-    expected = torch.autograd.grad(loss(), leaves)
-    scaler.scale(loss()).backward()
-    scaler.unscale_(optimizer)
-    assert nodes == ["attention", "mlp"] * 2
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(leaves, expected, strict=True))
-    before = [p.detach().clone() for p in leaves]
-    scaler.step(optimizer)
-    scaler.update()
-    assert not any(torch.equal(p, old) for p, old in zip(leaves, before, strict=True))
-
-    optimizer.zero_grad()
-    before = [p.detach().clone() for p in leaves]
-    (scaler.scale(loss()) * math.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**9
-    assert all(torch.equal(p, old) for p, old in zip(leaves, before, strict=True))
-
-
-def test_threads(backend):
-    """Four of them, one model: forward and backward."""
-    if backend == ("triton", "cpu"):
-        pytest.skip("Triton's interpreter serves one thread at a time")
-    module, x = make(backend), make_input(backend)
-    expected = gradients(module, x)
-    found, errors = [None] * 4, []
-
-    def work(number):
-        try:
-            mine = x.detach().clone().requires_grad_()
-            y = module(mine)
-            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
-            found[number] = torch.autograd.grad(y, [mine, *module.parameters()], dy)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    for mine in found:
-        assert all(torch.equal(a, b) for a, b in zip(mine, expected[1:], strict=True))
-
-
 def test_one_seed_serves_all_layers(backend, monkeypatch):
     """It is drawn once a forward, and each layer drops other values."""
     from bertfast.nn import layer as module
@@ -425,33 +253,33 @@ def test_one_seed_serves_all_layers(backend, monkeypatch):
     assert torch.equal(masks[0], encoder.layer[0](x.detach(), batch))  # by the seed alone
 
 
-def test_a_layer_that_comes_twice_draws_anew(backend):
-    one = make(backend, 0.5)
+def test_a_layer_that_comes_twice_draws_anew(compiled):
+    one = make(compiled, 0.5)
     facts = Facts(None, **layer_facts([one, one]))
-    batch = layer.for_layers(Batch(), facts, torch.device(backend[1]))
+    batch = layer.for_layers(Batch(), facts, torch.device(compiled[1]))
     assert batch.seed is None
-    x = make_input(backend).detach()
+    x = make_input(compiled).detach()
     assert not torch.equal(one(x, batch), one(x, batch))
 
 
-def test_a_batch_of_another_shape_is_refused(backend):
-    module, x = make(backend), make_input(backend)
-    mask = torch.ones(ROWS, LENGTH + 1, dtype=torch.bool, device=backend[1])
+def test_a_batch_of_another_shape_is_refused(compiled):
+    module, x = make(compiled), make_input(compiled)
+    mask = torch.ones(ROWS, LENGTH + 1, dtype=torch.bool, device=compiled[1])
     with pytest.raises(ValueError, match="key_mask must have shape"):
         module(x, Batch(key_mask=mask))
-    packed = make_batch(backend, "packed")
+    packed = make_batch(compiled, "packed")
     with pytest.raises(ValueError, match="x must be the packed batch's"):
         module(x, packed)
 
 
-def test_a_called_module_leaves_the_other_block_a_node(backend, nodes):
+def test_a_called_module_leaves_the_other_block_a_node(compiled, nodes):
     """As LoRA does on q and v: the MLP block is fused all the same."""
 
     class Called(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x)
 
-    module, x = make(backend), make_input(backend)
+    module, x = make(compiled), make_input(compiled)
     gradients(module, x)
     query = module.attention.self.query
     other = Called(WIDTH, WIDTH).to(query.weight)
