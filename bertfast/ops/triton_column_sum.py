@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .pointers import dense
+from .triton_launch import Launch
 from .triton_lib import round_to
 
 BLOCK_P = 32
@@ -16,14 +17,14 @@ BLOCK_N = 32
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def column_sum_kernel(
     partial_ptr,  # (sums, n_partials, N) float32
     out0_ptr,
     out1_ptr,
     out2_ptr,
-    n_partials,
     N,
+    n_partials,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -53,17 +54,17 @@ def column_sum_kernel(
     tl.store(out_ptr + cols, round_to(result, out_ptr.dtype.element_ty), mask=cols < N)
 
 
+_launch = Launch(column_sum_kernel)
+
+
 def column_sums(partial: torch.Tensor, outs: list[torch.Tensor]) -> None:
     """Fills outs, one to three tensors of one dtype, from partial (len(outs), programs, width)."""
     sums, programs, width = partial.shape
-    column_sum_kernel[(triton.cdiv(width, BLOCK_N), sums)](
-        dense(partial),
-        dense(outs[0]),
-        dense(outs[min(1, sums - 1)]),
-        dense(outs[-1]),
-        programs,
-        width,
-        BLOCK_P=BLOCK_P,
-        BLOCK_N=BLOCK_N,
-        num_warps=NUM_WARPS,
+    _launch(
+        (-(-width // BLOCK_N), sums),
+        (dense(partial), dense(outs[0]), dense(outs[min(1, sums - 1)]), dense(outs[-1])),
+        (width,),
+        (programs,),
+        (BLOCK_P, BLOCK_N),
+        NUM_WARPS,
     )

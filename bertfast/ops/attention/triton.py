@@ -1,14 +1,15 @@
 """attention in Triton: launches of the kernels in triton_fwd.py and triton_bwd_*.py."""
 
+import functools
 import math
 
 import torch
-import triton
 
 from ...packing.sequences import Sequences
 from .. import triton_lib
 from ..dropout import Dropout
 from ..pointers import dense, head_strides, row_stride, shared_head_strides
+from ..triton_launch import Launch
 from . import limits
 from .config import Config, architecture, block_d, config
 from .run import AnyHeads, Saved, parts
@@ -25,6 +26,12 @@ def unsupported_reason(
 ) -> str | None:
     reason = triton_lib.unsupported_reason(device_type)
     return reason or limits.unsupported_reason("triton", dtype, head_dim, size)
+
+
+_LOG2_E = math.log2(math.e)
+_forward = Launch(attention_fwd_kernel)
+_backward_dq = Launch(attention_bwd_dq_kernel)
+_backward_dkv = Launch(attention_bwd_dkv_kernel)
 
 
 class _Batch:
@@ -48,12 +55,13 @@ class _Batch:
         mask = None if key_mask is None else key_mask.view(torch.uint8)
         self.layout = (mask, dense(cu_seqlens), dense(self.tiles), dense(drop.seed))
         mask_stride = 0 if mask is None else row_stride(mask, self.length)
-        self.mask_and_lse = (mask_stride, *lse_strides)
-        self.scale, self.scale_log2 = scale, scale * math.log2(math.e)
+        self.mask_and_lse = (mask_stride, *lse_strides, self.heads)
+        self.scale, self.scale_log2 = scale, scale * _LOG2_E
         self.drop = (drop.site, min(drop.threshold, 65535), drop.scale)
         # float32 is multiplied as float32, unless torch itself may use TF32.
-        precision = torch.backends.cuda.matmul.fp32_precision  # reading allow_tf32 may raise
-        self.tf32 = q.dtype == torch.float32 and precision == "tf32"
+        self.tf32 = q.dtype == torch.float32 and (
+            torch.backends.cuda.matmul.fp32_precision == "tf32"  # reading allow_tf32 may raise
+        )
 
     def config_of_whole(self) -> Config | None:
         """The configuration of the whole backward in one kernel, where there is one."""
@@ -72,21 +80,21 @@ class _Batch:
         if self.tiles is not None:
             n_tiles = self.tiles.shape[0] * (self.tile // block)
             return (n_tiles * self.heads,), n_tiles
-        n_tiles = triton.cdiv(self.length, block) + extra
+        n_tiles = -(-self.length // block) + extra
         return (n_tiles * self.heads * self.rows,), n_tiles
 
-    def constants(self, chosen: Config, block: int) -> dict:
-        """block is what a program owns."""
-        return dict(
-            PARTS=self.tile // block if self.tile else 1,
-            D=self.head_dim,
-            BLOCK_D=block_d(self.head_dim),
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            TF32=self.tf32,
-            STAGES=chosen.num_stages,
-            num_warps=chosen.num_warps,
-        )
+    def blocks(self, chosen: Config) -> tuple[int, int, int, int]:
+        """D, BLOCK_D, BLOCK_M and BLOCK_N."""
+        return _blocks(self.head_dim, chosen)
+
+    def shares(self, chosen: Config, block: int) -> tuple[int, bool, int]:
+        """PARTS, TF32 and STAGES. block: what a program owns."""
+        return self.tile // block if self.tile else 1, self.tf32, chosen.num_stages
+
+
+@functools.lru_cache(256)
+def _blocks(head_dim: int, chosen: Config) -> tuple[int, int, int, int]:
+    return head_dim, block_d(head_dim), chosen.block_m, chosen.block_n
 
 
 def forward(
@@ -103,14 +111,16 @@ def forward(
     chosen = batch.config("forward")
     grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
     with triton_lib.on_device(q):
-        attention_fwd_kernel[grid](
-            *(q, k, v, out, dense(lse), *batch.layout),
-            *(stride for x in (q, k, v, out) for stride in head_strides(x)),
-            *batch.mask_and_lse,
-            *(batch.heads, n_tiles, batch.length, batch.scale_log2, *batch.drop),
-            **batch.constants(chosen, chosen.block_m),
-            BLOCK_T=chosen.block_t,
-            SINGLE=chosen.block_n >= batch.length,
+        _forward(
+            grid,
+            (q, k, v, out, dense(lse), *batch.layout),
+            (*head_strides(q), *head_strides(k), *head_strides(v), *head_strides(out)),
+            (*batch.mask_and_lse, n_tiles, batch.length, batch.scale_log2, *batch.drop),
+            (
+                *(*batch.blocks(chosen), chosen.block_t),
+                *(*batch.shares(chosen, chosen.block_m), chosen.block_n >= batch.length),
+            ),
+            chosen.num_warps,
         )
 
 
@@ -130,9 +140,9 @@ def backward(
         raise AssertionError("the forward saved no lse for this backward")
     batch = _Batch(q, sequences, scale, dropout)
     layout, out, lse = batch.layout, saved.out, dense(saved.lse)
-    inputs = [stride for x in (dout, q, k, v) for stride in head_strides(x)]
-    strides = (*shared_head_strides(dq, dk, dv), *batch.mask_and_lse)
-    numbers = (batch.scale, batch.scale_log2, *batch.drop)
+    inputs = (*head_strides(dout), *head_strides(q), *head_strides(k), *head_strides(v))
+    outputs = shared_head_strides(dq, dk, dv)
+    numbers = (batch.length, batch.scale, batch.scale_log2, *batch.drop)
     with triton_lib.on_device(q):
         chosen, delta = batch.config_of_whole(), None
         whole = chosen is not None
@@ -140,19 +150,24 @@ def backward(
             delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
             chosen = batch.config("dq")
             grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
-            attention_bwd_dq_kernel[grid](
-                *(dout, q, k, v, out, lse, delta, dq, *layout),
-                *(*inputs, *head_strides(out), *strides),
-                *(batch.heads, n_tiles, batch.length, *numbers),
-                **batch.constants(chosen, chosen.block_m),
-                BLOCK_T=chosen.block_t,
+            _backward_dq(
+                grid,
+                (dout, q, k, v, out, lse, delta, dq, *layout),
+                (*inputs, *head_strides(out), *outputs),
+                (*batch.mask_and_lse, n_tiles, *numbers),
+                (*batch.blocks(chosen), chosen.block_t, *batch.shares(chosen, chosen.block_m)),
+                chosen.num_warps,
             )
             chosen = batch.config("dkv")
         grid, n_tiles = batch.grid(chosen.block_n, 0 if whole else batch.extra)
-        attention_bwd_dkv_kernel[grid](
-            *(dout, q, k, v, lse, delta, dq, dk, dv, *layout, *inputs, *strides),
-            *(batch.heads, n_tiles, batch.length, *numbers),
-            **batch.constants(chosen, chosen.block_n),
-            WHOLE=whole,
-            SINGLE=whole and chosen.block_m >= batch.length,
+        _backward_dkv(
+            grid,
+            (dout, q, k, v, lse, delta, dq, dk, dv, *layout),
+            (*inputs, *outputs),
+            (*batch.mask_and_lse, n_tiles, *numbers),
+            (
+                *(*batch.blocks(chosen), *batch.shares(chosen, chosen.block_n)),
+                *(whole, whole and chosen.block_m >= batch.length),
+            ),
+            chosen.num_warps,
         )

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ..triton_lib import round_to, to_float
 from .triton_core import (
+    VARYING,
     all_finite,
     attended,
     find_tile,
@@ -201,7 +202,7 @@ def _dq_tile(
     return finite
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "length", "n_tiles"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_dq_kernel(
     dout_ptr,
     q_ptr,
@@ -239,11 +240,11 @@ def attention_bwd_dq_kernel(
     heads,
     n_tiles,
     length,  # of a padded sequence
-    scale,
-    scale_log2,  # scale * log2 e, the very number that the forward had
+    scale: tl.float32,
+    scale_log2: tl.float32,  # scale * log2 e, the very number that the forward had
     site,
     threshold,
-    keep_scale,
+    keep_scale: tl.float32,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,

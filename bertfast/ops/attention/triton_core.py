@@ -17,6 +17,10 @@ from ..triton_lib import INTERPRETED, to_float
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+# Integers of the kernels that change from batch to batch: specialised on, each kernel would be
+# compiled once more for multiples of 16.
+VARYING = ["mask_batch", "lse_batch", "lse_head", "heads", "n_tiles", "length", "site", "threshold"]
+
 
 @triton.jit
 def find_tile(cu_ptr, tiles_ptr, heads, n_tiles, length, BLOCK: tl.constexpr, PARTS: tl.constexpr):

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ..triton_lib import round_to
 from .triton_core import (
+    VARYING,
     all_finite,
     attended,
     find_tile,
@@ -225,7 +226,7 @@ def _forward_tile(
     return all_finite(acc)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "length", "n_tiles"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -254,10 +255,10 @@ def attention_fwd_kernel(
     heads,
     n_tiles,
     length,  # of a padded sequence
-    scale_log2,  # scale * log2 e
+    scale_log2: tl.float32,  # scale * log2 e
     site,
     threshold,
-    keep_scale,
+    keep_scale: tl.float32,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -15,6 +15,7 @@ sums the columns in registers and writes one float32 row of partial sums, which 
 adds in a fixed order. No atomics: the same bits each run.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ import triton.language as tl
 from .. import triton_lib
 from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
+from ..triton_launch import Launch
 from ..triton_lib import reciprocal, round_to, to_float
 from . import coefficients, limits
 
@@ -88,10 +90,10 @@ def bias_gelu_fwd_kernel(
     x_ptr,  # rows of `width`
     bias_ptr,  # width, or None
     y_ptr,  # rows of `width`
-    n_rows,
     width,
-    column_tiles,  # of BLOCK_N columns, in a row
     x_row_stride,
+    n_rows,
+    column_tiles,  # of BLOCK_N columns, in a row
     TANH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,11 +128,11 @@ def bias_gelu_bwd_kernel(
     bias_ptr,
     dx_ptr,  # None: not wanted
     dbias_ptr,  # partial sums, (row tiles, width) float32; None: not wanted
-    n_rows,
     width,
-    column_tiles,
     dy_row_stride,
     x_row_stride,
+    n_rows,
+    column_tiles,
     TANH: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,  # a program takes ROWS rows STEPS times
@@ -182,6 +184,10 @@ def bias_gelu_bwd_kernel(
         tl.store(out, tl.sum(dbias, axis=0), mask=inside_cols)
 
 
+_forward = Launch(bias_gelu_fwd_kernel)
+_backward = Launch(bias_gelu_bwd_kernel)
+
+
 @dataclass(frozen=True)
 class Config:
     """How rows and columns are split."""
@@ -193,6 +199,7 @@ class Config:
     steps: int = 1  # a program's tiles, one below the other; backward only
 
 
+@functools.lru_cache(256)
 def _block_n(width: int, most: int) -> int:
     """The widest block that the width fills, or if it is narrow the one that it nearly does."""
     for block in (1024, 512, 256):
@@ -201,20 +208,22 @@ def _block_n(width: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(width)))
 
 
-def forward_config(width: int, itemsize: int, rows: int) -> Config:
+def forward_config(width: int, itemsize: int, flat: bool) -> Config:
+    """flat: all is one row. A batch that has one row only is served as others are, so that nothing
+    is compiled for it."""
     group = 16 // itemsize
     tile = 128 * 4 * group  # four times 16 bytes a thread
-    block = tile if rows == 1 and width >= tile else _block_n(width, 1024)
-    return Config(1 if rows == 1 else tile // block, block, group)
+    block = tile if flat and width >= tile else _block_n(width, 1024)
+    return Config(1 if flat else tile // block, block, group)
 
 
 # A sum of a tile's rows may be one float32 chain: as long as this it is within the error budget.
 LONGEST_CHAIN = 32
 
 
-def backward_config(width: int, itemsize: int, rows: int) -> Config:
+def backward_config(width: int, itemsize: int, rows: int, flat: bool = False) -> Config:
     group = 16 // itemsize
-    if rows == 1 and width >= 128 * 16:
+    if flat and width >= 128 * 16:
         return Config(1, 128 * 16, group)
     # Twice 16 bytes a thread, of x and of dy: with more the sums and biases don't fit beside them.
     tile = 128 * 2 * group
@@ -222,7 +231,7 @@ def backward_config(width: int, itemsize: int, rows: int) -> Config:
     tile_rows = min(LONGEST_CHAIN, max(1, tile // block))
     # Walking down 16 tiles makes the partial sums a 20th of the traffic or less, with a chain of 16
     # additions; where that leaves few programs, 4.
-    programs = triton.cdiv(rows, tile_rows * 16) * triton.cdiv(width, block)
+    programs = -(-rows // (tile_rows * 16)) * -(-width // block)
     return Config(tile_rows, block, group, steps=16 if programs >= 512 else 4)
 
 
@@ -241,22 +250,16 @@ def _shape(x: torch.Tensor, bias: torch.Tensor | None, *others: torch.Tensor) ->
 def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
     """Fills y. x is rows."""
     rows, width = _shape(x, bias)
-    config = forward_config(width, y.element_size(), rows)
-    column_tiles = triton.cdiv(width, config.block_n)
+    config = forward_config(width, y.element_size(), bias is None and rows == 1)
+    column_tiles = -(-width // config.block_n)
     with triton_lib.on_device(x):
-        bias_gelu_fwd_kernel[(triton.cdiv(rows, config.rows) * column_tiles,)](
-            x,
-            dense(bias),
-            dense(y),
-            rows,
-            width,
-            column_tiles,
-            row_stride(x, width),
-            TANH=tanh,
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            GROUP=config.group,
-            num_warps=config.num_warps,
+        _forward(
+            (-(-rows // config.rows) * column_tiles,),
+            (x, dense(bias), dense(y)),
+            (width, row_stride(x, width)),
+            (rows, column_tiles),
+            (tanh, config.rows, config.block_n, config.group),
+            config.num_warps,
         )
 
 
@@ -270,30 +273,20 @@ def backward(
 ) -> None:
     """Fills dx and dbias where they are given. dy and x are rows."""
     rows, width = _shape(x, bias, dy)
-    config = backward_config(width, dy.element_size(), rows)
-    row_tiles = triton.cdiv(rows, config.rows * config.steps)
-    column_tiles = triton.cdiv(width, config.block_n)
+    config = backward_config(width, dy.element_size(), rows, bias is None and rows == 1)
+    row_tiles = -(-rows // (config.rows * config.steps))
+    column_tiles = -(-width // config.block_n)
     partial = None
     if dbias is not None:
         partial = torch.empty((1, row_tiles, width), dtype=torch.float32, device=dy.device)
     with triton_lib.on_device(dy):
-        bias_gelu_bwd_kernel[(row_tiles * column_tiles,)](
-            dy,
-            x,
-            dense(bias),
-            dense(dx),
-            partial,
-            rows,
-            width,
-            column_tiles,
-            row_stride(dy, width),
-            row_stride(x, width),
-            TANH=tanh,
-            ROWS=config.rows,
-            STEPS=config.steps,
-            BLOCK_N=config.block_n,
-            GROUP=config.group,
-            num_warps=config.num_warps,
+        _backward(
+            (row_tiles * column_tiles,),
+            (dy, x, dense(bias), dense(dx), partial),
+            (width, row_stride(dy, width), row_stride(x, width)),
+            (rows, column_tiles),
+            (tanh, config.rows, config.steps, config.block_n, config.group),
+            config.num_warps,
         )
         if dbias is not None and partial is not None:
             column_sums(partial, [dbias])

@@ -13,6 +13,7 @@ partial sums for each parameter, and a finalising kernel adds those in a fixed o
 the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from .. import triton_lib
 from ..dropout import Dropout
 from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
+from ..triton_launch import Launch
 from ..triton_lib import round_to, row_keep, to_float
 from . import limits
 from .run import Gradients, Norm, Outputs
@@ -44,10 +46,10 @@ def layer_norm_fwd_kernel(
     copy_ptr,  # None: not wanted
     x_row_stride,
     residual_row_stride,
-    eps,
+    eps: tl.float32,
     site,
     threshold,
-    keep_scale,
+    keep_scale: tl.float32,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
@@ -110,7 +112,7 @@ def layer_norm_bwd_kernel(
     n_rows,
     site,
     threshold,
-    keep_scale,
+    keep_scale: tl.float32,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
@@ -164,6 +166,10 @@ def layer_norm_bwd_kernel(
         tl.store(dx_bias_ptr + program * N + cols, dx_bias, mask=inside)
 
 
+_forward = Launch(layer_norm_fwd_kernel)
+_backward = Launch(layer_norm_bwd_kernel)
+
+
 @dataclass(frozen=True)
 class Config:
     """How a width is split. One warp a row up to 1024: no barrier, and a dead quarter of the block
@@ -175,6 +181,7 @@ class Config:
     rows: int = 1  # a program's rows, backward only
 
 
+@functools.lru_cache(256)
 def _config(width: int, itemsize: int, rows: int = 1) -> Config:
     block = max(32, triton.next_power_of_2(width))
     num_warps = max(1, block // 1024)
@@ -214,29 +221,26 @@ def forward(
     rows = x.numel() // width
     config = forward_config(width, outs.y.element_size())
     with triton_lib.on_device(x):
-        layer_norm_fwd_kernel[(rows,)](
-            x,
-            residual,
-            dense(x_bias),
-            dense(norm.weight),
-            dense(norm.bias),
-            dense(dropout.seed),
-            dense(dropout.rows),
-            dense(outs.y),
-            dense(outs.z),
-            dense(outs.mean),
-            dense(outs.rstd),
-            dense(outs.copy),
-            row_stride(x, width),
-            row_stride(residual, width),
-            norm.eps,
-            dropout.site,
-            dropout.threshold,
-            dropout.scale,
-            N=width,
-            BLOCK_N=config.block_n,
-            GROUP=config.group,
-            num_warps=config.num_warps,
+        _forward(
+            (rows,),
+            (
+                x,
+                residual,
+                dense(x_bias),
+                dense(norm.weight),
+                dense(norm.bias),
+                dense(dropout.seed),
+                dense(dropout.rows),
+                dense(outs.y),
+                dense(outs.z),
+                dense(outs.mean),
+                dense(outs.rstd),
+                dense(outs.copy),
+            ),
+            (row_stride(x, width), row_stride(residual, width)),
+            (norm.eps, dropout.site, dropout.threshold, dropout.scale),
+            (width, config.block_n, config.group),
+            config.num_warps,
         )
 
 
@@ -253,34 +257,30 @@ def backward(
     width = dy.shape[-1]
     rows = dy.numel() // width
     config = backward_config(width, dy.element_size())
-    programs = triton.cdiv(rows, config.rows)
+    programs = -(-rows // config.rows)
     outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
     sums = iter(partial)
     partials = [None if sum_ is None else next(sums, None) for sum_ in grads[2:]]
     with triton_lib.on_device(dy):
-        layer_norm_bwd_kernel[(programs,)](
-            dy,
-            z,
-            dense(mean),
-            dense(rstd),
-            dense(weight),
-            dense(dropout.seed),
-            dense(dropout.rows),
-            dense(grads.dz),
-            dense(grads.dx),
-            *partials,
-            row_stride(dy, width),
-            row_stride(z, width),
-            rows,
-            dropout.site,
-            dropout.threshold,
-            dropout.scale,
-            N=width,
-            BLOCK_N=config.block_n,
-            GROUP=config.group,
-            ROWS=config.rows,
-            num_warps=config.num_warps,
+        _backward(
+            (programs,),
+            (
+                dy,
+                z,
+                dense(mean),
+                dense(rstd),
+                dense(weight),
+                dense(dropout.seed),
+                dense(dropout.rows),
+                dense(grads.dz),
+                dense(grads.dx),
+                *partials,
+            ),
+            (row_stride(dy, width), row_stride(z, width)),
+            (rows, dropout.site, dropout.threshold, dropout.scale),
+            (width, config.block_n, config.group, config.rows),
+            config.num_warps,
         )
         if outs:
             column_sums(partial, outs)
