@@ -247,9 +247,17 @@ def _shape(x: torch.Tensor, bias: torch.Tensor | None, *others: torch.Tensor) ->
     return x.numel() // width, width
 
 
+# What is one row is done in several launches beyond this: columns are numbered in 32 bits.
+LONGEST_ROW = 2**30
+
+
 def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:
     """Fills y. x is rows."""
     rows, width = _shape(x, bias)
+    if rows == 1 and width > LONGEST_ROW and bias is None:
+        for part, out in zip(*(t.view(-1).split(LONGEST_ROW) for t in (x, y)), strict=True):
+            forward(part, None, tanh, out)
+        return
     config = forward_config(width, y.element_size(), bias is None and rows == 1)
     column_tiles = -(-width // config.block_n)
     with triton_lib.on_device(x):
@@ -273,6 +281,12 @@ def backward(
 ) -> None:
     """Fills dx and dbias where they are given. dy and x are rows."""
     rows, width = _shape(x, bias, dy)
+    if rows == 1 and width > LONGEST_ROW and bias is None and dx is not None:
+        for part, of_x, out in zip(
+            *(t.view(-1).split(LONGEST_ROW) for t in (dy, x, dx)), strict=True
+        ):
+            backward(part, of_x, None, tanh, out, None)
+        return
     config = backward_config(width, dy.element_size(), rows, bias is None and rows == 1)
     row_tiles = -(-rows // (config.rows * config.steps))
     column_tiles = -(-width // config.block_n)

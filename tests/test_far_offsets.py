@@ -1,0 +1,75 @@
+"""Elements beyond the 2^31st: in memory that is reserved, of which only what is touched exists."""
+
+import mmap
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+FAR = 2**31
+MORE = 4500
+
+
+@pytest.fixture
+def far_row():
+    """Makes a tensor of 2^31 elements and some more, in the middle of memory that a wrapped index
+    may reach too: it then shows as a wrong number and not as a crash."""
+    made = []
+
+    def make() -> torch.Tensor:
+        reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+        try:
+            made.append(mmap.mmap(-1, 2 * (2 * FAR + MORE), flags=flags))
+        except OSError as error:
+            pytest.skip(reason=f"this machine doesn't reserve the memory: {error}")
+        return torch.frombuffer(made[-1], dtype=torch.float16)[FAR:]
+
+    return make
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Of a launch of Triton's interpreter only the last program runs."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def only_the_last(launch):
+        def run(grid, pointers, strides, numbers, constants, num_warps):
+            builder = interpreter.interpreter_builder
+            program_id = builder.create_get_program_id
+            last = builder.get_int32(grid[0] - 1)
+            monkeypatch.setattr(builder, "create_get_program_id", lambda axis: last)
+            try:
+                launch.kernel[(1,)](*pointers, *strides, *numbers, *constants)
+            finally:
+                monkeypatch.setattr(builder, "create_get_program_id", program_id)
+
+        return run
+
+    return only_the_last
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("backward", [False, True])
+def test_bias_gelu_of_one_row(backward, far_row, last_program, monkeypatch):
+    triton = pytest.importorskip("bertfast.ops.bias_gelu.triton")
+    if not triton.triton_lib.INTERPRETED:
+        pytest.skip(reason="on a GPU test_gpu.py runs the whole of it")
+    x, y = far_row(), far_row()
+    x[-MORE:] = torch.randn(MORE)
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(triton, name, last_program(getattr(triton, name)))
+    if backward:
+        y[-MORE:] = 1.0
+        triton.backward(y, x, None, False, y, None)  # in place
+        block = triton.backward_config(x.numel(), 2, 1, True).block_n
+    else:
+        triton.forward(x, None, False, y)
+        block = triton.forward_config(x.numel(), 2, True).block_n
+    own = x.numel() % block  # the elements of the last program
+    assert 0 < own < MORE
+    wide = x[-own:].double().requires_grad_()
+    right = F.gelu(wide)
+    if backward:
+        (right,) = torch.autograd.grad(right.sum(), wide)
+    torch.testing.assert_close(y[-own:].double(), right, rtol=1e-3, atol=1e-4, check_dtype=False)
