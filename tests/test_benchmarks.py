@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -288,23 +289,29 @@ def test_every_op_has_cases_and_its_calls_overhead_is_measured():
             suite.test_call(benchmark, case, who)
 
 
-def test_host_time_is_a_share_of_stocks(tmp_path, capsys):
+# Of stock's host time a layer, at most. Measured on an idle machine: see benchmarks/results.
+MOST_HOST_TIME = {"inference": 2.2, "training": 1.8}
+
+
+def test_host_time_is_a_share_of_stocks(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("bertfast._host")
-    threads = torch.get_num_threads()
+    pytest.importorskip("triton")
     path = tmp_path / "host-time.json"
-    try:
-        assert load("host_time").main(["--repeats", "2", "--out", str(path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    # Without the interpreter: Triton's launches go to the mock driver.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT.with_name("host_time.py")), "--repeats", "15"]
+    command += ["--out", str(path)]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.endswith(f"{path}\n")
     found = json.loads(path.read_text())
     assert found["device"].startswith("cpu: ") and found["bertfast_commit"]
-    for mode in ("inference", "training"):
-        assert set(found[mode]) >= {"HF SDPA", "bertfast", "bertfast.nn.EncoderLayer"}
+    for mode, most in MOST_HOST_TIME.items():
         assert found[mode]["HF SDPA"]["of HF SDPA"] == 1.0
         assert all(row["us"] > 0 for row in found[mode].values())
-    assert torch.backends.mkldnn.enabled
-    assert capsys.readouterr().out.endswith(f"{path}\n")
+        for name in ("bertfast", "bertfast, Triton", "bertfast.nn.EncoderLayer"):
+            assert found[mode][name]["of HF SDPA"] < most, (mode, name)
 
 
 def test_a_checkout_beside_itself(tmp_path):

@@ -50,33 +50,34 @@ class Launch:
         if INTERPRETED:
             self.kernel[grid](*pointers, *strides, *numbers, *constants)
             return
-        types: list[torch.dtype | None] = []
-        addresses: list[int | None] = []
+        types = [pointer if pointer is None else pointer.dtype for pointer in pointers]
+        addresses = [pointer if pointer is None else pointer.data_ptr() for pointer in pointers]
         together = 0
-        for pointer in pointers:
-            if pointer is None:
-                types.append(None)
-                addresses.append(None)
-            else:
-                types.append(pointer.dtype)
-                address = pointer.data_ptr()
-                addresses.append(address)
+        for address in addresses:
+            if address is not None:
                 together |= address
         aligned = None if together % 16 == 0 else tuple([a and a % 16 for a in addresses])
+        wide = None if max(numbers) <= INT32_MAX else tuple([n > INT32_MAX for n in numbers])
         x: Any = pointers[0]
         device = x.get_device()
-        wide = None if max(numbers) <= INT32_MAX else tuple([n > INT32_MAX for n in numbers])
         form = (device, constants, num_warps, aligned, wide, *types)
         kernel = self._known.get((form, strides))
-        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if kernel is None or any(getattr(hook, "calls", hook) for hook in hooks):
+        runtime = knobs.runtime
+        if kernel is None or _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
             self._by_triton(form, grid, pointers, strides, numbers, constants, num_warps)
             return
         kernel.run(
-            *(grid[0], grid[1] if len(grid) > 1 else 1, 1),
-            *(driver.active.get_current_stream(device), kernel.function, kernel.packed_metadata),
+            grid[0],
+            grid[1] if len(grid) > 1 else 1,
+            1,
+            driver.active.get_current_stream(device),
+            kernel.function,
+            kernel.packed_metadata,
             *(None, None, None),  # a launch's description, and the hooks that would read it
-            *(*addresses, *strides, *numbers, *constants),
+            *addresses,
+            *strides,
+            *numbers,
+            *constants,
         )
 
     def _by_triton(
@@ -109,6 +110,11 @@ class Launch:
     def forget(self) -> None:
         self._known.clear()
         self._forms.clear()
+
+
+def _calls(hook: Any) -> object:
+    """What somebody wants called at each launch: a chain of hooks, or one hook."""
+    return getattr(hook, "calls", hook)
 
 
 def _seen(value: int) -> object:

@@ -20,7 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bertfast import tracing
-from bertfast.ops import triton_lib
+from bertfast.ops import dispatch, triton_lib
 from bertfast.ops.triton_launch import Launch
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
 class Driver(nvidia.CudaDriver):
     """Stands where Triton's driver does; all that reaches it from a kernel ends here."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, recording: bool) -> None:
         self.capability = capability
         self.capturing = False
         self.compiled: list[Compiled] = []
@@ -47,7 +47,7 @@ class Driver(nvidia.CudaDriver):
             build_signature_metadata=lambda signature: b"",
             get_device_properties=lambda device: dict(max_shared_mem=SHARED_MEMORY[capability]),
         )
-        self.launcher_cls = self._launcher
+        self.launcher_cls = self._launcher if recording else nvidia.CudaLauncher
         self.get_device_capability = lambda device: divmod(capability, 10)
         self.get_current_device = lambda: 0
         self.set_current_device = lambda device: None
@@ -106,14 +106,15 @@ class Uncompiled(CompiledKernel):
 
 
 @contextlib.contextmanager
-def mocked(capability: int, compiling: bool = True) -> Iterator[Driver]:
+def mocked(capability: int, compiling: bool = True, recording: bool = True) -> Iterator[Driver]:
     """Launches of Triton kernels go to a driver of this compute capability, which is yielded.
 
-    compiling: whether kernels are compiled, which takes seconds for each.
+    compiling: whether kernels are compiled, which takes seconds for each. recording: whether
+    launches are noted, which takes some microseconds for each.
     """
     if triton_lib.INTERPRETED:
         raise RuntimeError("the mock driver needs a process without TRITON_INTERPRET")
-    made = Driver(capability)
+    made = Driver(capability, recording)
     capable = triton_lib.capability_without_device.set(capability)
     forget()
     with contextlib.ExitStack() as stack:
@@ -121,6 +122,7 @@ def mocked(capability: int, compiling: bool = True) -> Iterator[Driver]:
             mock.patch.object(*arguments, **options)
         )
         patch(driver, "_active", made)
+        patch(dispatch, "_chosen", {})
         patch(triton_lib, "unsupported_reason", lambda *_: None)
         patch(tracing, "is_capturing", lambda tensor: made.capturing)
         patch(nvidia, "PyKernelArg", lambda **parts: parts)
