@@ -14,7 +14,6 @@
 
 namespace bertfast {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kTanh1 = 0.7978845608028654f;  // sqrt(2 / pi)
 inline constexpr float kTanh3 = kTanh1 * 0.044715f;
 

@@ -9,6 +9,12 @@
 
 #include "device/cuda.cuh"
 
+namespace bertfast {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+}  // namespace bertfast
+
 #ifndef BERTFAST_HOST
 
 namespace bertfast {

@@ -5,8 +5,6 @@
 
 namespace bertfast {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // What both kernels with queries as rows do to 32 scores of a row, s[n][i] for n in 0-3: of the
 // keys that don't count they become `masked`.
 __device__ __forceinline__ void mask_keys(float (*s)[4], float masked, unsigned on,
