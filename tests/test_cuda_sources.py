@@ -1,4 +1,4 @@
-"""What a plain C++ compiler shows of csrc/device: its headers beside each other."""
+"""What a plain C++ compiler shows of csrc/device: its headers beside each other, and launches."""
 
 import shutil
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+FAKE = ROOT / "tests/data/fake_cuda"
 CXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="there is no g++ here")
 
@@ -25,3 +26,11 @@ def test_headers_stand_beside_each_other():
     for order in (headers, headers[::-1]):
         source = "".join(f'#include "{header}"\n' for header in order)
         assert run(CXX, *flags, "-xc++", "-", text=source) == (0, "")
+
+
+def test_a_launch_on_a_fake_runtime(tmp_path):
+    program = tmp_path / "launches"
+    flags = ("-std=c++17", "-O1", "-pthread", "-Wno-builtin-macro-redefined", f"-I{FAKE}")
+    command = (CXX, *flags, f"-I{CSRC}", str(FAKE / "launches.cpp"), "-o", str(program))
+    assert run(*command) == (0, "")
+    assert run(program) == (0, "")

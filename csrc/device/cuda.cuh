@@ -16,6 +16,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <mutex>
+#include <set>
+#include <utility>
 
 namespace bertfast {
 
@@ -50,17 +53,47 @@ __device__ __forceinline__ float anew(float value) {
 
 #ifdef __CUDACC__  // the bindings, plain C++, include this header too
 
-// Launches kernel(params). Returns the launch's error, which the caller must look at.
+// Lets a kernel have all the shared memory that a block of the current device may ask for. Once for
+// a kernel and device: a lower limit set later would hold for launches that a graph captured
+// before.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes own;
+  error = cudaFuncGetAttributes(&own, kernel);
+  if (error != cudaSuccess) return error;
+  most -= int(own.sharedSizeBytes);  // what the kernel has besides
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+
+// Launches kernel(params). Returns the launch's error, which the caller must look at; no later call
+// is told of it again.
 template<class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes, Stream stream,
                    const Params& params) {
-  if (shared_bytes > 48 * 1024) {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+  const void* const handle = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024) error = allow_shared_memory(handle);
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = stream;
+    void* arguments[] = {const_cast<Params*>(&params)};
+    error = cudaLaunchKernelExC(&config, handle, arguments);
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 #endif
