@@ -37,7 +37,8 @@ struct Backward {
   static constexpr int kKeys = 64;
   static constexpr int kKeyBytes = kKeys * Rows::kRowBytes;
   static constexpr int kKeyTileBytes = 4 * kKeyBytes;
-  static constexpr int kQueryBlocks = blocks_that_fit(kKeyTileBytes, kDim <= 64 ? 3 : 2);
+  static constexpr int kQueryBlocks =
+      blocks_that_fit(kKeyTileBytes + ManyBits::kBeside, kDim <= 64 ? 3 : 2);
 
   // dk and dv: queries and dout in blocks of kQueries. Wide heads leave no registers to hold the
   // keys and values: they stay in shared memory, before the stages.
@@ -48,7 +49,8 @@ struct Backward {
   static constexpr int kFirstStage = kInRegisters ? 0 : 2 * kOwnBytes;
   static constexpr int kStatistics = kFirstStage + 4 * kQueryBytes;
   static constexpr int kQueryTileBytes = kStatistics + 2 * kQueries * int(sizeof(float2));
-  static constexpr int kKeyBlocks = blocks_that_fit(kQueryTileBytes, kDim <= 64 ? 3 : 2);
+  static constexpr int kKeyBlocks =
+      blocks_that_fit(kQueryTileBytes + ManyBits::kBeside, kDim <= 64 ? 3 : 2);
 };
 
 // The sum of products of eight values.

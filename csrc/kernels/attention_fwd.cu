@@ -38,7 +38,9 @@ struct Forward {
   static constexpr int kStageBytes = 2 * kKeyBytes;  // keys, then values
   static constexpr int kTileBytes = 2 * kStageBytes;
   static_assert(kTileRows * Tile<kDim>::kRowBytes <= kStageBytes, "a stage holds the queries too");
-  static constexpr int kBlocks = blocks_that_fit(kTileBytes, kDim == 32 ? 4 : kDim < 128 ? 3 : 2);
+  static constexpr int kBlocks = blocks_that_fit(kTileBytes + ManyBits::kBeside, kDim == 32   ? 4
+                                                                                 : kDim < 128 ? 3
+                                                                                              : 2);
 };
 
 // A tile, or of a shared one the sequence that is to be done alone; returns which one is next.

@@ -15,7 +15,7 @@ constexpr int kSharedMemory = 164 * 1024;
 // How many blocks shared memory has room for, if not more than `most`: so many must fit by
 // registers. Each block costs a kilobyte more than it asks for.
 constexpr int blocks_that_fit(int shared_bytes, int most) {
-  const int room = kSharedMemory / (shared_bytes + 1024 + 256);
+  const int room = kSharedMemory / (shared_bytes + 1024);
   return room < 1 ? 1 : room < most ? room : most;
 }
 

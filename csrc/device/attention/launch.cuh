@@ -32,7 +32,7 @@ inline dim3 attention_grid(AttentionBatch& p, int before) {
 
 // Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
 inline int attention_bytes(const AttentionBatch& p) {
-  if (p.tiles) return ManyBits::kPlace + ManyBits::kSharedBytes;
+  if (p.tiles) return ManyBits::kBeside;
   return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
 }
 

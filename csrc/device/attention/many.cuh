@@ -34,6 +34,8 @@ struct ManyBits {
   static constexpr int kSharedBytes = kAttentionThreads * int(sizeof(uint2));
   // Where, from the tiles' end on: beyond the place, and the keys of a sequence done alone.
   static constexpr int kPlace = TilePlace::kSharedBytes + Keys::shared_bytes(kTileRows);
+  // All that a plan's tile has beside its tiles of keys and queries.
+  static constexpr int kBeside = kPlace + kSharedBytes;
   __device__ __forceinline__ void put(int shared, int thread) const {
     shared_memory<uint2>(shared).store(thread, make_uint2(same, keep));
   }
