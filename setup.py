@@ -97,9 +97,12 @@ def architectures(compiler: str, env: Mapping[str, str]) -> list[str]:
 
 
 def gencode(archs: list[str]) -> list[str]:
-    """nvcc's flags: machine code for each architecture, and PTX for GPUs newer than all of them."""
-    newest = "compute_" + re.sub(r"\D", "", archs[-1])  # PTX of an sm_NNa runs on nothing newer
-    pairs = [(arch.replace("sm", "compute"), arch) for arch in archs] + [(newest, newest)]
+    """nvcc's flags: machine code for each architecture, PTX of the oldest for GPUs between them
+    that none of it is for (Jetson Thor's sm_110), and PTX of the newest for newer ones."""
+    pairs = [(arch.replace("sm", "compute"), arch) for arch in archs]
+    for arch in dict.fromkeys((archs[0], archs[-1])):
+        ptx = "compute_" + re.sub(r"\D", "", arch)  # that of an sm_NNa runs on nothing newer
+        pairs.append((ptx, ptx))
     return [f"-gencode=arch={virtual},code={real}" for virtual, real in pairs]
 
 

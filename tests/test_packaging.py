@@ -114,6 +114,7 @@ def test_architectures(package, tmp_path):
     assert package.gencode(["sm_80", "sm_90a"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90,code=compute_90",
     ]
 
