@@ -174,6 +174,9 @@ cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
 cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
 
+// Whether the current device can load the kernels: tried with one of them.
+cudaError_t load_a_kernel();
+
 // How many rows a block of layer_norm's backward works on at a time.
 int layer_norm_rows_per_block(int cols, DType dtype);
 

@@ -62,7 +62,6 @@ class Place(NamedTuple):
     """The kind of tensors that a layer's nodes work on, and their sizes."""
 
     device: torch.device
-    device_type: str
     dtype: torch.dtype
     cast: torch.dtype | None  # of the products, under autocast
     rows: int
@@ -95,7 +94,7 @@ def _place(x: torch.Tensor, call: Call) -> Place | None:
     cast = tracing.autocast(x)
     if cast is not None and dtype != torch.float32:
         return None
-    return Place(device, device.type, dtype, cast, *x.shape)
+    return Place(device, dtype, cast, *x.shape)
 
 
 def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None:
@@ -139,7 +138,7 @@ def _attention_backends(layer: Composed, place: Place) -> tuple[str, str]:
         length = limits.packed_length(length, batch.cu_seqlens.shape[0] - 1)
     size = limits.unusual(rows, parts.heads, length, batch.key_mask is not None)
     head_dim = layer.now.attention_output.weight.shape[1] // parts.heads
-    case = (place.device_type, place.products)
+    case = (place.device, place.products)
     attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size)
     return attention, dispatch.choose("layer_norm", call.backend, *case, place.width)
 
@@ -157,7 +156,7 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     p = mlp_block.Parameters(*up, *down, norm.weight, norm.bias)
     if not place.holds(_given(p)):
         return None
-    case = (place.device_type, place.products)
+    case = (place.device, place.products)
     gelu = dispatch.choose("bias_gelu", call.backend, *case)
     norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
     if gelu == "torch" or norms == "torch":

@@ -1,7 +1,7 @@
 """The choice of an op's backend: the table that "auto" follows, and why a backend can't run.
 
 Each fast backend of an op is a module `bertfast.ops.<op>.<backend>` with `forward`, `backward` and
-`unsupported_reason(device_type, dtype, ...) -> str | None`. That one text is what an explicit
+`unsupported_reason(device, dtype, ...) -> str | None`. That one text is what an explicit
 `backend=` raises, what `available()` lists and what a test's skip says.
 """
 
@@ -56,18 +56,18 @@ def backend_module(op: str, backend: str) -> Any:
 
 
 def unsupported_reason(op: str, backend: str, *case: Any) -> str | None:
-    """Why the backend can't run the op for this case (device type, dtype, ...); None if it can."""
+    """Why the backend can't run the op for this case (device, dtype, ...); None if it can."""
     if backend == "torch":
         return None
     module = backend_module(op, backend)
     return module if isinstance(module, str) else module.unsupported_reason(*case)
 
 
-def choose(op: str, backend: str, device_type: str, *case: Any) -> str:
+def choose(op: str, backend: str, device: torch.device, *case: Any) -> str:
     """The backend that runs this case. An explicit one never falls back: it raises ValueError."""
     if type(backend) is not str:
         checks.check_choice("backend", backend, CHOICES)
-    key = (op, backend, device_type, *case)
+    key = (op, backend, device, *case)
     chosen = _chosen.get(key)
     if chosen is None:
         chosen = _chosen[key] = _choose(*key)
@@ -79,13 +79,13 @@ def choose(op: str, backend: str, device_type: str, *case: Any) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _choose(op: str, backend: str, device_type: str, *case: Any) -> str:
+def _choose(op: str, backend: str, device: torch.device, *case: Any) -> str:
     checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
-        order = AUTO_ORDER.get(device_type, ("torch",))
-        served = (b for b in order if unsupported_reason(op, b, device_type, *case) is None)
+        order = AUTO_ORDER.get(torch.device(device).type, ("torch",))
+        served = (b for b in order if unsupported_reason(op, b, device, *case) is None)
         return next(served, "torch")
-    reason = unsupported_reason(op, backend, device_type, *case)
+    reason = unsupported_reason(op, backend, device, *case)
     if reason is not None:
         raise ValueError(f"backend {backend!r} can't run {op} here: {reason}")
     return backend
@@ -93,9 +93,9 @@ def _choose(op: str, backend: str, device_type: str, *case: Any) -> str:
 
 def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:
     """For each op and backend: None if it works on this device, or the reason why not."""
-    device_type = checks.check_device("device", device).type
+    device = checks.check_device("device", device)
     return {
-        op: {backend: unsupported_reason(op, backend, device_type) for backend in BACKENDS}
+        op: {backend: unsupported_reason(op, backend, device) for backend in BACKENDS}
         for op in ops()
     }
 

@@ -8,6 +8,9 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+from . import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -15,18 +18,30 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def unsupported_reason(device_type: str) -> str | None:
-    """Why Triton can't run kernels on this kind of device."""
-    if device_type == "cuda":
+@functools.cache
+def unsupported_reason(device: str | torch.device) -> str | None:
+    """Why Triton can't run kernels on this device; of a GPU without a number, the current."""
+    where = torch.device(device)
+    if where.type not in ("cuda", "cpu"):
+        return f"Triton kernels run on 'cuda' and (interpreted) on 'cpu', not on {where.type!r}"
+    if INTERPRETED:
         return None
-    if device_type == "cpu":
-        if INTERPRETED:
-            return None
+    if where.type == "cpu":
         return (
             "on a CPU Triton runs only in its interpreter: "
             "set TRITON_INTERPRET=1 before bertfast is imported"
         )
-    return f"Triton kernels run on 'cuda' and (interpreted) on 'cpu', not on {device_type!r}"
+    return gpu.unsupported_reason(where) or _why_no_driver()
+
+
+def _why_no_driver() -> str | None:
+    """Why Triton's own driver can't be had. It is compiled on first use, by a C compiler."""
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton's driver can't be started, which needs a C compiler and libcuda: {said[0]}"
+    return None
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -169,7 +169,7 @@ def _choose(
     max_seqlen: int | None,
 ) -> str:
     # Under torch.compile(dynamic=True) too, the head dimension is a constant.
-    case = (x.device.type, dtype, operator.index(x.shape[-1]))
+    case = (x.device, dtype, operator.index(x.shape[-1]))
     if tracing.is_compiling():  # a size that is looked at is a size that can't change
         return dispatch.choose(op, backend, *case)
     sequences, length = x.shape[:2]

@@ -15,12 +15,12 @@ _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
 
 def unsupported_reason(
-    device_type: str,
+    device: str | torch.device,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     size: limits.Size | None = None,
 ) -> str | None:
-    reason = native.unsupported_reason(device_type)
+    reason = native.unsupported_reason(device)
     return reason or limits.unsupported_reason("cuda", dtype, head_dim, size)
 
 

@@ -19,16 +19,17 @@ from .triton_fwd import attention_fwd_kernel
 
 
 def unsupported_reason(
-    device_type: str,
+    device: str | torch.device,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     size: limits.Size | None = None,
 ) -> str | None:
-    reason = triton_lib.unsupported_reason(device_type)
+    reason = triton_lib.unsupported_reason(device)
     return reason or limits.unsupported_reason("triton", dtype, head_dim, size)
 
 
 _LOG2_E = math.log2(math.e)
+_class_of = functools.cache(architecture)
 _forward = Launch(attention_fwd_kernel)
 _backward_dq = Launch(attention_bwd_dq_kernel)
 _backward_dkv = Launch(attention_bwd_dkv_kernel)
@@ -39,7 +40,7 @@ class _Batch:
 
     def __init__(self, q: torch.Tensor, sequences: Sequences, scale: float, drop: Dropout) -> None:
         self.heads, self.head_dim = q.shape[-2:]
-        self.arch = architecture(triton_lib.capability(q))
+        self.arch = _class_of(triton_lib.capability(q))
         self.itemsize = q.element_size()
         self.dropout = drop.threshold != 0
         key_mask, cu_seqlens = sequences.key_mask, sequences.cu_seqlens

@@ -44,7 +44,7 @@ def bias_gelu(
         if bias.dtype != dtype:
             dtype = torch.promote_types(dtype, bias.dtype)
     checks.check_choice("approximate", approximate, APPROXIMATE)
-    backend = dispatch.choose("bias_gelu", backend, device.type, dtype)
+    backend = dispatch.choose("bias_gelu", backend, device, dtype)
 
     tanh = approximate == "tanh"
     if bias is not None and bias.dtype != dtype:

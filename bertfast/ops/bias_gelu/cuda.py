@@ -6,8 +6,8 @@ from .. import native
 from . import limits
 
 
-def unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype)
+def unsupported_reason(device: str | torch.device, dtype: torch.dtype | None = None) -> str | None:
+    return native.unsupported_reason(device) or limits.unsupported_reason(dtype)
 
 
 def forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, y: torch.Tensor) -> None:

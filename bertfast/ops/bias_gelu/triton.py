@@ -235,8 +235,8 @@ def backward_config(width: int, itemsize: int, rows: int, flat: bool = False) ->
     return Config(tile_rows, block, group, steps=16 if programs >= 512 else 4)
 
 
-def unsupported_reason(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype)
+def unsupported_reason(device: str | torch.device, dtype: torch.dtype | None = None) -> str | None:
+    return triton_lib.unsupported_reason(device) or limits.unsupported_reason(dtype)
 
 
 def _shape(x: torch.Tensor, bias: torch.Tensor | None, *others: torch.Tensor) -> tuple[int, int]:

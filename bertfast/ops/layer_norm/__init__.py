@@ -67,7 +67,7 @@ def layer_norm(
         checks.check_row_index(row_index, math.prod(shape[:-1]), device)
     width = operator.index(row[0])  # under torch.compile(dynamic=True) too, the width is a constant
     requested = backend
-    backend = dispatch.choose("layer_norm", backend, device.type, dtype, width)
+    backend = dispatch.choose("layer_norm", backend, device, dtype, width)
 
     out_dtype = None
     if autocast:

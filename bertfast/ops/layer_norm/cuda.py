@@ -9,9 +9,9 @@ from .run import Gradients, Norm, Outputs
 
 
 def unsupported_reason(
-    device_type: str, dtype: torch.dtype | None = None, width: int | None = None
+    device: str | torch.device, dtype: torch.dtype | None = None, width: int | None = None
 ) -> str | None:
-    return native.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
+    return native.unsupported_reason(device) or limits.unsupported_reason(dtype, width)
 
 
 def forward(

@@ -204,8 +204,8 @@ def backward_config(width: int, itemsize: int) -> Config:
     return _config(width, itemsize, rows=16)
 
 
-def unsupported_reason(device_type, dtype=None, width=None) -> str | None:
-    return triton_lib.unsupported_reason(device_type) or limits.unsupported_reason(dtype, width)
+def unsupported_reason(device, dtype=None, width=None) -> str | None:
+    return triton_lib.unsupported_reason(device) or limits.unsupported_reason(dtype, width)
 
 
 def forward(

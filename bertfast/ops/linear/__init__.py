@@ -56,7 +56,7 @@ def linear_gelu(
     """
     _check(x, weight, bias)
     dtype = tracing.autocast(x) or x.dtype
-    chosen = dispatch.choose("bias_gelu", backend, x.device.type, dtype)
+    chosen = dispatch.choose("bias_gelu", backend, x.device, dtype)
     if chosen != "torch":
         y = F.linear(x, weight)
         bias = None if bias is None else bias.to(y.dtype)
@@ -92,7 +92,7 @@ def linear_norm(
     """
     _check(x, weight, bias)
     dtype = tracing.autocast(x) or x.dtype
-    chosen = dispatch.choose("layer_norm", backend, x.device.type, dtype, int(weight.shape[0]))
+    chosen = dispatch.choose("layer_norm", backend, x.device, dtype, int(weight.shape[0]))
     added: torch.Tensor | None = residual
     if chosen != "torch":
         y = F.linear(x, weight)

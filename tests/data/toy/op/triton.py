@@ -14,8 +14,8 @@ def toy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, 2 * tl.load(x_ptr + at, mask=at < n), mask=at < n)
 
 
-def unsupported_reason(device_type: str) -> str | None:
-    return triton_lib.unsupported_reason(device_type)
+def unsupported_reason(device: str | torch.device) -> str | None:
+    return triton_lib.unsupported_reason(device)
 
 
 def forward(x: torch.Tensor, y: torch.Tensor) -> None:
