@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.triton
 FORWARD = {"attention_fwd_kernel", "bias_gelu_fwd_kernel", "layer_norm_fwd_kernel"}
 
 

@@ -43,7 +43,7 @@ class Driver(nvidia.CudaDriver):
         self.started: list[tuple] = []  # each launch's kernel, form, grid and numbers
         self.utils = SimpleNamespace(
             load_binary=self._load,
-            launch=lambda *arguments: None,
+            launch=_nothing,
             build_signature_metadata=lambda signature: b"",
             get_device_properties=lambda device: dict(max_shared_mem=SHARED_MEMORY[capability]),
         )
@@ -105,6 +105,10 @@ class Uncompiled(CompiledKernel):
         self.module = self.function = self._run = None
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def mocked(capability: int, compiling: bool = True, recording: bool = True) -> Iterator[Driver]:
     """Launches of Triton kernels go to a driver of this compute capability, which is yielded.
@@ -125,9 +129,12 @@ def mocked(capability: int, compiling: bool = True, recording: bool = True) -> I
         patch(dispatch, "_chosen", {})
         patch(triton_lib, "unsupported_reason", lambda *_: None)
         patch(tracing, "is_capturing", lambda tensor: made.capturing)
-        patch(nvidia, "PyKernelArg", lambda **parts: parts)
-        patch(nvidia, "ARG_KERNEL", 0)
-        patch(nvidia, "ARG_CONSTEXPR", 1)
+        # What Triton's launcher takes of its C code; 3.6 compiles some for each kernel.
+        patch(nvidia, "PyKernelArg", lambda **parts: parts, create=True)
+        patch(nvidia, "ARG_KERNEL", 0, create=True)
+        patch(nvidia, "ARG_CONSTEXPR", 1, create=True)
+        patch(nvidia, "library_dirs", list)
+        patch(nvidia, "compile_module_from_src", lambda **_: SimpleNamespace(launch=_nothing))
         if not compiling:
             patch(triton.compiler, "compile", Uncompiled)
         stack.enter_context(knobs.runtime.scope())
