@@ -9,6 +9,7 @@ Weights whose memory others may free or fill behind their Parameter are left whe
 three are then concatenated for each product, as they are while something is traced.
 """
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Sequence
@@ -142,11 +143,30 @@ def _lie_in(joined: torch.Tensor | None, parts: Tensors) -> bool:
 
 
 def _join(parameters: Tensors) -> torch.Tensor:
-    """One tensor of all; each parameter then owns its part of the memory."""
-    joined = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, joined.chunk(3), strict=True):
-        parameter.data = torch.from_dlpack(part)
+    """One tensor of all; each parameter then owns its part of the memory.
+
+    On a GPU the host waits, as other threads may use the parameters on other streams: the new
+    memory is filled before one of them can see it, and the old is kept until none reads it.
+    """
+    before = [parameter.detach() for parameter in parameters]
+    joined = torch.cat(before)
+    with _current(joined):
+        _wait_for(joined)
+        for parameter, part in zip(parameters, joined.chunk(3), strict=True):
+            parameter.data = torch.from_dlpack(part)
+        _wait_for(joined)
     return joined
+
+
+def _current(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one: torch exports no memory of another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _wait_for(tensor: torch.Tensor) -> None:
+    """Waits for all that the tensor's device was given to do."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def same_form(linears: Sequence[Any]) -> bool:
