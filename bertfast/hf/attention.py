@@ -66,7 +66,7 @@ def attention(
         longest = longest.item()
     out = ops.attention(
         *(q[0], k[0], v[0]),
-        cu_seqlens=cu_seqlens.to(torch.int32),
+        cu_seqlens=cu_seqlens.to(q.device, torch.int32, non_blocking=True),
         max_seqlen=longest,
         dropout_p=dropout,
         scale=scaling,

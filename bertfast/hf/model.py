@@ -100,7 +100,8 @@ class Model(Swapped):
         x = _tokens_of(arguments)
         cu_seqlens = arguments.get("cu_seq_lens_q")
         if cu_seqlens is not None:
-            return packed_by_caller(cu_seqlens, arguments.get("max_length_q"), x.shape[1])
+            longest = arguments.get("max_length_q")
+            return packed_by_caller(cu_seqlens, longest, x.shape[1], x.device)
         mask = arguments.get("attention_mask")
         if mask is None:
             return Batch()

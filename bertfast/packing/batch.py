@@ -17,6 +17,7 @@ import torch
 from .. import checks, tracing
 from ..tracing import can_look_at
 from .layout import lay_out_array
+from .lengths import check_bounds
 from .planning import plan as plan_batch
 from .sequences import Sequences, sequences_of
 from .tiles import Plan
@@ -198,17 +199,28 @@ def packed_by_caller(
     cu_seqlens: torch.Tensor,
     max_seqlen: int | torch.Tensor | None,
     tokens: int,
+    device: torch.device,
     backend: str = "auto",
 ) -> Batch:
-    """A batch that came packed, as (1, tokens). Without max_seqlen the host waits for it."""
+    """A batch that came packed, as (1, tokens), for tensors on `device`. Where cu_seqlens is not on
+    the CPU, the host waits for max_seqlen if it isn't given."""
     longest: Any = max_seqlen
     if max_seqlen is None:
         longest = tokens if tracing.is_compiling() else cu_seqlens.diff().max().item()
     elif isinstance(max_seqlen, torch.Tensor):
         longest = max_seqlen.item()
-    cu_seqlens, plan = cu_seqlens.to(torch.int32), None
-    if not tracing.is_compiling() and _wants_plan(backend, cu_seqlens.device):
-        plan = plan_batch(cu_seqlens, longest, tokens)
+    plan: Plan | None
+    if device.type != "cpu" and tracing.on_host(cu_seqlens):
+        bounds = cu_seqlens.numpy().astype(np.int64)
+        check_bounds(bounds, longest, tokens, "the number of packed tokens")
+        cu_seqlens, plan = lay_out_array(np.diff(bounds), device)
+        longest = plan.max_seqlen
+    else:
+        cu_seqlens, plan = cu_seqlens.to(device, torch.int32), None
+        if not tracing.is_compiling() and _wants_plan(backend, device):
+            plan = plan_batch(cu_seqlens, longest, tokens)
+    if not _wants_plan(backend, device):
+        plan = None
     return Batch(cu_seqlens=cu_seqlens, max_seqlen=longest, plan=plan)
 
 
