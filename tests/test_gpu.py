@@ -206,7 +206,7 @@ def test_attention_of_8192_tokens(attention_backend):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_attention_runs_where_its_tensors_are(attention_backend):
-    qkv = torch.randn(2, 40, 3, 2, 64, device="cuda:1")
+    qkv = torch.randn(2, 40, 3, 2, 64, device="cuda:1", dtype=torch.float16)
     with torch.cuda.device(0):
         out = attention_qkv(qkv, backend=attention_backend)
     with torch.cuda.device(1):
