@@ -3,7 +3,13 @@
 import os
 from unittest import mock
 
-import torch
+from support import simulated_gpu
+
+SIMULATED = simulated_gpu.wanted()
+if SIMULATED:
+    simulated_gpu.start()  # torch asks once, when it is imported, which devices there are
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -20,6 +26,9 @@ import pytest  # noqa: E402
 from bertfast.nn import attention_block, mlp_block  # noqa: E402
 from bertfast.ops import dispatch  # noqa: E402
 
+if SIMULATED:
+    simulated_gpu.install_kernels()
+
 TRITON = pytest.param(("triton", "cpu"), id="triton", marks=pytest.mark.triton)
 HOST = pytest.param(("cuda", "cpu"), id="host", marks=pytest.mark.host)
 ON_GPU = [
@@ -27,6 +36,8 @@ ON_GPU = [
     pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
 ]
 KERNELS = [HOST, *ON_GPU] if GPU else [TRITON, HOST]
+if SIMULATED:
+    KERNELS = ON_GPU
 
 
 def pytest_addoption(parser):
@@ -39,6 +50,17 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=SIMULATED)
+def simulated_faults():
+    """What the simulated GPU finds fails the test. Yields a function that takes what was found."""
+    if not SIMULATED:
+        pytest.skip("for the simulated GPU")
+    from support.simulated_gpu import cuda
+
+    yield cuda.faults
+    assert not (found := cuda.faults()), found
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +76,7 @@ def _one_thread(request):
     """The models of these tests are too small for threads to help."""
     threads = torch.get_num_threads()
     small = ("test_hf_", "test_torch_nn", "test_model_", "test_fuzz")
-    if not THREADS and request.path.name.startswith(small):
+    if not THREADS and (SIMULATED or request.path.name.startswith(small)):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -66,7 +66,7 @@ def outputs_and_grads(model, x, real=None, **kwargs):
     y = model(x, **kwargs)
     if real is not None:
         y = torch.where(real, y, 0.0)
-    y.backward(torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view(y.shape))
+    y.backward(torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"output": y.detach(), "x": x.grad, **grads}
 

@@ -1,0 +1,30 @@
+"""The ops on a device that is not the current one, held to their budgets."""
+
+import pytest
+import torch
+
+from bertfast.testing import attention, bias_gelu, hold_to_budget, layer_norm
+from bertfast.testing import attention_qkv as attention_qkv_table
+
+TABLES = {
+    "layer_norm": layer_norm,
+    "bias_gelu": bias_gelu,
+    "attention": attention,
+    "attention_qkv": attention_qkv_table,
+}
+# Of Triton, whose interpreter is slow, the first few: what matters here is where tensors lie.
+CASES = [
+    pytest.param(op, case, backend, dtype, id=f"{op}-{case}-{backend}-{dtype}")
+    for backend, dtype in (("cuda", torch.bfloat16), ("triton", torch.float32))
+    for op, table in TABLES.items()
+    for case in table.quick_cases()[: 3 if backend == "triton" else None]
+]
+
+
+@pytest.mark.parametrize("op, case, backend, dtype", CASES)
+def test_budget(op, case, backend, dtype):
+    table = TABLES[op]
+    inputs = table.make_inputs(case, dtype)
+    actual = table.run(inputs, backend, "cuda:1")
+    assert {value.device for value in actual.values()} == {torch.device("cuda:1")}
+    hold_to_budget(table, inputs, actual)

