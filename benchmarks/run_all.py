@@ -4,10 +4,11 @@
 
 On a GPU machine with torch, triton, transformers, nvcc, pybind11, ninja and pytest, without network
 and without bertfast installed: builds the extension in place for that GPU, runs the tests that need
-it, and measures ceilings, ops, layers, models, length mixes and latency. Each of these has a share
-of the time and takes its most important cases first; what was left goes on once all had theirs, and
-the compilers, which take longest, come last. Rows go into DIR/results.csv as they are known, and a
-run that reaches its time limit ends cleanly. Exit status 1 if a step failed or a number is wrong.
+it, chooses backends and splits (DIR/tuned.json, for all that follows), and measures ceilings,
+ops, layers, models, length mixes and latency. Each of these has a share of the time and takes its
+most important cases first; what was left goes on once all had theirs, and the compilers, which take
+longest, come last. Rows go into DIR/results.csv as they are known, and a run that reaches its time
+limit ends cleanly. Exit status 1 if a step failed or a number is wrong.
 
 --dry-run goes through every step on a CPU in a minute: the build is only looked at, the tests are
 only collected, tiny shapes are timed, and the rows go into DIR/dry-run.csv. Without a GPU that is
@@ -32,10 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-# Ends of the shares of the whole time.
+# Shares of the whole time, and ends of the further ones.
 TESTS = 0.2
+TUNING = 0.12
 UNTIL = {
-    "ops": 0.42,
+    "ops": 0.45,
     "layers": 0.5,
     "models": 0.6,
     "mixes": 0.68,
@@ -155,6 +157,25 @@ def tests(run: Run) -> None:
     elif status not in (0, 5):  # 5: no test has these marks
         run.faults.append(f"tests-gpu: exit status {status}; see tests-gpu.log")
     print(f"tests-gpu: {run.tail('tests-gpu.log', 1 if status in (0, 5) else 12)}")
+
+
+def tune(run: Run) -> None:
+    """The fastest backends and splits here, which all that is measured after it uses. The file
+    comes back with the results."""
+    from bertfast.ops import tuned
+
+    file = run.out / "tuned.json"
+    if run.dry:
+        print("not tuned: that needs a GPU")
+        return
+    minutes = max(0.2, min(run.left(), TUNING * run.seconds) / 60)
+    command = [sys.executable, "-m", "bertfast", "tune", "--minutes", f"{minutes:.2f}"]
+    os.environ[tuned.VARIABLE] = str(file)
+    status = run.command(command, "tune.log", 60 * minutes + 30)
+    tuned.forget()
+    print(run.tail("tune.log", 40))
+    if status != 0:
+        run.faults.append(f"bertfast tune: exit status {status}; see tune.log")
 
 
 def ceilings(run: Run, recorder):
@@ -393,6 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     attempt(run, build)
     attempt(run, tests)
+    attempt(run, tune)
     machine = attempt(run, ceilings, recorder)
     if machine is not None:
         attempt(run, measurements, recorder, machine)

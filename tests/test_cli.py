@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bertfast import __version__
 from bertfast.commands import demo as demo_module
@@ -51,7 +52,7 @@ def run(capsys):
 def test_help_lists_the_commands(run, flag):
     code, out, _ = run(flag)
     assert code == 0
-    for name in ("env", "demo", "verify", "bench", "kernels"):
+    for name in ("env", "demo", "verify", "bench", "kernels", "tune"):
         assert name in out
     assert "--install-completion" in out and out.isascii()
     assert "..." not in out.partition("Commands:")[2]  # each is told in full
@@ -113,6 +114,7 @@ HF = pytest.mark.skipif(
 PLOT = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 ERRORS = [
     ("verfy", "No such command 'verfy'"),
     ("verify --modl x", "No such option: --modl"),
@@ -136,6 +138,7 @@ ERRORS = [
     ("kernels --archs sm90a", "got 'sm90a'; did you mean 'sm_90'"),
     ("kernels --op attention_qvk", "--op must be one of .*; did you mean"),
     ("kernels --all --json", "--all is for the tables"),
+    pytest.param("tune", "tune needs a GPU", marks=NO_GPU),
     ("bench op", "what to measure must be one of ops, layer, model, got 'op'; did you mean 'ops'"),
     ("bench ops --provider nope", "--provider must be one of bertfast torch, .*, got 'nope'"),
     ("bench --provider HF", "--provider must be one of bertfast, .*, got 'HF'"),

@@ -143,6 +143,30 @@ def kernels(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"[{'|'.join(MODELS)}|DIR]",
+            help="Widths and heads of one of these, or of a saved model; default: all three.",
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(metavar="ROWSxLENGTH,...", help="Batches that matter: 64x128,8x512."),
+    ] = None,
+    dtype: Annotated[Any, _choice("--dtype", DTYPES, "Default: bf16,fp16.", several=True)] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long it may take.")] = 3.0,
+) -> int:
+    """The fastest kernels on this GPU, for "auto" to follow.
+
+    Written to a file in the user's cache directory, or where BERTFAST_TUNED says."""
+    from .tune import tune
+
+    return tune(model, shapes, dtype, minutes)
+
+
+@app.command()
 def bench(
     what: Annotated[
         str,

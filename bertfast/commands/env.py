@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import __version__
-from ..ops import available, dispatch
+from ..ops import available, dispatch, tuned
 from ..ops.linear import onednn as cpu_linear
 from ..ops.native import build_record
 from .terminal import GOOD, HEAD, console, paragraph
@@ -53,7 +53,19 @@ def describe() -> dict:
         "build": build_record(),
         "onednn": cpu_linear.why_not(),
         "backends": {device: available(device) for device in devices},
+        "auto": _auto() if gpus else {},
     }
+
+
+def _auto() -> dict:
+    """Where the choices of "auto" on the GPU come from."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    file, found = tuned.path(device), tuned.current(device)
+    lines = {
+        part: {key: choice.chosen for key, choice in choices.items()}
+        for part, choices in found._asdict().items()
+    }
+    return {"order": dispatch.AUTO_ORDER["cuda"], "file": str(file) if file else None, **lines}
 
 
 def env(as_json: bool = False) -> int:
@@ -87,8 +99,24 @@ def env(as_json: bool = False) -> int:
         out.print(f"\nOn the {'GPU' if device == 'cuda' else 'CPU'}", style=HEAD)
         for line, style in backend_lines(device, ops):
             out.print(line, style=style)
+    for line in auto_lines(facts["auto"]):
+        out.print(line)
     out.print("\nNext: `bertfast verify` checks the numbers of each backend that works here.")
     return 0
+
+
+def auto_lines(auto: dict) -> Iterator[str]:
+    """What "auto" follows on the GPU, and from where each line of it is."""
+    if not auto:
+        return
+    yield '\n"auto" on the GPU'
+    for part in tuned.Tuned._fields:
+        for key, chosen in auto[part].items():
+            yield paragraph(f"  {key}: {chosen}, measured here", indent=4)
+    if auto["file"] and not any(auto[part] for part in tuned.Tuned._fields):
+        yield paragraph(f"  nothing was measured here: `bertfast tune` writes {auto['file']}", 2)
+    rest = ", ".join(auto["order"])
+    yield paragraph(f"  everything else: the first of {rest} that can run it", indent=4)
 
 
 def backend_lines(

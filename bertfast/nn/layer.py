@@ -134,9 +134,11 @@ def _attention_backends(layer: Composed, place: Place) -> tuple[str, str]:
     """Those of attention and of layer_norm."""
     parts, call = layer.parts, layer.call
     rows, length, batch = place.rows, place.length, call.batch
+    longest = length
     if batch.cu_seqlens is not None:
         length = limits.packed_length(length, batch.cu_seqlens.shape[0] - 1)
-    size = limits.unusual(rows, parts.heads, length, batch.key_mask is not None)
+        longest = batch.max_seqlen
+    size = limits.size_of(rows, parts.heads, length, batch.key_mask is not None, longest)
     head_dim = layer.now.attention_output.weight.shape[1] // parts.heads
     case = (place.device, place.products)
     attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size)

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 
 from .. import checks
+from . import tuned
 
 BACKENDS = ("torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
 
-# The order in which "auto" tries the backends on a kind of device; on others it is torch. Not
-# measured yet; the compiled kernels have the lower call cost.
+# The order in which "auto" tries the backends on a kind of device, after what was measured on this
+# one; on others it is torch. Not measured yet; the compiled kernels have the lower call cost.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch")}
 
 _modules: dict[tuple[str, str], Any] = {}
 _chosen: dict[tuple, str] = {}
+tuned.depending.append(_chosen.clear)
 
 
 @functools.cache
@@ -82,13 +84,22 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _choose(op: str, backend: str, device: torch.device, *case: Any) -> str:
     checks.check_choice("backend", backend, CHOICES)
     if backend == "auto":
-        order = AUTO_ORDER.get(torch.device(device).type, ("torch",))
+        order = _order(op, torch.device(device), case)
         served = (b for b in order if unsupported_reason(op, b, device, *case) is None)
         return next(served, "torch")
     reason = unsupported_reason(op, backend, device, *case)
     if reason is not None:
         raise ValueError(f"backend {backend!r} can't run {op} here: {reason}")
     return backend
+
+
+def _order(op: str, device: torch.device, case: tuple) -> tuple[str, ...]:
+    """The backends in the order in which "auto" tries them."""
+    order = AUTO_ORDER.get(device.type, ("torch",))
+    if device.type != "cuda":
+        return order
+    measured = tuned.current(device).backends.get(tuned.key(ops()[op], *case))
+    return order if measured is None else (measured.chosen, *order)
 
 
 def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:

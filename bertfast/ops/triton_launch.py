@@ -120,3 +120,8 @@ def _calls(hook: Any) -> object:
 def _seen(value: int) -> object:
     """What Triton specialises on in an integer: 1 is a constant."""
     return value == 1 or (value % 16 == 0, -(2**31) <= value < 2**31)
+
+
+def compiled() -> list[CompiledKernel]:
+    """All kernels that ran so far, in each of their forms."""
+    return [kernel for launch in Launch.every for kernel in launch._forms.values()]

@@ -173,7 +173,9 @@ def _choose(
     if tracing.is_compiling():  # a size that is looked at is a size that can't change
         return dispatch.choose(op, backend, *case)
     sequences, length = x.shape[:2]
+    longest = length
     if cu_seqlens is not None:
-        sequences, length = 1, limits.packed_length(x.shape[0], cu_seqlens.shape[0] - 1)
-    size = limits.unusual(sequences, x.shape[-2], length, key_mask is not None)
+        sequences, longest = 1, max_seqlen or 0
+        length = limits.packed_length(x.shape[0], cu_seqlens.shape[0] - 1)
+    size = limits.size_of(sequences, x.shape[-2], length, key_mask is not None, longest)
     return dispatch.choose(op, backend, *case, size)

@@ -13,9 +13,15 @@ most warps on a multiprocessor. None was measured on a GPU yet. What else the co
     registers than it needs.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
+
+from .. import tuned
 from . import limits
 
 # Compute capability of a class: Ampere, Ada, Hopper, and Blackwell's two. Those with wgmma or
@@ -36,6 +42,17 @@ class Config:
     num_stages: int
     block_t: int = 32  # keys in a step at a sequence's end, in the forward and in dq
     chosen_by: str = "compilation"
+
+    @property
+    def numbers(self) -> list[int]:
+        return [self.block_m, self.block_n, self.num_warps, self.num_stages, self.block_t]
+
+    @staticmethod
+    def of(numbers: Sequence[int], chosen_by: str = "compilation") -> "Config | None":
+        if not numbers:
+            return None
+        block_m, block_n, num_warps, num_stages, block_t = numbers
+        return Config(block_m, block_n, num_warps, num_stages, block_t, chosen_by)
 
 
 def architecture(capability: int) -> int:
@@ -143,15 +160,92 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
 }
 
 
+class Split(NamedTuple):
+    """A case of the table. length is that of the longest sequence, tile the plan's, or 0."""
+
+    pass_: str
+    arch: int
+    itemsize: int
+    head_dim: int
+    length: int
+    dropout: bool
+    tile: int
+
+    @property
+    def lines(self) -> tuple[_Line, ...]:
+        kind = "fp32" if self.itemsize == 4 else "wide" if self.arch in _WIDE else "mma"
+        return _TABLE[self.pass_, kind]
+
+    @property
+    def key(self) -> str:
+        """Its name in a file of measurements."""
+        words = (f"{8 * self.itemsize}-bit", f"D{self.head_dim}")
+        longest = limits.length_class(self.length)
+        how = ("dropout" if self.dropout else None, f"tile{self.tile}" if self.tile else None)
+        return tuned.key(self.pass_, *words, f"length{longest}", *how)
+
+    def fits(self, chosen: Config | None) -> bool:
+        """Whether a split can serve the case."""
+        if chosen is None:
+            return self.pass_ == "whole"
+        block = chosen.block_m if self.pass_ in ("forward", "dq") else chosen.block_n
+        if self.tile % block:
+            return False
+        return self.pass_ != "whole" or chosen.block_n >= self.length
+
+
 @functools.lru_cache(None)
 def config(
-    pass_: str, arch: int, itemsize: int, head_dim: int, length: int, dropout: bool, tile: int
+    pass_: str,
+    arch: int,
+    itemsize: int,
+    head_dim: int,
+    length: int,
+    dropout: bool,
+    tile: int,
+    device: torch.device | None = None,
 ) -> Config | None:
-    """The configuration of a pass. length is that of the longest sequence, tile the plan's, or 0.
+    """The configuration of a pass. device: a GPU, whose measurements come first.
     None for "whole" where one tile can't hold all keys: then dq and dkv run."""
-    kind = "fp32" if itemsize == 4 else "wide" if arch in _WIDE else "mma"
+    split = Split(pass_, arch, itemsize, head_dim, length, dropout, tile)
+    if pass_ in _trial and split.fits(_trial[pass_]):
+        return _trial[pass_]
+    choice = tuned.current(device).splits.get(split.key) if device else None
+    if choice is not None:
+        chosen = Config.of(choice.chosen, "measurement")
+        if split.fits(chosen):
+            return chosen
     case = (arch, length, block_d(head_dim), dropout, tile)
-    for line in _TABLE[pass_, kind]:
+    for line in split.lines:
         if line.serves(*case):
             return line.config
     raise ValueError(limits.unsupported_reason("triton", None, head_dim, None))
+
+
+tuned.depending.append(config.cache_clear)
+
+
+def candidates(split: Split) -> list[Config | None]:
+    """The splits that may serve a case: the table's own first, then all others of its kind."""
+    own = config(*split)
+    return list(
+        dict.fromkeys([own, *(line.config for line in split.lines if split.fits(line.config))])
+    )
+
+
+# A pass -> what it is tried with.
+_trial: dict[str, Config | None] = {}
+
+
+@contextlib.contextmanager
+def trial(pass_: str, chosen: Config | None) -> Iterator[None]:
+    """Within it a pass has this split wherever it fits."""
+    before = dict(_trial)
+    _trial[pass_] = chosen
+    config.cache_clear()
+    try:
+        yield
+    finally:
+        _trial.clear()
+        _trial.update(before)
+        config.cache_clear()

@@ -1,5 +1,7 @@
 """Limits of attention's kernels. Their table of splits serves every length."""
 
+from typing import TypeAlias
+
 import torch
 
 # In CUDA C++ tensor cores would round float32 to TF32.
@@ -18,15 +20,22 @@ MAX_POSITIONS = 2**35
 # A block of the CUDA kernels keeps one bit for each key of a masked row in its shared memory.
 MAX_MASKED_LENGTH = 2**17
 
-# sequences, heads, length and whether there is a key_mask
-Size = tuple[int, int, int, bool]
+# Lengths up to which "auto" and tuned splits tell calls apart, by the longest sequence.
+LENGTHS = (64, 128, 256, 512, MAX_MASKED_LENGTH)
+
+# Of LENGTHS the one that serves a call; or sequences, heads, length and whether there is a key_mask
+Size: TypeAlias = int | tuple[int, int, int, bool]
 
 
-def unusual(sequences: int, heads: int, length: int, masked: bool) -> Size | None:
-    """The size of a batch if it may be beyond a limit. None for nearly all: a backend that serves
-    one of them serves all of them."""
+def length_class(longest: int) -> int:
+    return next((length for length in LENGTHS if longest <= length), LENGTHS[-1])
+
+
+def size_of(sequences: int, heads: int, length: int, masked: bool, longest: int) -> Size:
+    """All of it for a call that may be beyond a limit, which hardly any is. length: of a packed
+    batch as packed_length says; longest: of the longest sequence."""
     if length <= MAX_MASKED_LENGTH and sequences * heads * (length + 128) <= MAX_POSITIONS:
-        return None
+        return length_class(longest)
     return sequences, heads, length, masked
 
 
@@ -43,7 +52,7 @@ def unsupported_reason(
         return _WRONG_DTYPE[backend].format(dtype)
     if head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"the head dimension must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
-    if size is None:
+    if size is None or isinstance(size, int):
         return None
     sequences, heads, length, masked = size
     if backend == "cuda" and masked and length > MAX_MASKED_LENGTH:

@@ -51,6 +51,8 @@ class _Batch:
             self.rows, self.length = q.shape[:2]
             lse_strides = (self.heads * self.length, self.length)
         self.tiles, self.tile = sequences.tiles, sequences.tile
+        size = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
+        self.case = (*size, q.device if q.is_cuda else None)
         # A tile more where dropout's coordinates start inside the row, at a multiple of the tile.
         self.extra = int(key_mask is not None and self.dropout)
         mask = None if key_mask is None else key_mask.view(torch.uint8)
@@ -66,14 +68,12 @@ class _Batch:
 
     def config_of_whole(self) -> Config | None:
         """The configuration of the whole backward in one kernel, where there is one."""
-        case = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
-        return config("whole", self.arch, *case)
+        return config("whole", self.arch, *self.case)
 
     def config(self, pass_: str) -> Config:
-        case = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
-        chosen = config(pass_, self.arch, *case)
+        chosen = config(pass_, self.arch, *self.case)
         if chosen is None:
-            raise LookupError(f"no configuration of {pass_} for {case}")
+            raise LookupError(f"no configuration of {pass_} for {self.case}")
         return chosen
 
     def grid(self, block: int, extra: int) -> tuple[tuple[int], int]:
