@@ -72,5 +72,10 @@ def test_a_known_form_is_the_one_that_triton_would_take(seen):
     assert row["launches"] > 5 * row["forms"] > 400
 
 
+def test_hooks_of_a_profiler_are_told_of_each_launch(seen):
+    first, known, hooked, after = seen["told"]
+    assert first and hooked and not known and not after
+
+
 def test_launches_pass_tritons_binder(seen):
     assert seen["share"] < 0.7  # of the host time of Triton's own way; 0.43 was measured

@@ -50,11 +50,17 @@ class Launch:
         if INTERPRETED:
             self.kernel[grid](*pointers, *strides, *numbers, *constants)
             return
-        types = [pointer if pointer is None else pointer.dtype for pointer in pointers]
-        addresses = [pointer if pointer is None else pointer.data_ptr() for pointer in pointers]
+        types: list[torch.dtype | None] = []
+        addresses: list[int | None] = []
         together = 0
-        for address in addresses:
-            if address is not None:
+        for pointer in pointers:
+            if pointer is None:
+                types.append(None)
+                addresses.append(None)
+            else:
+                address = pointer.data_ptr()
+                types.append(pointer.dtype)
+                addresses.append(address)
                 together |= address
         aligned = None if together % 16 == 0 else tuple([a and a % 16 for a in addresses])
         wide = None if max(numbers) <= INT32_MAX else tuple([n > INT32_MAX for n in numbers])

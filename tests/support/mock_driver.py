@@ -41,6 +41,7 @@ class Driver(nvidia.CudaDriver):
         self.compiled: list[Compiled] = []
         self.loaded: list[tuple[str, bool]] = []
         self.started: list[tuple] = []  # each launch's kernel, form, grid and numbers
+        self.told: list[bool] = []  # whether it was Triton's own, which hooks are told of
         self.utils = SimpleNamespace(
             load_binary=self._load,
             launch=_nothing,
@@ -74,6 +75,7 @@ class Driver(nvidia.CudaDriver):
             *grid, _, _, _, _, _, _ = arguments[:9]
             given = arguments[9:]
             self.started.append((form, grid, [given[i] for i in numbers]))
+            self.told.append(arguments[7] is not None)
 
         return noted
 
