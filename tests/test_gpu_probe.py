@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bertfast.ops import available, dispatch, gpu, native
+from bertfast.ops import available, dispatch, gpu, native, tuned
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -44,10 +44,13 @@ def gpus(monkeypatch):
     monkeypatch.setattr(triton_lib, "INTERPRETED", False)
     monkeypatch.setattr(triton_lib, "driver", seen.driver)
     monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setenv(tuned.VARIABLE, "")  # nothing was measured here
+    tuned.forget()
     backends = (native, triton_lib)
     for backend in backends:
         backend.unsupported_reason.cache_clear()
     yield seen
+    tuned.forget()
     for backend in backends:
         backend.unsupported_reason.cache_clear()
 
