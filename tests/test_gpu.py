@@ -15,12 +15,19 @@ pytestmark = [
 backends = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
+def warmed_up(step):
+    """A stream on which the step has compiled, loaded and allocated all that it needs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    return stream
+
+
 def replays_with_new_seeds(step):
     """step, captured in a graph, gives other numbers each time, but for torch's seed the same."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()  # compiles, loads, allocates
-    torch.cuda.synchronize()
+    stream = warmed_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
@@ -100,10 +107,7 @@ def test_graph_capture_of_bias_gelu(backend, need):
         y = bias_gelu(x, bias, backend=backend)
         return y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()  # compiles, loads, allocates
-    torch.cuda.synchronize()
+    stream = warmed_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
