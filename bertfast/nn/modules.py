@@ -59,21 +59,25 @@ def plain(tensor: torch.Tensor | None) -> bool:
     return type(tensor) in _PARAMETERS
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """A parameter, by the dicts, as attributes of a Module take three times as long. In replicas of
+    nn.DataParallel it is an ordinary attribute."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
 def read_linear(linear: "nn.Module | Weights", clean: bool = False) -> "nn.Module | Weights":
     if isinstance(linear, Weights) or not untouched(linear, nn.Linear, clean):
         return linear
-    parameters: dict[str, Any] = (
-        linear._parameters
-    )  # as attributes of a Module take three times as long
-    weight: Any = parameters.get("weight")
-    return Weights(weight, parameters["bias"]) if plain(weight) else linear
+    weight = _parameter(linear, "weight")
+    return Weights(weight, _parameter(linear, "bias")) if plain(weight) else linear
 
 
 def read_norm(norm: Any, clean: bool = False) -> "nn.Module | Norm":
     """Its bias is zeros if it has none."""
     if not untouched(norm, nn.LayerNorm, clean) or len(norm.normalized_shape) != 1:
         return norm
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
     if not plain(weight):
         return norm
     return Norm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)

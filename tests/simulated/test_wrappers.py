@@ -9,6 +9,7 @@ from support import torch_nn_models as torch_nn
 from support.hf_models import batch, tiny
 from support.layers import gradients, make, make_batch, make_input
 from support.simulated_gpu import kernels
+from torch import nn
 
 import bertfast
 from bertfast import notice
@@ -124,3 +125,43 @@ def test_a_batch_that_moves_with_its_layer(masked):
         results.append([y, *(p.grad for layer in layers for p in layer.parameters())])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one.cpu(), other.cpu())
+
+
+@pytest.mark.filterwarnings("ignore:PyTorch is not compiled with NCCL")
+def test_data_parallel():
+    """What transformers' Trainer does where it sees several GPUs: a replica's parameters are
+    ordinary attributes."""
+    pytest.importorskip("transformers")
+    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = bertfast.optimize(tiny(**off).to("cuda:0", torch.bfloat16).train())
+    inputs = {name: value.to("cuda:0") for name, value in batch((5, 20, 13, 8)).items()}
+    real = inputs["attention_mask"].bool()
+    found = []
+    for one in (model, nn.DataParallel(model)):
+        kernels.launches.clear()
+        model.zero_grad()
+        hidden = one(**inputs)[0][real]
+        hidden.float().square().sum().backward()
+        grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((hidden, grads))
+    assert {launch.device for launch in kernels.launches} == {0, 1}
+    assert {launch.kernel for launch in kernels.launches} > {"bias_gelu_backward"}
+    (expected, whole), (got, halves) = found
+    assert torch.equal(got, expected)
+    for name, grad in whole.items():
+        if "key.bias" not in name:  # nothing but rounding
+            # Rounded to 8 bits: the whole, both halves, and the halves' sum.
+            assert (halves[name] - grad).norm() <= 4 * 2**-8 * grad.norm(), name
+
+
+def test_compiled():
+    """As far as AOTAutograd: inductor's code would be for a real GPU."""
+    pytest.importorskip("transformers")
+    model = bertfast.optimize(tiny(num_hidden_layers=1).to(DEVICE, torch.bfloat16))
+    inputs = {name: value.to(DEVICE) for name, value in batch((3, 6)).items()}
+    real = inputs["attention_mask"].bool()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected, got = model(**inputs)[0][real], compiled(**inputs)[0][real]
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=0.05)
+    got.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "pooler" not in n)

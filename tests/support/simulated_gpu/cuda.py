@@ -246,9 +246,32 @@ def install(path: str) -> None:
         _cuda_setDevice=lambda index: _set_device(index),  # torch._dynamo takes no function twice
         _cuda_getDeviceCount=lambda: DEVICES,
         _cuda_emptyCache=lambda: None,
+        _broadcast_coalesced=_broadcast,
+        _scatter=_scatter,
+        _gather=_gather,
     ).items():
         setattr(torch._C, name, value)
     mock.patch.object(torch.UntypedStorage, "__new__", staticmethod(_new_storage)).start()
+
+
+def _place(index):
+    return torch.device("cuda", 0 if index is None else index)
+
+
+# What nn.DataParallel does between devices.
+
+
+def _broadcast(tensors, devices, buffer_size):
+    return [[tensor.detach().to(_place(index)) for tensor in tensors] for index in devices]
+
+
+def _scatter(tensor, devices, sizes, dim, streams):
+    parts = tensor.chunk(len(devices), dim) if sizes is None else tensor.split(sizes, dim)
+    return tuple(part.to(_place(index)) for part, index in zip(parts, devices, strict=False))
+
+
+def _gather(tensors, dim, device):
+    return torch.cat([tensor.to(_place(device)) for tensor in tensors], dim)
 
 
 _storage_new = torch.UntypedStorage.__new__
