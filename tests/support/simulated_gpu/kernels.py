@@ -5,6 +5,7 @@ compute nonsense: all tensors lie on one device, and Triton's on the current one
 """
 
 import importlib
+import threading
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,11 @@ def _interpret(self, *args, **kwargs):
         with torch.no_grad():
             args = tuple(map(_host_view, args))
             kwargs = {key: _host_view(value) for key, value in kwargs.items()}
-    return _interpret_on_host(self, *args, **kwargs)
+    with _interpreting:
+        return _interpret_on_host(self, *args, **kwargs)
 
 
+_interpreting = threading.Lock()  # the interpreter is one for all threads
 _interpret_on_host = interpreter.GridExecutor.__call__
 
 

@@ -1,0 +1,72 @@
+"""Steps of training with what a GPU's trainers add: a GradScaler, a fused optimizer, replicas."""
+
+import pytest
+import torch
+from support.hf_models import batch, tiny
+from support.simulated_gpu import kernels
+
+import bertfast
+
+transformers = pytest.importorskip("transformers")
+
+OFF = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_layers=1)
+
+
+def classifier(converted):
+    torch.manual_seed(1)
+    model = tiny("BertForSequenceClassification", **OFF)
+    return bertfast.optimize(model) if converted else model
+
+
+def losses(model, steps):
+    """Of autocast steps on the second device: the scaler looks at every gradient, the optimizer
+    changes gathered weights in place."""
+    model.to("cuda:1").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    torch.manual_seed(2)
+    inputs = {name: value.to("cuda:1") for name, value in batch((5, 6)).items()}
+    labels = torch.tensor([0, 1], device="cuda:1")
+    found = []
+    for _ in range(steps):
+        with torch.autocast("cuda", torch.float16):
+            loss = model(**inputs, labels=labels).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_grad_scaler_and_a_fused_optimizer():
+    expected, got = losses(classifier(False), 3), losses(classifier(True), 3)
+    assert expected[2] < expected[0] - 0.1
+    # A logit is a float16 of about 1: two of them, some roundings each.
+    assert got == pytest.approx(expected, abs=8 * 2**-11)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_on_two_devices(tmp_path):
+    inputs = batch((5, 9, 7, 9))
+    rows = [{n: v[row] for n, v in inputs.items()} | {"labels": row % 2} for row in range(4)]
+    found = []
+    for converted in (False, True):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            learning_rate=1e-3,
+            seed=1,
+        )
+        assert arguments.n_gpu == 2
+        trainer = transformers.Trainer(classifier(converted), arguments, train_dataset=rows)
+        kernels.launches.clear()
+        found.append(trainer.train().training_loss)
+    assert {launch.device for launch in kernels.launches} == {0, 1}
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
