@@ -4,7 +4,8 @@
     python benchmarks/report.py --check   exit status 1 if the README's tables aren't these
 
 Every benchmarks/results/DIR/results.csv is one run of run_all.py or of `bertfast bench --csv`. What
-no file has a row for is written 'not measured'. Nothing between the README's markers is typed.
+no file has a row for is written 'not measured'. Counts of machine code are those of the budget of
+`bertfast kernels`, and of peers.csv beside it. Nothing between the README's markers is typed.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from bertfast.commands.bench.compare import PM, Ratio, Unit, baseline, grouped, 
 from bertfast.commands.bench.lengths import MIXES  # noqa: E402
 from bertfast.commands.bench.record import Environment, Row, read  # noqa: E402
 from bertfast.commands.bench.tables import by_op, percent  # noqa: E402
+from bertfast.commands.kernels import budget, peers  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
@@ -221,7 +223,9 @@ def parts(found: list[Run]) -> dict[str, str]:
     if host is not None:
         how = f"one thread, processor time, load {host.environment.load} when it began"
         on_cpu = f"Measured on {host.where}; {how}. {SPREAD}\n\n{cpu(host)}{images(host)}"
-    return {"gpu": on_gpu, "cpu": on_cpu}
+    limits = budget.load()
+    counts = peers.markdown(limits, limits[budget.HOT_PATHS])
+    return {"gpu": on_gpu, "cpu": on_cpu, "peers": counts}
 
 
 def images(run: Run) -> str:

@@ -114,6 +114,8 @@ def test_budget_catches_what_a_large_maximum_rounds_to(dtype):
         Case((40, 100), mask="left", p=0.1),
         Case((17, 40, 130, 9, 50, 3), packed=True, plan=True, p=0.1),
         Case((130,), head_dim=128, p=0.1),
+        Case((60, 150), packed=True, head_dim=64, p=0.1),
+        Case((150,), p=0.1),
     ],
     ids=str,
 )

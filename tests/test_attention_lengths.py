@@ -20,7 +20,7 @@ LENGTHS = (1, 64, 128, 8192, 8193, 2**17 + 1, 2**31 - 1)
 def test_a_split_for_every_length(pass_):
     cases = itertools.product(
         *(config.ARCHITECTURES, (2, 4, 8), (1, 16, 64, 65, limits.MAX_HEAD_DIM), LENGTHS),
-        *((False, True), (0, packing.SMALL_TILE, packing.TILE)),
+        *((False, True), (0, packing.SMALL_TILE, packing.TILE), (False, True)),
     )
     for case in cases:
         chosen = config.config(pass_, *case)
@@ -32,7 +32,7 @@ def test_a_split_for_every_length(pass_):
 def test_a_head_that_no_split_serves_is_refused_with_the_reason(pass_):
     text = "the head dimension must be between 1 and 128, got 200"
     with pytest.raises(ValueError, match=text):
-        config.config(pass_, 90, 2, 200, 512, False, 0)
+        config.config(pass_, 90, 2, 200, 512, False, 0, False)
 
 
 @pytest.mark.triton

@@ -139,6 +139,7 @@ ERRORS = [
     ("kernels --op attention_qvk", "--op must be one of .*; did you mean"),
     ("kernels --all --json", "--all is for the tables"),
     pytest.param("tune", "tune needs a GPU", marks=NO_GPU),
+    ("kernels --json --peers", "--peers and --model are tables"),
     ("bench op", "what to measure must be one of ops, layer, model, got 'op'; did you mean 'ops'"),
     ("bench ops --provider nope", "--provider must be one of bertfast torch, .*, got 'nope'"),
     ("bench --provider HF", "--provider must be one of bertfast, .*, got 'HF'"),

@@ -131,6 +131,12 @@ def kernels(
     every: Annotated[
         bool, typer.Option("--all", help="Every kernel in every form, not the summary alone.")
     ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="The same counts of other libraries' kernels.")
+    ] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="Attention's speed, by a model of the counts.")
+    ] = False,
     as_json: Json = False,
     update_budget: Annotated[
         bool, typer.Option(help="Write what was measured as the new budget, and show the change.")
@@ -139,7 +145,15 @@ def kernels(
     """The machine code of the kernels, measured beside its budget."""
     from .kernels import kernels
 
-    return kernels(archs, op, every=every, as_json=as_json, update_budget=update_budget)
+    return kernels(
+        archs,
+        op,
+        every=every,
+        with_peers=peers,
+        with_model=model,
+        as_json=as_json,
+        update_budget=update_budget,
+    )
 
 
 @app.command()

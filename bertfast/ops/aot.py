@@ -21,6 +21,21 @@ CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat1
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a block with tensor cores multiplies in one turn of its main loop."""
+
+    rows: int  # of the scores that it computes
+    columns: int
+    head_dim: int  # as multiplied: padded, if the kernel pads it
+    products: tuple[tuple[int, int], ...]  # of each: rows, and multiply-adds in a sum
+    streamed: int  # rows of two tiles that it loads
+    dropout: bool = False
+    scales: bool = False  # the sums so far, by a factor for each row
+    turns: int = 1  # of a loop inside, with products, for one of the main loop
+    wgmma: bool = False  # whether the tile is large enough for wgmma, where there is wgmma
+
+
+@dataclass(frozen=True)
 class Case:
     """One form of a kernel: what its compiled code is measured against."""
 
@@ -33,6 +48,7 @@ class Case:
     scalar_loads: int = 0  # loads that are not row data: the seed, a row's statistics
     scalar_stores: int = 0
     dynamic_shared: int = 0  # bytes; of a Triton kernel the compiler knows
+    work: Work | None = None  # None: without products, or by other means than tensor cores
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ BACKENDS = ("torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
 
 # The order in which "auto" tries the backends on a kind of device, after what was measured on this
-# one; on others it is torch. Not measured yet; the compiled kernels have the lower call cost.
+# one; on others it is torch. Not measured yet; the compiled kernels have the lower call cost. An op
+# may have a table of its own, by architecture and shape: `order.py` in its folder.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "torch")}
 
 _modules: dict[tuple[str, str], Any] = {}
@@ -95,11 +96,19 @@ def _choose(op: str, backend: str, device: torch.device, *case: Any) -> str:
 
 def _order(op: str, device: torch.device, case: tuple) -> tuple[str, ...]:
     """The backends in the order in which "auto" tries them."""
-    order = AUTO_ORDER.get(device.type, ("torch",))
     if device.type != "cuda":
-        return order
+        return AUTO_ORDER.get(device.type, ("torch",))
+    table = _table(ops()[op])
+    order = AUTO_ORDER["cuda"] if table is None else table.order(device, *case)
     measured = tuned.current(device).backends.get(tuned.key(ops()[op], *case))
     return order if measured is None else (measured.chosen, *order)
+
+
+@functools.cache
+def _table(folder: str) -> Any:
+    """The module with the table of an op's folder, if it has one."""
+    name = f"{__package__}.{folder}.order"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def available(device: torch.device | str) -> dict[str, dict[str, str | None]]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from ..errors import UserError, one_of, writable_file
 from ..terminal import BAD, GOOD, Progress, console, paragraph
 from . import budget as budgets
-from . import cuda_modules, triton_aot
+from . import cuda_modules, hot_budget, model, peers, triton_aot
+from .occupancy import CAPABILITIES
 from .report import NOTE, Summary, print_every
 from .rows import Row, aot_names
 from .sass import MissingTool, capability
@@ -163,10 +164,10 @@ def parse_archs(text: str | None) -> list[str]:
     """ "sm_80,sm_90a" -> its parts."""
     if text is None:
         return DEFAULT_ARCHS
-    known = [f"sm_{number}" for number in budgets.CAPABILITIES]
+    known = [f"sm_{number}" for number in CAPABILITIES]
     chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for arch in chosen:
-        if not re.fullmatch(r"sm_\d+[af]?", arch) or capability(arch) not in budgets.CAPABILITIES:
+        if not re.fullmatch(r"sm_\d+[af]?", arch) or capability(arch) not in CAPABILITIES:
             one_of("--archs, but for an a or f at the end,", arch, known)
     return chosen
 
@@ -176,12 +177,16 @@ def kernels(
     op: str | None = None,
     *,
     every: bool = False,
+    with_peers: bool = False,
+    with_model: bool = False,
     as_json: bool = False,
     update_budget: bool = False,
 ) -> int:
     """Prints the report; returns the exit code: 1 if a kernel exceeds the budget."""
     if every and as_json:
         raise UserError("--all is for the tables: --json has every kernel in any case")
+    if as_json and (with_peers or with_model):
+        raise UserError("--peers and --model are tables: --json has neither")
     if update_budget:
         writable_file("--update-budget", budgets.PATH)
     out = console()
@@ -225,6 +230,12 @@ def kernels(
         print_every(reading.rows, chosen, out)
     else:
         out.print(paragraph(NOTE))
+    if with_peers or with_model:
+        out.print()
+    if with_peers:
+        peers.print_peers(hot_budget.lines_of(reading.rows), budget, out)
+    if with_model:
+        model.print_model(reading.rows, out)
     for source, version in present.items():
         if any(row.source == source for row in reading.rows):
             was = budget.get("measured_with", {}).get(source)

@@ -11,7 +11,8 @@ beyond its kernel's rules.
     tensor_cores                whether there must be tensor-core instructions
     blocks_per_multiprocessor   that registers and shared memory must leave room for; null: any
 
-A kernel or a form that the file doesn't have fails, so that a new one is entered.
+A kernel or a form that the file doesn't have fails, so that a new one is entered. What holds
+whatever the budget is in gates.py, the figures of hot paths in hot_budget.py.
 """
 
 import json
@@ -19,10 +20,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import gates, hot_budget
+from .occupancy import blocks_per_multiprocessor
 from .rows import Row
-from .sass import capability
 
 PATH = Path(__file__).parent / "budget.json"
+HOT_PATHS = "hot_paths"  # of a budget: the lines of the file of this name beside it
 RULES = {
     "stack": 0,
     "load_bits": 128,
@@ -32,12 +35,6 @@ RULES = {
 }
 MATRIX_KERNELS = ("attention",)  # how the names of kernels start that need tensor cores
 
-# Of a multiprocessor: threads, and kilobytes of shared memory.
-_CAPACITY = {80: (2048, 164), 86: (1536, 100), 89: (1536, 100), 90: (2048, 228), 100: (2048, 228)}
-_CAPACITY |= {103: (2048, 228), 120: (1536, 100), 121: (1536, 100)}
-_REGISTERS = 65536
-CAPABILITIES = tuple(_CAPACITY)
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -46,7 +43,9 @@ class Verdict:
 
 
 def load(path: Path = PATH) -> dict:
-    return json.loads(path.read_text())
+    """budget.json and, as its part, the hot paths."""
+    hot_paths = path.with_name(f"{HOT_PATHS}.csv")
+    return json.loads(path.read_text()) | {HOT_PATHS: hot_budget.load(hot_paths)}
 
 
 def default_rules(kernel: str) -> dict:
@@ -65,17 +64,6 @@ def limits(budget: dict, row: Row) -> dict | None:
     if not isinstance(cell, dict):
         cell = {"instructions": cell}
     return default_rules(row.kernel) | entry.get("rules", {}) | cell
-
-
-def blocks_per_multiprocessor(row: Row) -> int:
-    """How many blocks fit at once by their registers, shared memory and threads."""
-    threads, kilobytes = _CAPACITY.get(capability(row.arch), (1536, 100))
-    warps = -(-row.threads // 32)
-    registers_per_warp = -(-row.registers * 32 // 256) * 256
-    by_registers = _REGISTERS // (registers_per_warp * warps)
-    # Each block costs a kilobyte more than it asks for.
-    by_shared = kilobytes * 1024 // (row.shared + 1024)
-    return min(by_registers, by_shared, threads // row.threads)
 
 
 def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Verdict]:
@@ -108,13 +96,21 @@ def check(budget: dict, rows: Iterable[Row], allowance: float = 0.0) -> list[Ver
         if blocks is not None and blocks_per_multiprocessor(row) < blocks:
             fit = blocks_per_multiprocessor(row)
             fail(row, f"{fit} blocks fit on a multiprocessor, budget {blocks}")
+        for text in hot_budget.check(budget.get(HOT_PATHS, {}), row, allowance):
+            fail(row, text)
+        for excess in gates.unexcused(budget, row):
+            fail(row, excess.text)
     return verdicts
 
 
 def stale(budget: dict, rows: Iterable[Row], sources: Iterable[str]) -> list[Verdict]:
     """Budget lines without a kernel, of sources that were read completely."""
+    rows, sources = list(rows), list(sources)
     seen = {row.form for row in rows}
-    return [
+    lines = hot_budget.stale(budget.get(HOT_PATHS, {}), rows, sources)
+    read = [row for row in rows if row.source in sources]
+    texts = [*lines, *gates.unneeded(budget, read)]
+    return [Verdict(None, text) for text in texts] + [
         Verdict(None, f"{source} {kernel}, {label}, {dtypes}: a budget line without such a kernel")
         for source in sources
         for kernel, entry in budget["kernels"].get(source, {}).items()
@@ -144,8 +140,10 @@ def update(
 ) -> tuple[dict, list[str]]:
     """The budget with every limit as measured, and a line for each change. Rules stay."""
     kernels = json.loads(json.dumps(budget["kernels"]))
-    changes = []
-    for line in stale(budget, rows, complete_sources):
+    complete_sources = list(complete_sources)
+    old_paths = budget.get(HOT_PATHS, {})
+    hot_paths, changes = hot_budget.update(old_paths, rows, complete_sources)
+    for line in stale({"kernels": budget["kernels"]}, rows, complete_sources):
         changes.append(f"gone     {line.text.rpartition(':')[0]}")
     for source in complete_sources:
         seen = {row.form[1:] for row in rows if row.source == source}
@@ -174,7 +172,7 @@ def update(
             if value != old[what]:
                 direction = "looser  " if _looser(what, old[what], value) else "tighter "
                 changes.append(f"{direction} {name}: {what} {old[what]} -> {value}")
-    return budget | {"kernels": kernels}, changes
+    return budget | {"kernels": kernels, HOT_PATHS: hot_paths}, changes
 
 
 def _looser(what: str, old: float | None, new: float | None) -> bool:
@@ -184,10 +182,15 @@ def _looser(what: str, old: float | None, new: float | None) -> bool:
 
 
 def write(budget: dict, path: Path = PATH) -> None:
-    """As JSON with one line for each form."""
+    """As JSON with one line for each form or exception; the hot paths into the file beside it."""
+    budget = dict(budget)
+    hot_budget.write(budget.pop(HOT_PATHS, {}), path.with_name(f"{HOT_PATHS}.csv"))
     lines = ["{"]
     for key, value in budget.items():
-        if key != "kernels":
+        if key == "exceptions":
+            entries = [f"    {json.dumps(entry)}" for entry in value]
+            lines += ['  "exceptions": [', ",\n".join(entries), "  ],"]
+        elif key != "kernels":
             lines.append(f"  {json.dumps(key)}: {json.dumps(value)},")
     lines.append('  "kernels": {')
     for source, entries in budget["kernels"].items():

@@ -4,9 +4,12 @@ It prints a line of JSON for each kernel, and for each fault.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
+import io
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +18,12 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.cache import get_cache_manager
 
 from ...ops.aot import Case, Launch
+from . import gates
 from .recording import aim_at, compiled, record
 from .rows import Row, make_row
 from .sass import capability, disassemble, read_cubin
@@ -61,22 +67,46 @@ def _words(error: Exception) -> str:
 
 
 def rows(op: str, launch: Launch, case: Case, arch: str, directory: Path) -> Iterator[Row]:
-    kernel = compiled(launch)
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
+        knobs.nvidia.dump_ptxas_log = True
+        kernel = compiled(launch)
     cubin = directory / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    for name, (code, resources) in read_cubin(cubin, arch, _disassemble).items():
+
+    def ptxas() -> str:
+        # What Triton took from its cache is compiled once more, for the compiler's words.
+        return printed.getvalue() or _ptxas(kernel.asm["ptx"], arch, directory)
+
+    said = gates.warnings(_kept(cubin, "kernel.log", ptxas))
+
+    def disassembled(cubin: Path) -> str:
+        return _kept(cubin, "kernel.sass", lambda: disassemble(cubin))
+
+    for name, (code, resources) in read_cubin(cubin, arch, disassembled).items():
         shared = kernel.metadata.shared
-        yield make_row("triton", op, name, arch, case, code, resources, shared)
+        yield make_row("triton", op, name, arch, case, code, resources, shared, said)
 
 
-def _disassemble(cubin: Path) -> str:
-    """Kept beside the cubin in Triton's cache: for small kernels it takes longer than the rest."""
+def _ptxas(ptx: str, arch: str, directory: Path) -> str:
+    source = directory / "kernel.ptx"
+    source.write_text(ptx)
+    number = capability(arch)
+    command = [get_ptxas(number).path, "-v", f"--gpu-name={sm_arch_from_capability(number)}"]
+    command += [str(source), "-o", str(directory / "again.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr
+
+
+def _kept(cubin: Path, name: str, make: Callable[[], str]) -> str:
+    """A text about a cubin, kept beside it in Triton's cache: for small kernels it takes longer
+    than all the rest."""
     cache = get_cache_manager(hashlib.sha256(cubin.read_bytes()).hexdigest())
-    kept = cache.get_file("kernel.sass")
+    kept = cache.get_file(name)
     if kept is not None:
         return Path(kept).read_text()
-    text = disassemble(cubin)
-    cache.put(text, "kernel.sass", binary=False)
+    text = make()
+    cache.put(text, name, binary=False)
     return text
 
 

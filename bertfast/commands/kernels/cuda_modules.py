@@ -11,6 +11,7 @@ from pathlib import Path
 import bertfast
 
 from ...ops.aot import Case
+from . import gates
 from .rows import Row, aot_modules, make_row
 from .sass import MissingTool, read_cubin, run_tool
 
@@ -46,18 +47,22 @@ def read(arch: str, op: str | None = None) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         cubins = _extract(arch, directory) if module_path() else _compile(arch, directory)
-        kernels = [item for cubin in cubins for item in read_cubin(cubin, arch).items()]
+        kernels = [
+            (item, said) for cubin, said in cubins for item in read_cubin(cubin, arch).items()
+        ]
     rows = []
-    for mangled, (code, resources) in kernels:
+    for (mangled, (code, resources)), said in kernels:
         kernel, arguments = template(demangle(mangled))
         op_name, case = _describe(kernel, arguments)
         if op in (None, op_name):
             shared = case.dynamic_shared
-            rows.append(make_row("cuda", op_name, kernel, arch, case, code, resources, shared))
+            form = ("cuda", op_name, kernel, arch, case, code, resources, shared)
+            rows.append(make_row(*form, gates.warnings(said)))
     return rows
 
 
-def _extract(arch: str, directory: Path) -> list[Path]:
+def _extract(arch: str, directory: Path) -> list[tuple[Path, str]]:
+    """The module's cubins. What the compiler said of them was said when it was built."""
     module = module_path()
     assert module is not None
     has = re.findall(r"\.(sm_\w+)\.cubin", run_tool("cuobjdump", "-lelf", str(module)))
@@ -65,10 +70,11 @@ def _extract(arch: str, directory: Path) -> list[Path]:
         found = ", ".join(sorted(set(has))) or "no architecture"
         raise LeftOut(f"{module.name} is compiled for {found}, not for {arch}")
     run_tool("cuobjdump", "-xelf", f".{arch}.", str(module), cwd=directory)
-    return sorted(directory.glob("*.cubin"))
+    return [(cubin, "") for cubin in sorted(directory.glob("*.cubin"))]
 
 
-def _compile(arch: str, directory: Path) -> list[Path]:
+def _compile(arch: str, directory: Path) -> list[tuple[Path, str]]:
+    """A cubin of each source, and what the compiler said of it."""
     if not SOURCES.is_dir():
         raise LeftOut("bertfast._cuda is not built, and this is no source checkout")
     try:
@@ -79,9 +85,11 @@ def _compile(arch: str, directory: Path) -> list[Path]:
         raise LeftOut(f"bertfast._cuda is not built, and nvcc {version()} can't compile for {arch}")
     cubins = []
     for source in sorted(SOURCES.glob("kernels/*.cu")):
-        cubins.append(directory / f"{source.stem}.cubin")
-        flags = [*NVCC_FLAGS, f"-I{SOURCES}", f"-arch={arch}", "-cubin"]
-        run_tool("nvcc", *flags, "-o", str(cubins[-1]), str(source))
+        cubin = directory / f"{source.stem}.cubin"
+        said: list[str] = []
+        flags = [*NVCC_FLAGS, f"-I{SOURCES}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
+        run_tool("nvcc", *flags, "-o", str(cubin), str(source), hear=said.append)
+        cubins.append((cubin, "".join(said)))
     return cubins
 
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ..terminal import BAD, GOOD, HEAD, Column, Table, paragraph
 from . import budget as budgets
+from . import hot_budget
 from .rows import Row
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -56,17 +57,21 @@ class Summary:
 
 NOTE = (
     "registers: the most that a thread has. spills: kernels that keep a thread's values in "
-    "memory. per element, in attention per score: the instructions of the kernel that is "
-    "nearest to its budget, and that budget. --all shows every kernel."
+    "memory. per element: the instructions of the kernel that is nearest to its budget, and that "
+    "budget; in attention per score, on the path of a block in which every score counts. --all "
+    "shows every kernel, --peers the counts of other libraries, --model speeds by a model."
 )
 
 
 def _nearest(rows: list[Row], budget: dict) -> str:
     """Instructions per element and the budget, where the part taken is the largest."""
     shares = []
+    hot_paths = budget.get(budgets.HOT_PATHS, {})
     for row in rows:
         limit: Any = budgets.limits(budget, row)
         is_, most = row.instructions_per_element, limit and limit["instructions"]
+        if row.hot is not None and hot_budget.key(row) in hot_paths:
+            is_, most = row.hot.instructions, hot_paths[hot_budget.key(row)].instructions
         if is_ is not None and most is not None:
             shares.append((is_ / most, is_, f"{is_:.2f} of {most:.2f}"))
     return max(shares)[-1] if shares else "-"
@@ -89,8 +94,40 @@ def print_every(rows: list[Row], archs: Sequence[str], out: Console) -> None:
                 name = ">".join(SHORT.get(part, part) for part in dtypes.split("->"))
                 table.add(f" {name}", *_figures(list(by_arch.values())), " ".join(registers))
         table.print(out)
+        _print_hot_paths(forms, out)
     out.print(LEGEND)
     out.print(paragraph(f"registers: a thread's, on {', '.join(here)}"))
+
+
+def _print_hot_paths(forms: dict[str, dict[str, dict[str, Row]]], out: Console) -> None:
+    """A line for each form, dtype and architecture."""
+    table = Table([Column(h, left=h in ("", "bound")) for h in HOT_HEADINGS])
+    for label, by_dtype in forms.items():
+        lines = [
+            (f" {SHORT[dtypes]} {arch}", hot_budget.line(row))
+            for dtypes, by_arch in by_dtype.items()
+            for arch, row in by_arch.items()
+            if row.hot is not None
+        ]
+        if lines:
+            table.add(label, style=HEAD)
+        for name, line in lines:
+            table.add(name, *_hot_figures(line))
+    if table.rows:
+        table.title = "  its hot path, per score"
+        table.print(out)
+
+
+def _hot_figures(line: hot_budget.Line) -> list[str]:
+    return [
+        f"{line.instructions:.2f}",
+        "-" if line.shared_bytes is None else f"{line.shared_bytes:.1f}",
+        f"{line.cache_bytes:.2f}",
+        str(line.blocks),
+        f"{line.loads - line.late_loads}/{line.loads}",
+        f"{line.waits}/{line.products}" if line.waits else "-",
+        line.bound or "-",
+    ]
 
 
 HEADINGS = ("", "instr", "load", "store", "stack", "shared", "LDS", "MUFU", "MMA", "registers")
@@ -98,7 +135,12 @@ LEGEND = """\
 instr: instructions per element, in attention per score
 load, store: bits of the narrowest access to row data
 stack: bytes that a thread spills; shared: bytes of a block
-LDS: accesses to shared memory; MUFU: special functions; MMA: tensor cores"""
+LDS: accesses to shared memory; MUFU: special functions; MMA: tensor cores
+Of a hot path, the turn of a main loop in which every score counts:
+shared, L2: bytes; blocks: that fit on a multiprocessor
+early: loads that are asynchronous or issued a product before they are used
+waits: for wgmma, of so many products; bound: what the counts ask most of"""
+HOT_HEADINGS = ("", "instr", "shared", "L2", "blocks", "early", "waits", "bound")
 
 
 def _figures(rows: list[Row]) -> list[str]:

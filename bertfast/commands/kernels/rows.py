@@ -3,12 +3,15 @@
 import importlib
 import importlib.util
 import pkgutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 from ... import ops
 from ...ops.aot import Case
-from .sass import Code, Resources
+from . import hot as hot_paths
+from .hot import Hot
+from .sass import Code, Resources, capability
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Row:
     barriers: int
     tensor_core: int
     mufu: int
+    local_in_loops: int = 0  # accesses to a thread's own memory
+    multiplies: bool = False  # whether there must be a hot path
+    wgmma: bool = False  # whether it must multiply by wgmma
+    hot: Hot | None = None
+    compiler_said: list[str] = field(default_factory=list)  # warnings, by ptxas
 
     @property
     def form(self) -> tuple[str, str, str, str]:
@@ -51,6 +59,7 @@ def make_row(
     code: Code,
     resources: Resources,
     dynamic_shared: int,
+    compiler_said: Sequence[str] = (),
 ) -> Row:
     # A kernel that should have a loop and has none was unrolled altogether: all of it counts.
     body = code.loop if case.again and code.loop is not None else code
@@ -58,6 +67,9 @@ def make_row(
     per_element = None
     if case.elements is not None:
         per_element = round(counted.instructions / case.elements, 2)
+    hot = None
+    if case.work is not None and code.flow is not None:
+        hot = hot_paths.find(code.flow, case.work, case.threads, case.loop)
     return Row(
         source=source,
         op=op,
@@ -79,6 +91,11 @@ def make_row(
         barriers=code.barriers,
         tensor_core=code.tensor_core,
         mufu=code.mufu,
+        local_in_loops=code.local_in_loops,
+        multiplies=case.work is not None,
+        wgmma=case.work is not None and case.work.wgmma and capability(arch) == 90,
+        hot=hot,
+        compiler_said=list(compiler_said),
     )
 
 

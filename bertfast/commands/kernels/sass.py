@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TENSOR_CORE = re.compile(r"(?:H|I|D|Q|B|O)G?MMA|UTC\w*MMA")
-# The width of a memory access is one of the instruction's modifiers; without any it is 32 bits.
-ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+from .flow import Flow, Instruction, instructions
+from .pipes import TENSOR_CORE, access_bits
 
 
 @dataclass
@@ -35,6 +34,8 @@ class Code:
     tensor_core: int = 0
     mufu: int = 0
     loop: "Code | None" = None  # the same of the main loop, if there is one; and of the one in it
+    flow: Flow | None = None  # of a kernel with tensor cores or accesses to a thread's own memory
+    local_in_loops: int = 0  # accesses to a thread's own memory
 
 
 @dataclass
@@ -42,19 +43,6 @@ class Resources:
     registers: int
     stack: int  # bytes a thread; what the registers could not hold
     static_shared: int  # bytes a block
-
-
-@dataclass
-class _Instruction:
-    opcode: str  # with its modifiers: LDG.E.128
-    predicated: bool
-    target: int | None = None  # index of the instruction that its operand names
-    to_itself: bool = False
-
-
-_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
-_LABEL = re.compile(r"^(\.L_\w+):")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 def parse(text: str) -> dict[str, Code]:
@@ -66,37 +54,16 @@ def parse(text: str) -> dict[str, Code]:
         if line.startswith(".text."):
             name, lines = line[len(".text.") : -1], []
         elif line.startswith("//---") and name:
-            found[name] = _measure(_instructions(lines))
+            found[name] = _measure(instructions(lines))
             name = None
         elif name:
             lines.append(line)
     if name:
-        found[name] = _measure(_instructions(lines))
+        found[name] = _measure(instructions(lines))
     return found
 
 
-def _instructions(lines: list[str]) -> list[_Instruction]:
-    instructions, labels, targets = [], {}, []
-    for line in lines:
-        if match := _LINE.match(line):
-            guard, opcode, operands = match.groups()
-            # A guard that is always true guards nothing.
-            predicated = guard not in (None, "@PT", "@UPT")
-            # Since Volta a branch may also carry its condition as an operand: BRA P0, `(.L_x_1)
-            if opcode.startswith("BRA"):
-                predicated |= bool(re.match(r"\s*!?U?P\d", operands))
-            instructions.append(_Instruction(opcode, predicated))
-            target = _TARGET.search(operands)
-            targets.append(target[1] if target else None)
-        elif match := _LABEL.match(line):
-            labels[match[1]] = len(instructions)
-    for index, (instruction, label) in enumerate(zip(instructions, targets, strict=True)):
-        instruction.target = labels.get(label)
-        instruction.to_itself = instruction.target == index
-    return instructions
-
-
-def _reachable(code: list[_Instruction]) -> list[int]:
+def _reachable(code: list[Instruction]) -> list[int]:
     """The indices that execution can come to, without following `BRA.DIV`."""
     seen: set[int] = set()
     waiting = [0]
@@ -116,7 +83,7 @@ def _reachable(code: list[_Instruction]) -> list[int]:
     return sorted(seen)
 
 
-def _measure(code: list[_Instruction]) -> Code:
+def _measure(code: list[Instruction]) -> Code:
     reached = [i for i in _reachable(code) if code[i].opcode != "NOP" and not code[i].to_itself]
     ends: dict[int, int] = {}  # of each loop, by its start: where the last branch back to it is
     for end in reached:
@@ -136,7 +103,15 @@ def _measure(code: list[_Instruction]) -> Code:
             result.loop = max(inner, key=lambda loop: (loop.tensor_core > 0, loop.instructions))
         return result
 
-    return count(0, len(code))
+    result = count(0, len(code))
+    local = any(one.base in ("LDL", "STL") for one in code)
+    if result.tensor_core or local:  # of no use for others, of which there are many
+        result.flow = Flow(code)
+    if result.flow and local:
+        blocks = result.flow.in_loops()
+        inside = (one for block in blocks for one in result.flow.instructions_of(block))
+        result.local_in_loops = sum(one.base in ("LDL", "STL") for one in inside)
+    return result
 
 
 def _count(opcodes: list[str]) -> Code:
@@ -144,10 +119,9 @@ def _count(opcodes: list[str]) -> Code:
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     for opcode in opcodes:
-        base, *modifiers = opcode.split(".")
+        base = opcode.split(".", 1)[0]
         if base in ("LDG", "LDGSTS", "STG"):
-            bits = next((ACCESS_BITS[m] for m in modifiers if m in ACCESS_BITS), 32)
-            (stores if base == "STG" else loads)[bits] += 1
+            (stores if base == "STG" else loads)[access_bits(opcode)] += 1
         elif base in ("LDS", "STS", "LDSM", "STSM"):
             result.shared_accesses += 1
         elif base == "BAR":
@@ -196,12 +170,16 @@ def tool(name: str) -> str:
     return found
 
 
-def run_tool(name: str, *arguments: str, cwd: Path | None = None) -> str:
+def run_tool(
+    name: str, *arguments: str, cwd: Path | None = None, hear: Callable[[str], object] = len
+) -> str:
+    """What it prints. hear: called with what it complains about, where it succeeds all the same."""
     result = subprocess.run(
         [tool(name), *arguments], cwd=cwd, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
         raise RuntimeError(f"{name} {' '.join(arguments)} failed: {result.stderr.strip()[-500:]}")
+    hear(result.stderr)
     return result.stdout
 
 

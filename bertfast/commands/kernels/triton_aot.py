@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bertfast
 
+from .hot import Hot
 from .rows import Row
 
 TAG = "bertfast kernels: "  # starts the subprocess's lines: a compiler may print too
@@ -76,4 +77,6 @@ def read(
 def _row(fields: dict) -> Row:
     for name in ("loads", "stores"):  # JSON's keys are strings
         fields[name] = {int(bits): count for bits, count in fields[name].items()}
+    if fields["hot"] is not None:
+        fields["hot"] = Hot(**fields["hot"])
     return Row(**fields)

@@ -10,7 +10,7 @@ that runs once a turn, which is more than runs for each.
 import torch
 
 from ...packing.sequences import Sequences
-from ..aot import CUDA_NAMES, Case, Launch
+from ..aot import CUDA_NAMES, Case, Launch, Work
 from ..dropout import NO_DROPOUT, Dropout
 from . import run
 
@@ -83,7 +83,28 @@ def triton_case(launch: Launch) -> Case | None:
     shorter = planned and not single and "BLOCK_T" in values
     scores = values["BLOCK_M"] * values["BLOCK_T" if shorter else "BLOCK_N"]
     figures = dict(loop=not single, again=planned, scalar_stores=1)
-    return launch.case(label, "q_ptr", "q_ptr", scores, **figures)
+    work = None if values["q_ptr"].dtype == torch.float32 else _triton_work(launch, pass_)
+    return launch.case(label, "q_ptr", "q_ptr", scores, work=work, **figures)
+
+
+def _triton_work(launch: Launch, pass_: str) -> Work:
+    """Of the loop in which every score counts, if there is such a one."""
+    rows, columns, width = (launch.values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
+    scores, to_queries, to_keys = (rows, width), (rows, columns), (columns, rows)
+    products = {
+        "forward": (scores, to_queries),
+        "dq": (scores, scores, to_queries),
+        "dkv": (scores, scores, to_keys, to_keys),
+        "whole": (scores, scores, to_keys, to_keys, to_queries),
+    }[pass_]
+    by_keys = pass_ in ("forward", "dq")
+    return Work(
+        *(rows, columns, width, products),
+        streamed=columns if by_keys else rows,
+        dropout=launch.has("seed_ptr"),
+        scales=pass_ == "forward" and not launch.values["SINGLE"],
+        wgmma=min(least for least, _ in products) >= 64 and launch.threads >= 128,
+    )
 
 
 _STAGES = 2
@@ -107,6 +128,16 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         return None
     dtype, head_dim, dropout = arguments[0], int(arguments[1]), arguments[2] == "true"
     in_stage, at_a_time = _cuda_keys_at_a_time(kernel, head_dim)
+    products = {"forward": 2, "backward_dq": 3, "backward_dkv": 4}[
+        kernel.removeprefix("attention_").removesuffix("_kernel")
+    ]
+    work = Work(
+        *(16 * _CUDA_WARPS, in_stage, head_dim, ((16 * _CUDA_WARPS, head_dim),) * products),
+        streamed=in_stage,
+        dropout=dropout,
+        scales=kernel == "attention_forward_kernel",
+        turns=in_stage // at_a_time,
+    )
     row_bytes = 2 * head_dim
     shared = _STAGES * 2 * in_stage * row_bytes
     # Where the tile lies, and of a shared one its keys and what threads know of it. A key mask adds
@@ -124,4 +155,5 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         again=True,
         scalar_loads=1 if kernel == "attention_backward_dkv_kernel" else 0,  # lse with delta
         dynamic_shared=shared,
+        work=work,
     )

@@ -9,6 +9,14 @@ most warps on a multiprocessor. None was measured on a GPU yet. What else the co
     60 instructions per score, against 15 in the loops of the two kernels together.
   - Whole rows of 256 keys in the forward spill 32 to 128 bytes on sm_90: from 128 keys on it is
     online.
+  - Where a product feeds another and a block has more warps than its rows have sixteens, mma.sync
+    does it twice: 64 queries need four warps. dq at a head dimension of 128 has eight all the same,
+    as with four it spills.
+  - With two stages a turn's loads are copied during the turn before. In a backward this helps where
+    dq of a packed batch is multiplied by mma.sync: every load is asynchronous instead of none, with
+    fewer instructions and at most 238 registers instead of 255; masked or with a plan it spills. On
+    sm_90 the compiler says C7515 of dkv with two stages, as of a masked forward: it waits after
+    every wgmma, 16 times for 4 products. There dq would have a block less on a multiprocessor.
   - A head dimension of 96 is padded to 128 in registers, not in memory: a third more products and
     registers than it needs.
 """
@@ -74,14 +82,18 @@ class _Line:
     dropout: bool | None = None  # with it, without it, or either
     tile: int | None = None  # of the plan, 0: none; or any
     arch: int | None = None  # only this class
+    masked: bool | None = None  # with a key_mask, without it, or either
 
-    def serves(self, arch: int, length: int, width: int, dropout: bool, tile: int) -> bool:
+    def serves(
+        self, arch: int, length: int, width: int, dropout: bool, tile: int, masked: bool
+    ) -> bool:
         return (
             self.arch in (None, arch)
             and (self.length is None or length <= self.length)
             and width <= self.width
             and self.dropout in (None, dropout)
             and self.tile in (None, tile)
+            and self.masked in (None, masked)
         )
 
 
@@ -94,6 +106,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
         _Line(Config(64, 64, 4, 1), length=64),
         _Line(Config(64, 128, 4, 1), length=128, tile=0),
         _Line(Config(64, 64, 4, 1), tile=64, dropout=False, arch=100),
+        _Line(Config(64, 64, 4, 1), masked=True, arch=90),
         _Line(Config(64, 64, 4, 2)),
     ),
     ("forward", "mma"): (
@@ -117,7 +130,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ("dq", "mma"): (
         _Line(Config(32, 32, 2, 1), tile=32, width=64),
         _Line(Config(32, 32, 4, 1), tile=32),
-        _Line(Config(64, 32, 8, 1), width=64, arch=120),
+        _Line(Config(64, 64, 4, 2), width=64, tile=0, masked=False),
         _Line(Config(64, 64, 4, 1), width=64),
         _Line(Config(64, 32, 8, 1)),
     ),
@@ -133,6 +146,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ),
     ("dkv", "mma"): (
         _Line(Config(32, 32, 4, 1), tile=32),
+        _Line(Config(64, 64, 4, 1), width=32, tile=0),
         _Line(Config(32, 64, 4, 1), width=32),
         _Line(Config(32, 32, 4, 1), width=64),
         _Line(Config(32, 64, 8, 1)),
@@ -151,7 +165,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
         _Line(None, tile=32),
         _Line(Config(32, 64, 8, 1), length=64, width=64, tile=64),
         _Line(Config(64, 64, 4, 1), length=64, width=64),
-        _Line(Config(16, 128, 8, 1), length=128, width=32, tile=0),
+        _Line(Config(128, 128, 8, 1), length=128, width=32, tile=0),
         _Line(Config(16, 128, 8, 1), length=128, width=64, tile=0, arch=120),
         _Line(Config(32, 128, 8, 1), length=128, width=64, tile=0),
         _Line(None),
@@ -170,6 +184,7 @@ class Split(NamedTuple):
     length: int
     dropout: bool
     tile: int
+    masked: bool = False  # with a key_mask
 
     @property
     def lines(self) -> tuple[_Line, ...]:
@@ -181,7 +196,11 @@ class Split(NamedTuple):
         """Its name in a file of measurements."""
         words = (f"{8 * self.itemsize}-bit", f"D{self.head_dim}")
         longest = limits.length_class(self.length)
-        how = ("dropout" if self.dropout else None, f"tile{self.tile}" if self.tile else None)
+        dropout, tile = (
+            "dropout" if self.dropout else None,
+            f"tile{self.tile}" if self.tile else None,
+        )
+        how = (dropout, tile, "masked" if self.masked else None)
         return tuned.key(self.pass_, *words, f"length{longest}", *how)
 
     def fits(self, chosen: Config | None) -> bool:
@@ -203,11 +222,12 @@ def config(
     length: int,
     dropout: bool,
     tile: int,
+    masked: bool = False,
     device: torch.device | None = None,
 ) -> Config | None:
-    """The configuration of a pass. device: a GPU, whose measurements come first.
-    None for "whole" where one tile can't hold all keys: then dq and dkv run."""
-    split = Split(pass_, arch, itemsize, head_dim, length, dropout, tile)
+    """The configuration of a pass. masked: with a key_mask. device: a GPU, whose measurements come
+    first. None for "whole" where one tile can't hold all keys: then dq and dkv run."""
+    split = Split(pass_, arch, itemsize, head_dim, length, dropout, tile, masked)
     if pass_ in _trial and split.fits(_trial[pass_]):
         return _trial[pass_]
     choice = tuned.current(device).splits.get(split.key) if device else None
@@ -215,7 +235,7 @@ def config(
         chosen = Config.of(choice.chosen, "measurement")
         if split.fits(chosen):
             return chosen
-    case = (arch, length, block_d(head_dim), dropout, tile)
+    case = (arch, length, block_d(head_dim), dropout, tile, masked)
     for line in split.lines:
         if line.serves(*case):
             return line.config

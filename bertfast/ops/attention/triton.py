@@ -52,7 +52,7 @@ class _Batch:
             lse_strides = (self.heads * self.length, self.length)
         self.tiles, self.tile = sequences.tiles, sequences.tile
         size = (self.itemsize, self.head_dim, self.length, self.dropout, self.tile)
-        self.case = (*size, q.device if q.is_cuda else None)
+        self.case = (*size, key_mask is not None, q.device if q.is_cuda else None)
         # A tile more where dropout's coordinates start inside the row, at a multiple of the tile.
         self.extra = int(key_mask is not None and self.dropout)
         mask = None if key_mask is None else key_mask.view(torch.uint8)

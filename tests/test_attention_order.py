@@ -1,0 +1,79 @@
+"""The order in which "auto" tries attention's backends."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bertfast.commands.kernels import budget, peers
+from bertfast.ops import dispatch
+from bertfast.ops.attention import limits, order
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, first",
+    [
+        (90, 64, "triton"),
+        (90, 32, "triton"),
+        (90, 128, "cuda"),
+        (80, 64, "cuda"),
+        (89, 64, "cuda"),
+        (120, 32, "cuda"),
+        (100, 64, "cuda"),
+        (75, 64, "cuda"),
+        (90, None, "triton"),
+    ],
+)
+def test_the_first_backend_by_architecture_and_head_dimension(capability, head_dim, first):
+    found = order.line(capability, head_dim).order
+    assert found[0] == first and sorted(found) == ["cuda", "torch", "triton"]
+
+
+def test_every_line_says_what_it_rests_on():
+    for line in order.LINES:
+        assert re.match("measured on .+|machine code: .+|not measured", line.evidence)
+        assert 0 < line.width <= limits.MAX_HEAD_DIM
+    assert order.LINES[-1].capabilities == ()
+
+
+def test_the_counts_that_lines_quote_are_the_committed_ones():
+    counts = {
+        (one.name, one.pass_, one.form, one.arch): one
+        for one in peers.ours(budget.load()[budget.HOT_PATHS])
+    }
+    hopper = order.line(90, 64).evidence
+    quoted = {
+        pass_: [counts[f"bertfast {name}", pass_, "D 64", "sm_90a"] for name in ("triton", "cuda")]
+        for pass_ in ("forward", "backward")
+    }
+    for number in (0, 1):
+        forward, backward = (quoted[pass_][number] for pass_ in ("forward", "backward"))
+        both = f"{forward.instructions:.1f}", f"{backward.instructions:.1f}"
+        assert all(text in hopper for text in both), both
+        shared = f"{forward.shared_bytes:.0f}", f"{backward.shared_bytes:.0f}"
+        assert all(text in hopper for text in shared), shared
+
+
+def test_auto_follows_the_table_of_each_device(monkeypatch):
+    """With GPUs on which nothing was measured and every backend can run."""
+    capabilities = [(9, 0), (8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu.index])
+    monkeypatch.setattr(dispatch.tuned, "current", lambda gpu: SimpleNamespace(backends={}))
+    monkeypatch.setattr(dispatch, "unsupported_reason", lambda *case: None)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    for index, chosen in enumerate(("triton", "cuda")):
+        gpu = torch.device("cuda", index)
+        for op in ("attention", "attention_qkv"):
+            assert dispatch.choose(op, "auto", gpu, torch.bfloat16, 64) == chosen
+        assert dispatch.choose("layer_norm", "auto", gpu, torch.bfloat16, 768) == "cuda"
+    assert dispatch.choose("attention", "auto", torch.device("cpu"), torch.bfloat16, 64) == "torch"
+
+
+def test_what_was_measured_goes_first(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    case = (torch.bfloat16, 64)
+    measured = {dispatch.tuned.key("attention", *case): SimpleNamespace(chosen="cuda")}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
+    monkeypatch.setattr(dispatch.tuned, "current", lambda gpu: SimpleNamespace(backends=measured))
+    assert dispatch._order("attention", gpu, case)[0] == "cuda"
