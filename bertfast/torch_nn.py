@@ -23,7 +23,7 @@ from .nn.eligibility import Facts, facts_of, layer_facts
 from .nn.hooks import has_user_hooks, sees_layout
 from .nn.joined import JoinedWeights
 from .nn.layer import Call, for_layers, run_layer
-from .nn.modules import Weights, has_own_forward, plain
+from .nn.modules import Weights, has_own_forward, is_spread, plain
 from .nn.parts import Parts
 from .nn.per_token import why_rows_are_seen
 from .notice import warn_once
@@ -140,6 +140,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             for module in child.modules():
                 if has_user_hooks(module):
                     return f"a hook on its {type(module).__name__} has to be called"
+        if is_spread(self):
+            return "its modules are spread over several devices"
         return None
 
     def attributes(self) -> list[tuple[dict, str]]:

@@ -12,7 +12,7 @@ from ..nn.eligibility import Facts, facts_of
 from ..nn.hooks import has_user_hooks, is_replaced
 from ..nn.joined import JoinedWeights
 from ..nn.layer import Call, Parts, run_layer
-from ..nn.modules import has_own_forward
+from ..nn.modules import has_own_forward, is_spread
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..packing.batch import Batch
@@ -103,6 +103,8 @@ class Layer(Swapped):
                 return f"the forward of {kind.__name__} was replaced"
         if is_replaced(self):
             return "its forward was replaced on the instance"
+        if is_spread(self):
+            return "its modules are spread over several devices"
         return None
 
     def _find(self) -> Facts:

@@ -296,7 +296,10 @@ def _encoder_forward(original: Any) -> Callable:
         if hidden_states.shape[:2] == batch.padded_shape:
             hidden_states = batch.pack(hidden_states)
         outputs = original.forward(self, hidden_states, *args, **kwargs)
-        outputs.last_hidden_state = batch.unpack(outputs.last_hidden_state)
+        last = outputs.last_hidden_state
+        if batch.index is not None and batch.index.device != last.device:
+            batch = batch.to(last.device)  # the last layer is on another device than the first
+        outputs.last_hidden_state = batch.unpack(last)
         return outputs
 
     return forward

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .modules import is_hooked
+from .modules import is_hooked, place_of
 
 # transformers' own hooks, which record hidden states and attentions: once asked for they stay on a
 # model for good, and do nothing unless asked again.
@@ -17,7 +17,9 @@ _MOVERS = ("torch.distributed.", "accelerate.hooks")
 
 def has_user_hooks(module: nn.Module) -> bool:
     """True if a hook would be missed if the module weren't called."""
-    return is_hooked(module) and _is_hooked_by_others(module, _RECORDERS)
+    if not is_hooked(module) or place_of(module) is not None:
+        return False
+    return _is_hooked_by_others(module, _RECORDERS)
 
 
 def has_global_hooks() -> bool:

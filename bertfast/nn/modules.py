@@ -28,9 +28,13 @@ class Weights(NamedTuple):
 
 
 def untouched(module: nn.Module, kind: type, clean: bool = False) -> bool:
-    """True if the module is exactly of this class and its call has no hook. clean: known to have
-    none."""
-    return type(module) is kind and (clean or (not is_hooked(module) and has_own_forward(kind)))
+    """True if the module is exactly of this class and its call has no hook but one that brings its
+    input to where its weights are. clean: known to have none."""
+    if type(module) is not kind:
+        return False
+    return clean or (
+        (not is_hooked(module) or place_of(module) is not None) and has_own_forward(kind)
+    )
 
 
 def has_own_forward(kind: Any) -> bool:
@@ -52,6 +56,31 @@ def is_hooked(module: nn.Module) -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def place_of(module: nn.Module) -> Any:
+    """Where accelerate brings a module's input, if that is all that hangs on the module: the device
+    on which its weights stay. So does `dispatch_model`, or device_map, to every module."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    kind = type(hook)
+    if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):
+        return None
+    others = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    more = hook.offload or hook.io_same_device or hook.no_grad
+    if any(others) or more or torch_module._has_any_global_hook():
+        return None
+    before = module.__dict__.get("_old_forward")
+    own = getattr(before, "__self__", None) is module
+    own = own and getattr(before, "__func__", None) is type(module).forward
+    return hook.execution_device if own else None
+
+
+def is_spread(module: nn.Module) -> bool:
+    """True if what is inside a module brings its inputs to several devices."""
+    return len({place for part in module.modules() if (place := place_of(part)) is not None}) > 1
 
 
 def plain(tensor: torch.Tensor | None) -> bool:

@@ -93,22 +93,47 @@ def test_sentence_transformers():
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=HIDDEN_ATOL)
 
 
-def test_a_model_spread_over_two_devices(monkeypatch):
-    """accelerate hooks every module inside a layer, which then runs its original code, and says
-    so. Layers that nothing hooks have their batch moved to where they are: bertfast's own."""
+SPREAD = {"embeddings": 0, "encoder.layer.0": 0, "encoder.layer.1": 1, "pooler": 1}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_model_spread_over_two_devices(kept, when):
+    """As device_map="auto" does: accelerate's hook on every module brings inputs to it."""
+    accelerate = pytest.importorskip("accelerate", reason="its dispatch is tested")
+    pytest.importorskip("transformers")
+    stock, inputs = tiny().to(torch.bfloat16), batch()
+    real = inputs["attention_mask"].bool()
+    options = dict(packed=not kept)
+    expected = bertfast.optimize(copy.deepcopy(stock), backend="cuda", **options)(**inputs)[0]
+    model = copy.deepcopy(stock)
+    if when == "before":
+        model = bertfast.optimize(model, **options)
+    model = accelerate.dispatch_model(model, SPREAD)
+    bertfast.optimize(model, **options)
+    kernels.launches.clear()
+    hidden = model(**inputs)[0]
+    assert torch.equal(hidden.cpu()[real], expected[real])
+    assert [launch.device for launch in kernels.launches] == [0] * 4 + [1] * 4
+    assert [row.reason for row in bertfast.report(model)] == [None, None]
+    hidden[real].float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "pooler" not in n)
+
+
+def test_a_layer_spread_over_two_devices(monkeypatch):
     accelerate = pytest.importorskip("accelerate", reason="its dispatch is tested")
     pytest.importorskip("transformers")
     monkeypatch.setattr(notice, "_told", set())
-    stock, inputs = tiny(), batch()
-    expected = stock(**inputs)[0]
-    model = bertfast.optimize(copy.deepcopy(stock))
-    devices = {"embeddings": 0, "encoder.layer.0": 0, "encoder.layer.1": 1, "pooler": 1}
-    model = accelerate.dispatch_model(model, devices)
-    with pytest.warns(UserWarning, match="runs the original code of a BertLayer: a hook on its"):
+    stock, inputs = tiny(num_hidden_layers=1), batch()
+    parts = {"attention": 0, "intermediate": 1, "output": 1}
+    layer = {f"encoder.layer.0.{name}": device for name, device in parts.items()}
+    model = accelerate.dispatch_model(
+        bertfast.optimize(copy.deepcopy(stock)), {"embeddings": 0, **layer, "pooler": 1}
+    )
+    with pytest.warns(UserWarning, match="its modules are spread over several devices"):
         got = model(**inputs)[0]
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(got.cpu()[real], expected[real], rtol=0, atol=HIDDEN_ATOL)
-    assert "a hook on its BertAttention" in bertfast.report(model)[0].reason
+    torch.testing.assert_close(got.cpu()[real], stock(**inputs)[0][real], rtol=0, atol=HIDDEN_ATOL)
 
 
 @pytest.mark.parametrize("masked", [True, False])
