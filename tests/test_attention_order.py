@@ -55,6 +55,39 @@ def test_the_counts_that_lines_quote_are_the_committed_ones():
         assert all(text in hopper for text in shared), shared
 
 
+@pytest.mark.parametrize(
+    "capability, width, arch, triton, cuda",
+    [
+        (
+            90,
+            128,
+            "sm_90a",
+            ["dkv, masked, D 128, up to 512, dropout"],
+            ["D 128, 64 x 16, dropout"],
+        ),
+        (
+            80,
+            64,
+            "sm_80",
+            ["dkv, packed, D 64, up to 512", "dkv, packed, D 64, up to 512, dropout"],
+            ["D 64, 64 x 16", "D 64, 64 x 16, dropout"],
+        ),
+    ],
+)
+def test_the_counts_of_dkv_are_the_committed_ones_too(capability, width, arch, triton, cuda):
+    lines = budget.load()[budget.HOT_PATHS]
+    quoted = [
+        f"{lines[source, kernel, label, 'bfloat16', arch].instructions:.0f}"
+        for source, kernel, labels in (
+            ("triton", "attention_bwd_dkv_kernel", triton),
+            ("cuda", "attention_backward_dkv_kernel", cuda),
+        )
+        for label in labels
+    ]
+    found = re.findall(r"\d+", order.line(capability, width).evidence.partition("takes")[2])
+    assert found == quoted
+
+
 def test_auto_follows_the_table_of_each_device(monkeypatch):
     """With GPUs on which nothing was measured and every backend can run."""
     capabilities = [(9, 0), (8, 0)]

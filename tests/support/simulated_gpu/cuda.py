@@ -214,7 +214,8 @@ def install(path: str) -> None:
         device_count=lambda: DEVICES,
         current_device=lambda: _index(),
         set_device=_set_device,
-        get_device_capability=lambda device=None: (9, 0),
+        # Where "auto" takes attention's CUDA kernels: Triton's interpreter is slow.
+        get_device_capability=lambda device=None: (8, 0),
         get_device_name=lambda device=None: PROPERTIES.name,
         get_device_properties=lambda device=None: PROPERTIES,
         is_bf16_supported=lambda *args, **kwargs: True,
