@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import simulated_gpu
+from support.simulated_gpu import build
 
 TESTS = Path(__file__).parent
 FILES = {file.stem: [str(file)] for file in sorted((TESTS / "simulated").glob("test_*.py"))}
@@ -55,3 +56,26 @@ def test_on_the_simulated_gpu(name):
     )
     said = f"{simulated_gpu.SWITCH}=1 {shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, said
+
+
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("version", "2.12.1+cpu", "was tried with torch 2.13"),
+        ("compiler", ["no-such-compiler"], "there is no no-such-compiler"),
+        ("kernels", True, "has CUDA devices of its own"),
+    ],
+)
+def test_why_there_is_none(name, value, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(build.importlib.metadata, "version", lambda package: "2.13.0+cpu")
+    monkeypatch.setattr(build, "_compiler", lambda: [sys.executable])
+    monkeypatch.setattr(build, "_torch", lambda: tmp_path)
+    assert build.why_not() is None
+    if name == "version":
+        monkeypatch.setattr(build.importlib.metadata, "version", lambda package: value)
+    elif name == "compiler":
+        monkeypatch.setattr(build, "_compiler", lambda: value)
+    else:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    assert reason in build.why_not()
