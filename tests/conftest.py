@@ -18,7 +18,7 @@ if not GPU:
 torch.manual_seed(0)  # random values in tables of cases: every process must find the same tests
 # The number of threads of every test. Numbers depend on it, as sums are split over threads.
 THREADS = int(os.environ.get("BERTFAST_TEST_THREADS", "0"))
-if THREADS or "PYTEST_XDIST_WORKER" in os.environ:
+if THREADS or SIMULATED or "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(THREADS or 1)  # there is a process for each core already
 
 import pytest  # noqa: E402
@@ -76,7 +76,7 @@ def _one_thread(request):
     """The models of these tests are too small for threads to help."""
     threads = torch.get_num_threads()
     small = ("test_hf_", "test_torch_nn", "test_model_", "test_fuzz")
-    if not THREADS and (SIMULATED or request.path.name.startswith(small)):
+    if not THREADS and request.path.name.startswith(small):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
