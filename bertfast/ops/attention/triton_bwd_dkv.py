@@ -301,7 +301,7 @@ def attention_bwd_dkv_kernel(
     i_first = 0
     if mask_ptr is not None:
         mask_ptr += wide(batch) * mask_batch
-        low, high = attended(mask_ptr, length)
+        low, high, _ = attended(mask_ptr, length)
         if WHOLE:
             j0 = low  # so the tile holds all that count, wherever they start
         elif seed_ptr is not None:

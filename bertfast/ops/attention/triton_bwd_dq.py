@@ -74,7 +74,7 @@ def _dq_tile(
     site,
     threshold,
     keep_scale,
-    batch,  # where the tile lies, and low and high: which keys count
+    batch,  # where the tile lies, and low, high and solid: which keys count
     head,
     first,
     start,
@@ -82,6 +82,7 @@ def _dq_tile(
     many,
     low,
     high,
+    solid,
     begin,  # WINDOW: the positions of the sequence to do
     end,
     zero,
@@ -135,11 +136,11 @@ def _dq_tile(
     # 2. over the keys: as in the forward, blocks in which every key counts, then the rest
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     FLOAT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    ALL_CHECKED: tl.constexpr = mask_ptr is not None or FLOAT
+    ALL_CHECKED: tl.constexpr = FLOAT
     STEPS: tl.constexpr = (BLOCK_N, BLOCK_N if ALL_CHECKED else BLOCK_T)
     full = low
     if not ALL_CHECKED:
-        full = high // BLOCK_N * BLOCK_N
+        full = low + (solid - low) // BLOCK_N * BLOCK_N
         if tiles_ptr is not None:
             full = tl.where(many > 1, 0, full)
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
@@ -154,7 +155,7 @@ def _dq_tile(
             on = keys < high
             if WINDOW:
                 on = (keys >= begin) & (keys < end)
-            if mask_ptr is not None:
+            if CHECK and mask_ptr is not None:
                 on = on & (tl.load(mask_ptr + keys, mask=on, other=0) != 0)
             k_block = k_ptr + wide(j0) * k_token
             v_block = v_ptr + wide(j0) * v_token
@@ -260,9 +261,10 @@ def attention_bwd_dq_kernel(
     )
     low = 0
     high = length
+    solid = length
     if mask_ptr is not None:
         mask_ptr += wide(batch) * mask_batch
-        low, high = attended(mask_ptr, length)
+        low, high, solid = attended(mask_ptr, length)
         if seed_ptr is not None:
             first -= (BLOCK_M - low % BLOCK_M) % BLOCK_M  # as in the forward
     if first >= length:
@@ -274,7 +276,7 @@ def attention_bwd_dq_kernel(
         *(tiles_ptr, seed_ptr, dout_batch, dout_token, dout_head, q_batch, q_token, q_head),
         *(k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token, out_head),
         *(dq_batch, dq_token, dq_head, lse_batch, lse_head, heads, scale, scale_log2, site),
-        *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
+        *(threshold, keep_scale, batch, head, first, start, length, many, low, high, solid),
         *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
         WINDOW=False,
     )
@@ -290,7 +292,7 @@ def attention_bwd_dq_kernel(
                     *(q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
                     *(out_batch, out_token, out_head, dq_batch, dq_token, dq_head, lse_batch),
                     *(lse_head, heads, scale, scale_log2, site, threshold, keep_scale, batch, head),
-                    *(first, start, length, many, low, high),
+                    *(first, start, length, many, low, high, solid),
                     *(begin, end, zero, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
                     WINDOW=True,
                 )

@@ -53,17 +53,22 @@ def find_tile(cu_ptr, tiles_ptr, heads, n_tiles, length, BLOCK: tl.constexpr, PA
 
 @triton.jit
 def attended(mask_ptr, length):
-    """The first attended position, and one past the last; (0, 0) if there is none."""
+    """The first attended position, one past the last, and up to where all are attended: one past
+    the last, or the first where there is a gap. Zeros if none is."""
     index = tl.arange(0, 512)
     low = tl.full((512,), 0x7FFFFFFF, tl.int32)
     high = tl.zeros((512,), tl.int32)
+    count = tl.zeros((512,), tl.int32)
     for first in range(0, length, 512):
         position = first + index
         on = tl.load(mask_ptr + position, mask=position < length, other=0) != 0
         low = tl.minimum(low, tl.where(on, position, 0x7FFFFFFF))
         high = tl.maximum(high, tl.where(on, position + 1, 0))
+        count += on.to(tl.int32)
     end = tl.max(high, axis=0)
-    return tl.minimum(tl.min(low, axis=0), end), end
+    start = tl.minimum(tl.min(low, axis=0), end)
+    solid = tl.where(tl.sum(count, axis=0) == end - start, end, start)
+    return start, end, solid
 
 
 @triton.jit

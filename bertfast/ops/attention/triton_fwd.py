@@ -69,7 +69,7 @@ def _forward_tile(
     site,
     threshold,
     keep_scale,
-    batch,  # where the tile lies, and low and high: which keys count
+    batch,  # where the tile lies, and low, high and solid: which keys count
     head,
     first,
     start,
@@ -77,6 +77,7 @@ def _forward_tile(
     many,
     low,
     high,
+    solid,
     begin,  # WINDOW: the positions of the sequence to do
     end,
     zero,
@@ -126,11 +127,11 @@ def _forward_tile(
         seed = tl.load(seed_ptr)
     # One loop for float32, whose products are what takes time; two would spill.
     FLOAT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    ALL_CHECKED: tl.constexpr = mask_ptr is not None or SINGLE or FLOAT
+    ALL_CHECKED: tl.constexpr = SINGLE or FLOAT
     STEPS: tl.constexpr = (BLOCK_N, BLOCK_N if ALL_CHECKED else BLOCK_T)
     full = low
     if not ALL_CHECKED:
-        full = high // BLOCK_N * BLOCK_N
+        full = low + (solid - low) // BLOCK_N * BLOCK_N
         if tiles_ptr is not None:
             full = tl.where(many > 1, 0, full)
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
@@ -147,7 +148,7 @@ def _forward_tile(
             on = keys < high
             if WINDOW:
                 on = (keys >= begin) & (keys < end)
-            if mask_ptr is not None:
+            if CHECK and mask_ptr is not None:
                 on = on & (tl.load(mask_ptr + keys, mask=on, other=0) != 0)
             k_block = k_ptr + wide(j0) * k_token
             k = load_tile(k_block, k_offsets, on, columns, D, BLOCK_D, CHECK)
@@ -275,9 +276,10 @@ def attention_fwd_kernel(
     )
     low = 0
     high = length
+    solid = length
     if mask_ptr is not None:
         mask_ptr += wide(batch) * mask_batch
-        low, high = attended(mask_ptr, length)
+        low, high, solid = attended(mask_ptr, length)
         if seed_ptr is not None:
             # Dropout counts from the first token: tiles start at multiples of BLOCK_M from there.
             first -= (BLOCK_M - low % BLOCK_M) % BLOCK_M
@@ -289,7 +291,7 @@ def attention_fwd_kernel(
         *(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, cu_ptr, tiles_ptr, seed_ptr),
         *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
         *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
-        *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
+        *(threshold, keep_scale, batch, head, first, start, length, many, low, high, solid),
         *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
         WINDOW=False,
     )
@@ -303,7 +305,19 @@ def attention_fwd_kernel(
                     *(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, cu_ptr, tiles_ptr, seed_ptr),
                     *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
                     *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
-                    *(threshold, keep_scale, batch, head, first, start, length, many, low, high),
+                    *(
+                        threshold,
+                        keep_scale,
+                        batch,
+                        head,
+                        first,
+                        start,
+                        length,
+                        many,
+                        low,
+                        high,
+                        solid,
+                    ),
                     *(
                         begin,
                         end,
