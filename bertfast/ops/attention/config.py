@@ -13,10 +13,10 @@ most warps on a multiprocessor. None was measured on a GPU yet. What else the co
     does it twice: 64 queries need four warps. dq at a head dimension of 128 has eight all the same,
     as with four it spills.
   - With two stages a turn's loads are copied during the turn before. In a backward this helps where
-    dq of a packed batch is multiplied by mma.sync: every load is asynchronous instead of none, with
-    fewer instructions and at most 238 registers instead of 255; masked or with a plan it spills. On
-    sm_90 the compiler says C7515 of dkv with two stages, as of a masked forward: it waits after
-    every wgmma, 16 times for 4 products. There dq would have a block less on a multiprocessor.
+    dq is multiplied by mma.sync: every load is asynchronous instead of none, with fewer
+    instructions and at most 246 registers instead of 255; with a plan it spills. On sm_90 the
+    compiler says C7515 of dkv with two stages: it waits after every wgmma, 16 times for 4 products.
+    There dq would have a block less on a multiprocessor.
   - A head dimension of 96 is padded to 128 in registers, not in memory: a third more products and
     registers than it needs.
 """
@@ -106,7 +106,6 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
         _Line(Config(64, 64, 4, 1), length=64),
         _Line(Config(64, 128, 4, 1), length=128, tile=0),
         _Line(Config(64, 64, 4, 1), tile=64, dropout=False, arch=100),
-        _Line(Config(64, 64, 4, 1), masked=True, arch=90),
         _Line(Config(64, 64, 4, 2)),
     ),
     ("forward", "mma"): (
@@ -116,6 +115,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
         _Line(Config(64, 128, 4, 1), length=128, tile=0, dropout=False),
         _Line(Config(128, 128, 8, 1), length=128, tile=0, width=64),
         _Line(Config(64, 64, 4, 2), dropout=False, width=64),
+        _Line(Config(64, 64, 4, 2), masked=True, width=64),
         _Line(Config(64, 64, 4, 1), width=64),
         _Line(Config(64, 64, 4, 1), dropout=False),
         _Line(Config(64, 32, 4, 1)),
@@ -130,7 +130,7 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
     ("dq", "mma"): (
         _Line(Config(32, 32, 2, 1), tile=32, width=64),
         _Line(Config(32, 32, 4, 1), tile=32),
-        _Line(Config(64, 64, 4, 2), width=64, tile=0, masked=False),
+        _Line(Config(64, 64, 4, 2), width=64, tile=0),
         _Line(Config(64, 64, 4, 1), width=64),
         _Line(Config(64, 32, 8, 1)),
     ),

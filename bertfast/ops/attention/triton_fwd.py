@@ -119,7 +119,8 @@ def _forward_tile(
         row_which, row_origin = segments(cu_ptr, batch, start, many, rows)
 
     # 2. over the keys: blocks in which every key counts for every query, then the rest, in smaller
-    # steps, as most of the last block may be beyond the sequence's end
+    # steps, as most of the last block may be beyond the sequence's end. With a gap in the key_mask
+    # all is the rest.
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
