@@ -114,7 +114,8 @@ def test_what_was_measured_goes_first(monkeypatch):
 
 def test_a_mask_without_gaps_costs_its_ends_only():
     """In Triton, whose kernels are the first choice where they are: of a padded batch that is
-    attended without gaps the hot path is that of a packed one, within 15 %."""
+    attended without gaps the hot path is that of a packed one, within 15 %; within 20 in the whole
+    backward in one kernel, whose dropout may begin anywhere in a group of draws."""
     counts = {
         (label, arch): line.instructions
         for (source, _, label, dtypes, arch), line in budget.load()[budget.HOT_PATHS].items()
@@ -127,5 +128,6 @@ def test_a_mask_without_gaps_costs_its_ends_only():
         first_choice = arch == "sm_90a" or label.startswith(("forward", "dq"))
         if "masked" in label and packed and first_choice:
             compared += 1
-            assert instructions <= 1.15 * packed, (label, arch)
+            most = 1.2 if label.startswith("whole") else 1.15
+            assert instructions <= most * packed, (label, arch)
     assert compared >= 12
