@@ -2,12 +2,15 @@
 
     python benchmarks/host_time.py [--repeats 301] [--out FILE]
 
-The layer is converted with backend="cuda": the kernels compiled for the host take the same Python,
-checks, allocations and binding as on a GPU, and their launch is switched off. With backend="triton"
-launches go to the tests' mock driver, whose C code takes nothing: on a GPU a launch takes some
-microseconds more. The layer is so narrow that the products, and what stock torch calls, take little
-beside the host's work; without oneDNN, which takes tens of microseconds for any product in 16 bits.
-One thread; all take turns; medians. Writes benchmarks/results/host-time-CPU.json.
+Called by itself, and as one of twelve in a model. It is converted with backend="cuda": the kernels
+compiled for the host take the same Python, checks, allocations and binding as on a GPU, and their
+launch is switched off. With backend="triton" launches go to the tests' mock driver, whose C code
+takes nothing: on a GPU a launch takes some microseconds more.
+
+The layer is so narrow that the products, and what stock torch calls, take little beside the host's
+work; without oneDNN, which takes tens of microseconds for any product in 16 bits, and with denormal
+numbers as zeros: memory that no kernel has filled is full of them, and products of them take five
+times as long. One thread; all take turns; medians. Writes benchmarks/results/host-time-CPU.json.
 """
 
 import argparse
@@ -43,7 +46,7 @@ except ImportError:  # there is no Triton
 if os.environ.get("TRITON_INTERPRET") == "1":  # then nothing is launched
     mocked = None
 
-NARROW = models.Model("narrow", width=64, inner=64, layers=1, heads=2)
+NARROW = models.Model("narrow", width=64, inner=64, layers=12, heads=2)
 TOKENS = models.full_batch(1, 2)
 DTYPE = torch.bfloat16  # attention in CUDA takes 16 bits
 STOCK = "HF SDPA"
@@ -57,12 +60,11 @@ def encoder_layer(case: EncoderCase, inputs: object, setting: Setting) -> provid
 
 
 LAYER = ("layer",)
-MOCKED = (
-    providers.Provider("bertfast, Triton", "", LAYER, providers.our_module(backend="triton")),
-)
+BOTH = ("layer", "model")
+MOCKED = (providers.Provider("bertfast, Triton", "", BOTH, providers.our_module(backend="triton")),)
 PROVIDERS = (
-    providers.Provider(STOCK, "", LAYER, providers.hugging_face("sdpa")),
-    providers.Provider("bertfast", "", LAYER, providers.our_module(backend="cuda")),
+    providers.Provider(STOCK, "", BOTH, providers.hugging_face("sdpa")),
+    providers.Provider("bertfast", "", BOTH, providers.our_module(backend="cuda")),
     providers.Provider("bertfast.nn.EncoderLayer", "", LAYER, encoder_layer),
     providers.Provider("nn.TransformerEncoderLayer", "", LAYER, providers.torch_layer_alone),
 )
@@ -72,22 +74,26 @@ PROVIDERS = (
 def host_alone() -> Iterator[None]:
     """No kernel of bertfast runs, nor oneDNN's products."""
     _host.set_dry_launch(True)
+    torch.set_flush_denormal(True)
     torch.backends.mkldnn.enabled = False
     try:
         with contextlib.nullcontext() if mocked is None else mocked(90, False, False):
             yield
     finally:
         torch.backends.mkldnn.enabled = True
+        torch.set_flush_denormal(False)
         _host.set_dry_launch(False)
 
 
-def measured(pass_: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Each provider's microseconds and their share of stock's, which is the median over the turns.
-    Its numbers are checked before the launches are switched off."""
-    case = EncoderCase(NARROW, TOKENS, pass_, DTYPE, layer=True)
+def measured(pass_: str, repeats: int, layer: bool) -> dict[str, dict[str, float]]:
+    """Each provider's microseconds a layer and their share of stock's, which is the median over the
+    turns. Its numbers are checked before the launches are switched off."""
+    case = EncoderCase(NARROW, TOKENS, pass_, DTYPE, layer=layer)
     inputs, setting = case.inputs("cpu", 0), Setting("cpu")
     steps = {}
     for provider in PROVIDERS:
+        if case.kind not in provider.kinds:
+            continue
         runner = provider.make(case, inputs, setting)
         case.check(provider, runner, inputs)
         steps[provider.name] = case.step(runner, inputs)
@@ -99,10 +105,13 @@ def measured(pass_: str, repeats: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, own in times.items():
         share = timing.summarize([a / b for a, b in zip(own, times[STOCK], strict=True)])
-        us = timing.summarize(own).median
+        us = timing.summarize(own).median / (1 if layer else NARROW.layers)
         found[name] = {"us": round(us, 1), f"of {STOCK}": round(share.median, 3)}
         spread = (share.p80 - share.p20) / 2
-        print(f"{pass_}: {name} {us:.0f} us, {share.median:.2f} {PM} {spread:.2f} of {STOCK}")
+        where = "by itself" if layer else "in a model"
+        print(
+            f"{pass_}, {where}: {name} {us:.0f} us, {share.median:.2f} {PM} {spread:.2f} of {STOCK}"
+        )
     return found
 
 
@@ -117,8 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     found: dict[str, object] = asdict(environment("cpu"))
     found["layer"] = f"{TOKENS.name} tokens, width {NARROW.width}, inner {NARROW.inner}, bf16"
-    found["inference"] = measured("forward", options.repeats)
-    found["training"] = measured("forward+backward", options.repeats)
+    for pass_, name in (("forward", "inference"), ("forward+backward", "training")):
+        found[name] = measured(pass_, options.repeats, layer=True)
+        found[f"{name}, in a model"] = measured(pass_, options.repeats, layer=False)
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     path = options.out or ROOT / "benchmarks" / "results" / f"host-time-{cpu}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -312,6 +312,8 @@ def test_host_time_is_a_share_of_stocks(tmp_path):
         assert all(row["us"] > 0 for row in found[mode].values())
         for name in ("bertfast", "bertfast, Triton", "bertfast.nn.EncoderLayer"):
             assert found[mode][name]["of HF SDPA"] < most, (mode, name)
+        for name in ("bertfast", "bertfast, Triton"):
+            assert found[f"{mode}, in a model"][name]["of HF SDPA"] < most, (mode, name)
 
 
 def test_a_checkout_beside_itself(tmp_path):
