@@ -85,9 +85,40 @@ def test_packed_by_the_caller():
     expected = torch.cat([stock(one[None])[0][0] for one in ids])
     close(model(**given)[0][0], expected)
     close(model(**given, max_length_q=20, max_length_k=20)[0][0], expected)
+    longest = torch.tensor(20)
+    close(model(**given, max_length_q=longest, max_length_k=longest)[0][0], expected)
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     with pytest.raises(ValueError, match="packed inputs only"):
         model(**given)
+
+
+def test_the_longest_sequence_is_asked_for_once(monkeypatch):
+    """Not in each layer, as the host may have to wait; and again when the bounds have changed."""
+    _, model = both()
+    ids = torch.randint(5, 90, (1, 12))
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    asked = []
+    for name in ("item", "max"):
+        monkeypatch.setattr(torch.Tensor, name, count_of(name, asked))
+
+    def run():
+        asked.clear()
+        positions = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])[None]
+        packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+        return model(ids, position_ids=positions, **packed)[0]
+
+    first = run()
+    layers = model.config.num_hidden_layers
+    assert layers > 1 and len(asked) == 2  # a max, and its item
+    assert torch.equal(run(), first) and not asked
+    bounds[1] = 2  # 10 tokens: beyond what was kept
+    alone = model(ids[:, 2:], position_ids=torch.arange(10)[None])[0]
+    close(run()[:, 2:], alone)
+
+
+def count_of(name, calls):
+    real = getattr(torch.Tensor, name)
+    return lambda *given, **more: calls.append(1) or real(*given, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -18,9 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-from .. import ops
+from .. import ops, tracing
 
 NAME = "bertfast"  # not with "flash" in it, by which transformers and others take it for another
+_KEPT = "_bertfast_longest"  # of a tensor: its version, and the longest sequence that it tells
 # Arguments of an attention function that change nothing here.
 _HARMLESS = frozenset(
     ("position_ids", "cache_position", "encoder_hidden_states", "output_hidden_states")
@@ -60,10 +61,8 @@ def attention(
     if q.shape[0] != 1:
         raise ValueError(f"inputs with cu_seq_lens_q must have one row, got {q.shape[0]}")
     longest: Any = kwargs.get("max_length_q")
-    if longest is None:
-        longest = cu_seqlens.diff().max()
-    if isinstance(longest, torch.Tensor):
-        longest = longest.item()
+    if longest is None or isinstance(longest, torch.Tensor):
+        longest = _longest(cu_seqlens, longest)
     out = ops.attention(
         *(q[0], k[0], v[0]),
         cu_seqlens=cu_seqlens.to(q.device, torch.int32, non_blocking=True),
@@ -72,6 +71,20 @@ def attention(
         scale=scaling,
     )
     return out[None], None
+
+
+def _longest(cu_seqlens: torch.Tensor, longest: torch.Tensor | None) -> int:
+    """The longest sequence's length. The host waits for it in the first layer only: the tensor that
+    all layers are given then keeps it, for as long as nobody writes to it."""
+    source = cu_seqlens if longest is None else longest
+    counted = not (tracing.is_compiling() or source.is_inference())  # its changes are counted
+    kept = getattr(source, _KEPT, None) if counted else None
+    if kept is not None and kept[0] == source._version:
+        return kept[1]
+    found: Any = (cu_seqlens.diff().max() if longest is None else longest).item()
+    if counted:
+        setattr(source, _KEPT, (source._version, found))
+    return found
 
 
 def _is_ours(
