@@ -7,14 +7,6 @@ from support.layers import gradients, make, make_input
 from bertfast.nn import Encoder, EncoderLayer
 
 
-@pytest.fixture
-def backend(target, need):
-    """The name of the backend, for 16-bit tensors on the CPU or a GPU."""
-    for op in ("attention", "layer_norm", "bias_gelu"):
-        need(op, target)
-    return target
-
-
 def saved_units(module, x, batch=None):
     """Bytes that the graph keeps, besides parameters, in units of x's size."""
     module(x, batch)  # q, k and v find their place
@@ -34,23 +26,23 @@ def saved_units(module, x, batch=None):
 
 
 @pytest.mark.parametrize("recompute, units", [(False, 15), (True, 11)])
-def test_what_is_saved(backend, recompute, units):
+def test_what_is_saved(compiled, recompute, units):
     """In tokens x width x element: x 1, qkv 3, context 1, z 1, u 4, h 4 unless it is made again, z
     1; and of each token some float32 statistics, which are small."""
-    module = EncoderLayer(128, 2, 512, dropout=0.0, attention_dropout=0.0, backend=backend[0])
-    module = module.to(backend[1], torch.bfloat16)
+    module = EncoderLayer(128, 2, 512, dropout=0.0, attention_dropout=0.0, backend=compiled[0])
+    module = module.to(compiled[1], torch.bfloat16)
     module.recompute = recompute
-    x = torch.randn(1, 48, 128, device=backend[1]).to(torch.bfloat16).requires_grad_()
+    x = torch.randn(1, 48, 128, device=compiled[1]).to(torch.bfloat16).requires_grad_()
     statistics = 48 * 4 * (2 + 2 + 2) / x.nbytes  # lse of two heads, two means, two rstds
     assert saved_units(module, x) == pytest.approx(units + statistics, abs=0.01)
 
 
-def test_concatenated_weights_are_never_saved(backend, monkeypatch):
+def test_concatenated_weights_are_never_saved(compiled, monkeypatch):
     """Where q, k and v may not be moved (sharding) they are joined for a product, and again in the
     backward."""
     from bertfast.nn.joined import JoinedWeights
 
-    module, x = make(backend), make_input(backend)
+    module, x = make(compiled), make_input(compiled)
     expected, units = gradients(module, x), saved_units(module, x)
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()

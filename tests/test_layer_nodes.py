@@ -211,9 +211,9 @@ def test_dual_tensors_run_the_reference(compiled, nodes):
     torch.testing.assert_close(found.double(), right, rtol=0, atol=2e-2 * right.abs().max().item())
 
 
-def test_batched_gradients(backend):
+def test_batched_gradients(compiled):
     """Of torch.autograd.grad's is_grads_batched: one after the other, the very same bits."""
-    module, x = make(backend, 0.2), make_input(backend)
+    module, x = make(compiled, 0.2), make_input(compiled)
     y = module(x)
     leaves = [x, *module.parameters()]
     dy = torch.randn(3, *y.shape, device=y.device).to(y.dtype)
@@ -227,7 +227,7 @@ def test_batched_gradients(backend):
             assert (a[number] - b).abs().max() <= 4 * u * scale, name
 
 
-def test_one_seed_serves_all_layers(backend, monkeypatch):
+def test_one_seed_serves_all_layers(compiled, monkeypatch):
     """It is drawn once a forward, and each layer drops other values."""
     from bertfast.nn import layer as module
 
@@ -239,9 +239,9 @@ def test_one_seed_serves_all_layers(backend, monkeypatch):
     state = encoder.layer[0].state_dict()
     for one in encoder.layer:
         one.load_state_dict(state)
-        one.backend = backend[0]
-    encoder = encoder.to(backend[1], torch.bfloat16)
-    x = make_input(backend)
+        one.backend = compiled[0]
+    encoder = encoder.to(compiled[1], torch.bfloat16)
+    x = make_input(compiled)
     outputs = []
     for one in encoder.layer:
         one.register_forward_hook(lambda m, args, y: outputs.append((args[0], y)))

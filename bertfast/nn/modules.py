@@ -80,7 +80,9 @@ def place_of(module: nn.Module) -> Any:
 
 def is_spread(module: nn.Module) -> bool:
     """True if what is inside a module brings its inputs to several devices."""
-    return len({place for part in module.modules() if (place := place_of(part)) is not None}) > 1
+    places = set(map(place_of, module.modules()))
+    places.discard(None)
+    return len(places) > 1
 
 
 def plain(tensor: torch.Tensor | None) -> bool:
