@@ -25,12 +25,13 @@ SPLIT = config.Split("forward", 90, 2, 64, 512, False, 0)
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """Where the choices for a GPU are that this machine seems to have."""
+    """The file of choices for a GPU that this machine seems to have."""
     path = tmp_path / "folder" / "tuned.json"
     monkeypatch.setenv(tuned.VARIABLE, str(path))
     monkeypatch.setattr(tuned, "about", lambda device: dict(HERE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *gpu: (9, 0))
     monkeypatch.setattr(notice, "_told", set())
     tuned.forget()
     yield path
@@ -180,6 +181,7 @@ def test_env_says_where_choices_come_from(file, monkeypatch):
     tuned.forget()
     lines = "\n".join(env.auto_lines(env._auto()))
     assert "layer_norm bfloat16 768: triton, measured here" in lines
+    assert "attention_qkv otherwise: the first of triton, cuda, torch that can run it" in lines
     assert "everything else: the first of cuda, triton, torch that can run it" in lines
     file.unlink()
     monkeypatch.setattr(notice, "_told", set())
@@ -215,7 +217,7 @@ def clocks(*us):
 @pytest.mark.triton
 @pytest.mark.parametrize(("us", "expected"), [((2.0, 1.0), "triton"), ((1.0, 0.99), "cuda")])
 def test_the_faster_one_is_chosen(us, expected):
-    """Where the gain is more than scatter."""
+    """If the gain is more than scatter."""
     found = tuning.Tuning()
     assert tuning.decide(decision(), found, clocks(*us), lambda: False, "cpu")
     assert not found.faults
@@ -275,6 +277,17 @@ def test_each_decision_has_its_calls():
     # An attention's backend is chosen when its splits are.
     order = [made.key for made in found]
     assert order.index("forward 16-bit D16 length64") < order.index("attention bfloat16 16 64")
+
+
+def test_what_auto_takes_anyway_comes_first(file, all_can):
+    """By an op's own table, if it has one: another has to be faster by more than scatter."""
+    order = {}
+    for op, case in (
+        ("attention_qkv", (torch.bfloat16, 64, 512)),
+        ("bias_gelu", (torch.bfloat16,)),
+    ):
+        order[op] = [*tuning._backend_decision(op, case, [], "cuda:0").candidates]
+    assert order == {"attention_qkv": ["triton", "cuda"], "bias_gelu": ["cuda", "triton"]}
 
 
 def test_what_was_known_stays(file):

@@ -58,14 +58,15 @@ def describe() -> dict:
 
 
 def _auto() -> dict:
-    """Where the choices of "auto" on the GPU come from."""
+    """The sources of "auto"'s choices on the GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     file, found = tuned.path(device), tuned.current(device)
     lines = {
         part: {key: choice.chosen for key, choice in choices.items()}
         for part, choices in found._asdict().items()
     }
-    return {"order": dispatch.AUTO_ORDER["cuda"], "file": str(file) if file else None, **lines}
+    orders = {op: dispatch.shipped_order(op, device) for op in dispatch.ops()}
+    return {"order": orders, "file": str(file) if file else None, **lines}
 
 
 def env(as_json: bool = False) -> int:
@@ -106,7 +107,7 @@ def env(as_json: bool = False) -> int:
 
 
 def auto_lines(auto: dict) -> Iterator[str]:
-    """What "auto" follows on the GPU, and from where each line of it is."""
+    """Lines for all that "auto" follows on the GPU, each with its source."""
     if not auto:
         return
     yield '\n"auto" on the GPU'
@@ -115,8 +116,13 @@ def auto_lines(auto: dict) -> Iterator[str]:
             yield paragraph(f"  {key}: {chosen}, measured here", indent=4)
     if auto["file"] and not any(auto[part] for part in tuned.Tuned._fields):
         yield paragraph(f"  nothing was measured here: `bertfast tune` writes {auto['file']}", 2)
-    rest = ", ".join(auto["order"])
-    yield paragraph(f"  everything else: the first of {rest} that can run it", indent=4)
+    usual = dispatch.AUTO_ORDER["cuda"]
+    for op, order in auto["order"].items():
+        if order != usual:
+            text = f"  {op} otherwise: the first of {', '.join(order)} that can run it"
+            yield paragraph(text, indent=4)
+    text = f"  everything else: the first of {', '.join(usual)} that can run it"
+    yield paragraph(text, indent=4)
 
 
 def backend_lines(

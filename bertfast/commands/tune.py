@@ -54,7 +54,7 @@ class Decision:
 
 @dataclass
 class Tuning:
-    """What was found out so far."""
+    """The choices, faults and refusals so far."""
 
     choices: dict[str, dict[str, tuned.Choice]] = field(
         default_factory=lambda: {part: {} for part in tuned.Tuned._fields}
@@ -99,9 +99,10 @@ def _add(found: dict[tuple[str, str], Decision], decision: Decision) -> None:
 
 
 def _backend_decision(op: str, case: tuple, calls: Sequence[Any], device: str) -> Decision:
+    shipped = dispatch.shipped_order(op, torch.device(device), case)
     order = [
         name
-        for name in dispatch.AUTO_ORDER["cuda"]
+        for name in dict.fromkeys((*shipped, *dispatch.AUTO_ORDER["cuda"]))
         if name != "torch" and dispatch.unsupported_reason(op, name, device, *case) is None
     ]
     key = tuned.key(dispatch.ops()[op], *case)

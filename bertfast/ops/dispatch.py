@@ -94,12 +94,19 @@ def _choose(op: str, backend: str, device: torch.device, *case: Any) -> str:
     return backend
 
 
+def shipped_order(op: str, device: torch.device, case: tuple = ()) -> tuple[str, ...]:
+    """The backends in the order in which "auto" tries them where nothing was measured."""
+    table = _table(ops()[op]) if device.type == "cuda" else None
+    if table is not None:
+        return table.order(device, *case)
+    return AUTO_ORDER.get(device.type, ("torch",))
+
+
 def _order(op: str, device: torch.device, case: tuple) -> tuple[str, ...]:
     """The backends in the order in which "auto" tries them."""
+    order = shipped_order(op, device, case)
     if device.type != "cuda":
-        return AUTO_ORDER.get(device.type, ("torch",))
-    table = _table(ops()[op])
-    order = AUTO_ORDER["cuda"] if table is None else table.order(device, *case)
+        return order
     measured = tuned.current(device).backends.get(tuned.key(ops()[op], *case))
     return order if measured is None else (measured.chosen, *order)
 
