@@ -79,7 +79,7 @@ def cores() -> int:
 
 
 def output(*command: str) -> str:
-    """What a quick command prints, or nothing where it fails."""
+    """The output of a quick command, or nothing where it fails."""
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return result.stdout.strip() if result.returncode == 0 else ""
 

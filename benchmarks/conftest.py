@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes, made small enough to commit: statistics, CPU and versions."""
+"""pytest-benchmark's file, made small enough to commit: statistics, CPU and versions."""
 
 import platform
 

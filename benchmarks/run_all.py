@@ -65,7 +65,7 @@ COMPILED = {
 
 @dataclass
 class Run:
-    """What the steps share."""
+    """State that the steps share."""
 
     out: Path
     dry: bool
@@ -133,7 +133,7 @@ def build(run: Run) -> None:
 
 
 def _build_dry(run: Run) -> None:
-    """Whether the build could run: setup.py answers, and which compilers it would find."""
+    """Looks at whether the build could run: setup.py answers, and which compilers it would find."""
     status = run.command([sys.executable, "setup.py", "--name"], "build.log", 30)
     tools = {name: shutil.which(name) or "absent" for name in ("nvcc", "g++")}
     print(f"build not run; setup.py answers: {'yes' if status == 0 else 'no'}, {tools}")
@@ -273,7 +273,7 @@ def plan(dry: bool) -> dict[str, list]:
 
 
 def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
-    """What is measured, and by whom."""
+    """The phases, and the benches that measure them."""
     from bertfast.commands.bench.harness import Bench
     from bertfast.commands.bench.parts import measure_parts
 

@@ -1,4 +1,4 @@
-"""What `bertfast bench` measures on a CPU, by this checkout and by another, in one run.
+"""Times of `bertfast bench` on a CPU, by this checkout and by another, in one run.
 
     python benchmarks/side_by_side.py OLD_CHECKOUT [--repeats 5] [--only TEXT]
 
@@ -51,7 +51,7 @@ def named_cases() -> "Iterator[tuple[str, Case, bool]]":
 
 
 def job_of(case: "Case", packed: bool) -> dict[str, Any]:
-    """What a process needs to run the case; of an op's backward pass, with its forward."""
+    """All that a process needs to run the case; of an op's backward pass, with its forward."""
     inputs = case.inputs("cpu", 0)
     if case.kind == "op":
         inputs = inputs.packed or inputs

@@ -54,7 +54,7 @@ def _seed():
 
 @pytest.fixture(autouse=SIMULATED)
 def simulated_faults():
-    """What the simulated GPU finds fails the test. Yields a function that takes what was found."""
+    """Fails the test by the simulated GPU's findings. Yields a function that takes them."""
     if not SIMULATED:
         pytest.skip("for the simulated GPU")
     from support.simulated_gpu import cuda

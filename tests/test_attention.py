@@ -357,7 +357,7 @@ def test_the_host_lays_out_what_the_device_plans(lengths):
 
 
 def test_most_scores_are_useful():
-    """What the two tile sizes and the sharing of tiles are for, on three mixes of lengths."""
+    """The purpose of two tile sizes and of sharing tiles, on three mixes of lengths."""
     for name, least in (("squad", 0.75), ("wikipedia", 0.90), ("queries", 0.40)):
         shares = []
         for seed in range(10):

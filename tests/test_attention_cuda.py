@@ -79,7 +79,7 @@ def test_no_bank_conflicts(host_runtime, case):
 
 
 def drawn(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the forward and the backward kept, (batch, heads, queries, keys) booleans, of a case
+    """Masks of the forward and the backward, (batch, heads, queries, keys) booleans, of a case
     whose sequences are no longer than the head dimension.
 
     With v the identity, out is the dropped probabilities; with dout the identity, so is dv.

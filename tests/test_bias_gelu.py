@@ -277,7 +277,7 @@ def test_the_same_tensor_given_twice(target, need):
 
 
 def test_a_gradient_that_repeats_one_value(target, need):
-    """What sum().backward() hands down has strides of zero."""
+    """The gradient that sum().backward() hands down has strides of zero."""
     need("bias_gelu", target)
     x = torch.randn(3, 40, device=target[1], requires_grad=True)
     bias = torch.randn(40, device=target[1], requires_grad=True)

@@ -1,4 +1,4 @@
-"""What a plain C++ compiler shows of csrc/device: its headers beside each other, and launches."""
+"""Checks of csrc/device by a plain C++ compiler: its headers beside each other, and launches."""
 
 import shutil
 import subprocess

@@ -112,7 +112,7 @@ def test_attention_layout_is_as_written_down():
 
 
 def mask_of_kernel(target, dtype, rows, width, seed, site, p, row_index=None):
-    """What a kernel keeps: dx is zero exactly where it dropped."""
+    """The mask that a kernel keeps: dx is zero exactly where it dropped."""
     backend, device = target
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, width, generator=generator).to(device, dtype).requires_grad_()

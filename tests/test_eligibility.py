@@ -1,4 +1,4 @@
-"""What hangs on a model's modules: whatever changes, the next call knows of it."""
+"""Changes of a model's modules: the next call knows of each."""
 
 import collections
 import copy

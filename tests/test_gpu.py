@@ -1,4 +1,4 @@
-"""What only a GPU can show: graph capture, streams, offsets beyond 2^31 bytes, several devices."""
+"""Tests that need a GPU: graph capture, streams, offsets beyond 2^31 bytes, several devices."""
 
 import pytest
 import torch

@@ -141,7 +141,7 @@ def test_activations_over_wide_inputs(name, form):
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5])
 def test_eps_of_nearly_constant_rows(eps):
-    """Where a row varies by less than eps, eps is what the result depends on."""
+    """If a row varies by less than eps, eps is what the result depends on."""
     model = tiny(layer_norm_eps=eps)
     with torch.no_grad():
         for layer in model.encoder.layer:

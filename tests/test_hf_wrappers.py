@@ -1,4 +1,4 @@
-"""What wraps, replaces or moves parts of a model: PEFT, accelerate, quantisation, DDP and FSDP2,
+"""Wrapped, replaced and moved parts of a model: PEFT, accelerate, quantisation, DDP and FSDP2,
 sentence-transformers."""
 
 import copy

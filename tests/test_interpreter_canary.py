@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong today. The day one of these fails, a workaround can go."""
+"""Faults of Triton's interpreter today. The day one of these tests fails, a workaround can go."""
 
 import os
 

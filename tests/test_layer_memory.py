@@ -1,4 +1,4 @@
-"""What nodes of a layer keep, the most memory that they take, and how many kernels they launch."""
+"""Memory of a layer's nodes, kept and at its most, and the number of kernels that they launch."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_what_is_saved(compiled, recompute, units):
 
 
 def test_concatenated_weights_are_never_saved(compiled, monkeypatch):
-    """Where q, k and v may not be moved (sharding) they are joined for a product, and again in the
+    """If q, k and v may not be moved (sharding) they are joined for a product, and again in the
     backward."""
     from bertfast.nn.joined import JoinedWeights
 

@@ -322,7 +322,7 @@ def test_autocast(backend, nodes, composed, dtype):
 
 
 def test_the_unit_of_rounding_shows_a_missing_term(backend, composed):
-    """What the comparison of numbers is worth: without the residual's gradient it would fail."""
+    """The comparison of numbers fails without the residual's gradient."""
     module, x = make(backend), make_input(backend)
     exact = copy.deepcopy(module).double()
     exact.backend = "torch"

@@ -159,7 +159,7 @@ def test_it_compiles_in_one_graph(form):
 
 
 def test_masks_are_torchs_on_a_cpu():
-    """Where neither a backend nor a seed asks for others."""
+    """Unless a backend or a seed asks for others."""
     torch.manual_seed(0)
     x, weight = torch.randn(5, 32), torch.randn(32, 32)
     bias, one, zero = torch.randn(32), torch.ones(32), torch.zeros(32)

@@ -140,7 +140,7 @@ MANY = [
 
 @pytest.fixture
 def figures(monkeypatch, tmp_path):
-    """What was drawn, by the files' names."""
+    """The plots that were drawn, by the files' names."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = {}
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.stem: figure}))

@@ -42,7 +42,7 @@ BACKENDS = {
 
 
 def imports(package: Path) -> list[tuple[str, str]]:
-    """Who imports what inside a package: (module, imported module), each as a dotted path."""
+    """The imports inside a package: (module, imported module), each as a dotted path."""
     modules = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -189,3 +189,18 @@ def test_contributing_draws_these_floors():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (drawn,) = re.findall(r"<!-- floors -->\n```text\n(.*?)\n```", text, re.DOTALL)
     assert drawn == drawing(), f"CONTRIBUTING.md must draw\n{drawing()}"
+
+
+def test_docstrings_say_what_a_thing_is():
+    """Each opens with a noun or a verb, not with a question's word."""
+    words = ("What ", "Who ", "Where ", "Whether ")
+    files = [
+        p for folder in ("bertfast", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+    ]
+    found = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                if (ast.get_docstring(node) or "").startswith(words):
+                    found.append(f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}")
+    assert len(files) > 100 and not found

@@ -59,8 +59,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def place_of(module: nn.Module) -> Any:
-    """Where accelerate brings a module's input, if that is all that hangs on the module: the device
-    on which its weights stay. So does `dispatch_model`, or device_map, to every module."""
+    """The device to which accelerate brings a module's input, where its weights stay; None unless
+    that is all that hangs on the module. `dispatch_model`, or device_map, does so to all."""
     hook: Any = module.__dict__.get("_hf_hook")
     kind = type(hook)
     if (kind.__module__, kind.__name__) != ("accelerate.hooks", "AlignDevicesHook"):

@@ -22,7 +22,7 @@ CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat1
 
 @dataclass(frozen=True)
 class Work:
-    """What a block with tensor cores multiplies in one turn of its main loop."""
+    """The products of a block with tensor cores in one turn of its main loop."""
 
     rows: int  # of the scores that it computes
     columns: int

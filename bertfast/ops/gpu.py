@@ -1,4 +1,4 @@
-"""Whether a GPU is one that any of the kernels here can run on."""
+"""Reasons for which no kernel here can run on a GPU."""
 
 import torch
 

@@ -50,7 +50,7 @@ def unsupported_reason(device: str | torch.device) -> str | None:
 
 
 class Probe(NamedTuple):
-    """What CUDA says to loading one of the module's kernels for a device."""
+    """CUDA's answer to loading one of the module's kernels for a device."""
 
     error: str | None  # CUDA's name of it
     driver: int  # the newest CUDA that the driver serves: 12040 is 12.4

@@ -119,12 +119,12 @@ class Launch:
 
 
 def _calls(hook: Any) -> object:
-    """What somebody wants called at each launch: a chain of hooks, or one hook."""
+    """The hooks that somebody wants called at each launch, a chain or one."""
     return getattr(hook, "calls", hook)
 
 
 def _seen(value: int) -> object:
-    """What Triton specialises on in an integer: 1 is a constant."""
+    """The part of an integer that Triton specialises on: 1 is a constant."""
     return value == 1 or (value % 16 == 0, -(2**31) <= value < 2**31)
 
 

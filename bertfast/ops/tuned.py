@@ -1,4 +1,4 @@
-"""What `bertfast tune` measured on this GPU, which "auto" follows before its table.
+"""Measurements of `bertfast tune` on this GPU, which "auto" follows before its table.
 
 A JSON file for each kind of GPU, in the user's cache directory or where BERTFAST_TUNED says; empty,
 that means none. It holds
@@ -49,7 +49,7 @@ def key(*parts: object) -> str:
 
 
 def about(device: torch.device) -> dict[str, str]:
-    """What has to be the same for a measurement to hold: the GPU, versions, kernels."""
+    """All that has to be the same for a measurement to hold: the GPU, versions, kernels."""
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)),
@@ -61,7 +61,7 @@ def about(device: torch.device) -> dict[str, str]:
 
 
 def path(device: torch.device) -> Path | None:
-    """Where the file of a GPU is, or would be; None where none is wanted."""
+    """The place of a GPU's file, which may not be there; None where none is wanted."""
     given = os.environ.get(VARIABLE)
     if given is not None:
         return Path(given) if given else None
@@ -71,7 +71,7 @@ def path(device: torch.device) -> Path | None:
 
 
 def current(device: torch.device) -> Tuned:
-    """What holds for a GPU."""
+    """The measurements that hold for a GPU."""
     return _held[-1] if _held else _of_file(device)
 
 

@@ -1,4 +1,4 @@
-"""What launches of whole encoders compile, load and take, by the mock driver, as JSON for
+"""Launches of whole encoders by the mock driver: what they compile, load and take, as JSON for
 test_mock_driver.py."""
 
 import json
@@ -64,7 +64,7 @@ def variants(training: bool, packed: bool, full: bool) -> list[str]:
 
 
 def captured(training: bool, packed: bool) -> dict:
-    """What a capture compiles and loads after three calls that warm up, and its error."""
+    """Kernels that a capture compiles and loads after three calls that warm up, and its error."""
     error = None
     mask = torch.arange(32) < torch.tensor([[32], [20], [7]])
     with mocked(90, compiling=False) as driver:
@@ -120,7 +120,7 @@ def by_triton(self, grid, pointers, strides, numbers, constants, num_warps=4):
 
 
 def same_forms() -> dict:
-    """Whether launches start what Triton's binder would have, and how many forms there are."""
+    """Differences of what is started from what Triton's binder would, and the number of forms."""
     with mocked(90, compiling=False) as driver, torch.no_grad():
         calls()
         ours, driver.started = driver.started, []

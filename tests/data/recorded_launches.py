@@ -1,4 +1,4 @@
-"""What is recorded of launches, as JSON, for test_kernels.py: where the interpreter is on, Triton
+"""Recorded launches, as JSON, for test_kernels.py: where the interpreter is on, Triton
 specialises nothing."""
 
 import json
@@ -35,7 +35,7 @@ def copy_kernel(x_ptr, n, y_ptr):
 
 
 def faults(*calls):
-    """What `forms` says of a module whose launchers are called so, and how many forms it finds."""
+    """Complaints of `forms` about a module with such launchers, and how many forms it finds."""
 
     def call_launchers():
         x = torch.empty(4)

@@ -44,7 +44,7 @@ def pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, along: str)
 
 
 def fragments(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> bytes:
-    """What the 32 lanes hold of A (16 x 16 bits), B (16 x 8 bits) and C (16 x 8 floats)."""
+    """The 32 lanes' parts of A (16 x 16 bits), B (16 x 8 bits) and C (16 x 8 floats)."""
     of_a = [pairs(a, G + 8 * (i % 2), 2 * T + 8 * (i // 2), "row") for i in range(4)]
     of_b = [pairs(b, 2 * T + 8 * i, G, "column") for i in range(2)]
     of_c = [c[G + 8 * (i // 2), 2 * T + i % 2] for i in range(4)]

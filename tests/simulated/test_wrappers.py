@@ -154,7 +154,7 @@ def test_a_batch_that_moves_with_its_layer(masked):
 
 @pytest.mark.filterwarnings("ignore:PyTorch is not compiled with NCCL")
 def test_data_parallel():
-    """What transformers' Trainer does where it sees several GPUs: a replica's parameters are
+    """Trainer's way where it sees several GPUs: a replica's parameters are
     ordinary attributes."""
     pytest.importorskip("transformers")
     off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -83,7 +83,7 @@ def rows_seen(model: torch.nn.Module, inputs: dict) -> list[tuple[int, int]]:
 
 
 def packs(model: torch.nn.Module, inputs: dict) -> bool:
-    """Whether the layers compute nothing for the padding."""
+    """True if the layers compute nothing for the padding."""
     seen = rows_seen(model, inputs)
     tokens = int(inputs["attention_mask"].sum())
     return bool(seen) and all(shape == (1, tokens) for shape in seen)

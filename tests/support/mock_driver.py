@@ -90,7 +90,7 @@ class Driver(nvidia.CudaDriver):
 
 
 class Uncompiled(CompiledKernel):
-    """What stands for a kernel where only the number of forms counts, and compiling takes long."""
+    """A stand-in for a kernel where only the number of forms counts, and compiling takes long."""
 
     def __init__(self, source: Any, *_: Any, **__: Any) -> None:
         self.src = source

@@ -1,4 +1,4 @@
-"""What the tests of converted torch.nn.TransformerEncoders share: models, masks, comparisons."""
+"""Models, masks and comparisons for tests of converted torch.nn.TransformerEncoders."""
 
 import contextlib
 import copy

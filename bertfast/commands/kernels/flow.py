@@ -96,7 +96,7 @@ class Flow:
                 self.before[to].append(block)
 
     def _successors(self) -> list[list[int]]:
-        """Where each instruction may lead."""
+        """The successors of each instruction."""
         code = self.code
         # BSSY names where the lanes come together again, BSYNC goes there.
         meetings: dict[str, set[int]] = {}
@@ -127,7 +127,7 @@ class Flow:
         return result
 
     def _returns(self, index: int) -> bool:
-        """Whether what begins here is a function: it comes to a RET before anything else."""
+        """True if a function begins here: it comes to a RET before anything else."""
         while index < len(self.code):
             one = self.code[index]
             if one.base == "RET":

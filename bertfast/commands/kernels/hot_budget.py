@@ -83,8 +83,8 @@ def lines_of(rows: Iterable[Row]) -> Lines:
 
 
 def check(lines: Lines, row: Row, allowance: float) -> Iterator[str]:
-    """What a row exceeds. An allowance is for another compiler's instructions and bytes: its
-    blocks, loads and waits aren't looked at then."""
+    """Lines for what a row exceeds. An allowance is for another compiler's instructions and bytes:
+    its blocks, loads and waits aren't looked at then."""
     if row.hot is None or row.arch not in {arch for *_, arch in lines}:
         return
     limit, now = lines.get(key(row)), asdict(line(row))

@@ -96,7 +96,7 @@ def _share(a: float, b: float, customers: float, waits: float) -> float:
 
 
 def _copies_itself(kernel: Kernel) -> bool:
-    """Whether a warpgroup of its own does the copies."""
+    """True if a warpgroup of its own does the copies."""
     return kernel.name in ("FlashAttention-3", "FlashAttention-4")
 
 

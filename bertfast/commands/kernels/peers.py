@@ -111,7 +111,7 @@ def hot_of(line: dict[str, str]) -> Hot:
 
 
 def form_of(key: Key) -> tuple[str, str] | None:
-    """What a form of ours is in the peers' words: ("dq", "D 64, dropout"). None: peers have no such
+    """A form of ours in the peers' words: ("dq", "D 64, dropout"). None: peers have no such
     form."""
     source, kernel, label, dtypes, _ = key
     which = _KERNEL.fullmatch(kernel)

@@ -1,4 +1,4 @@
-"""What an instruction asks of a multiprocessor: a pipe's time, bytes of memory, multiply-adds.
+"""Costs of an instruction on a multiprocessor: a pipe's time, bytes of memory, multiply-adds.
 
 Rates are those of the CUDA programming guide's table of throughput, of data sheets and of published
 measurements; L2's is assumed. So the pipe that bounds is a reading of counts, not a measured speed.
@@ -96,7 +96,7 @@ def cache_bytes(one: Instruction) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a multiprocessor does in a cycle: warps' instructions, bytes, multiply-adds."""
+    """The most that a multiprocessor does in a cycle: warps' instructions, bytes, multiply-adds."""
 
     name: str
     multiprocessors: int

@@ -173,7 +173,7 @@ def tool(name: str) -> str:
 def run_tool(
     name: str, *arguments: str, cwd: Path | None = None, hear: Callable[[str], object] = len
 ) -> str:
-    """What it prints. hear: called with what it complains about, where it succeeds all the same."""
+    """Its output. hear: called with its complaints, where it succeeds all the same."""
     result = subprocess.run(
         [tool(name), *arguments], cwd=cwd, capture_output=True, text=True, check=False
     )

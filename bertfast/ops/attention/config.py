@@ -204,7 +204,7 @@ class Split(NamedTuple):
         return tuned.key(self.pass_, *words, f"length{longest}", *how)
 
     def fits(self, chosen: Config | None) -> bool:
-        """Whether a split can serve the case."""
+        """True if a split can serve the case."""
         if chosen is None:
             return self.pass_ == "whole"
         block = chosen.block_m if self.pass_ in ("forward", "dq") else chosen.block_n

@@ -130,7 +130,7 @@ def store_tile(base, offsets, value, inside, columns, D: tl.constexpr, BLOCK_D: 
 
 @triton.jit
 def all_finite(sums):
-    """Whether none of them is NaN or infinite: times zero those are NaN. 1 or 0.
+    """1 if none of them is NaN or infinite, else 0: times zero those are NaN.
 
     Summed as one row: of tensor memory, Blackwell's compiler can't sum rows and then columns."""
     flat = tl.reshape(sums * 0.0, (sums.shape[0] * sums.shape[1],), can_reorder=True)
@@ -139,7 +139,7 @@ def all_finite(sums):
 
 @triton.jit
 def zero_unknown_to_the_compiler(tiles_ptr):
-    """What is added to the positions of a tile that is done again: were both computed alike, the
+    """A zero for the positions of a tile that is done again: were both computed alike, the
     compiler would keep what the second needs in registers that the first has need of."""
     return tl.multiple_of(tl.minimum(tl.load(tiles_ptr, volatile=True), 0), 16)
 

@@ -55,7 +55,7 @@ def triton_case(launch: Launch) -> Case:
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """What a template instance of csrc/kernels/layer_norm.cu or column_sum.cu is, if it is one."""
+    """The case of a template instance of csrc/kernels/layer_norm.cu or column_sum.cu, or None."""
     if kernel == "column_sum_kernel":
         # Its loop is unrolled by the compiler as it likes: no figure for each element.
         return Case("32 columns", CUDA_NAMES[arguments[0]], 256, None, dynamic_shared=1024)

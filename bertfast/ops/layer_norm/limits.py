@@ -1,4 +1,4 @@
-"""What layer_norm's kernels can be asked for."""
+"""Limits of layer_norm's kernels."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is timed of the toy op."""
+"""The toy op's timed cases."""
 
 from dataclasses import dataclass
 

@@ -22,7 +22,7 @@ def _compiler() -> list[str]:
 
 
 def _torch() -> Path:
-    """Where torch is, which is not imported: that would be too early."""
+    """The folder of torch, which is not imported: that would be too early."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent
 

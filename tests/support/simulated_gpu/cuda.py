@@ -12,7 +12,7 @@ _CUDA = 1  # of c10::DeviceType
 _HANDLES = 1000
 PROPERTIES = types.SimpleNamespace(
     name="simulated",
-    major=9,
+    major=8,  # "auto" takes attention's CUDA kernels there: Triton's interpreter is slow
     minor=0,
     multi_processor_count=4,
     total_memory=2**32,
@@ -173,7 +173,7 @@ def last_wait() -> str:
 
 
 def faults() -> str:
-    """What was found since the last question: writes outside of allocations, races of streams."""
+    """Faults since the last question: writes outside of allocations, races of streams."""
     return library.simulated_take_faults().decode()
 
 
@@ -214,8 +214,7 @@ def install(path: str) -> None:
         device_count=lambda: DEVICES,
         current_device=lambda: _index(),
         set_device=_set_device,
-        # Where "auto" takes attention's CUDA kernels: Triton's interpreter is slow.
-        get_device_capability=lambda device=None: (8, 0),
+        get_device_capability=lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
         get_device_name=lambda device=None: PROPERTIES.name,
         get_device_properties=lambda device=None: PROPERTIES,
         is_bf16_supported=lambda *args, **kwargs: True,
