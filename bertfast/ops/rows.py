@@ -12,3 +12,11 @@ def as_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows, or one row, that begin at multiples of 16 bytes; a copy if need be."""
+    apart = tensor.stride(0) * tensor.element_size() if tensor.ndim == 2 else 0
+    if tensor.data_ptr() % 16 or apart % 16 or tensor.stride(-1) != 1 or apart < 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor

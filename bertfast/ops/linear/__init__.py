@@ -3,7 +3,8 @@
 Each is a product and the op after it; where a bias, a GELU, a residual or a dropout is added is the
 backend's affair. With the kernels of bias_gelu and layer_norm the product leaves its bias to them,
 which add it while the values are in registers. With torch the product adds it; on a CPU oneDNN's
-fused products do more, where they win (onednn.py).
+fused products do more, where they win (onednn.py). On a GPU one kernel may make a product and its
+GELU, where `bertfast tune` found that faster (run.py).
 
 backend: as in those ops, whose choice it is; products are torch's. training: the flag of the module
 that asks. A CPU's products in training are always torch's own.
@@ -16,7 +17,10 @@ from ... import checks, tracing
 from .. import dispatch
 from ..bias_gelu import APPROXIMATE, bias_gelu
 from ..layer_norm import layer_norm
-from . import onednn
+from ..registration import any_requires_grad, distinct
+from . import limits, onednn, registered, run
+
+__all__ = ["linear_gelu"]
 
 
 def linear(
@@ -47,25 +51,72 @@ def linear_gelu(
     bias: torch.Tensor | None = None,
     *,
     approximate: str = "none",
+    fused: bool | None = None,
     training: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """gelu(x weight^T + bias). The product of x, weight and bias is as in `linear`, training too.
 
+    fused: True for one kernel that makes the product and the GELU, in float16 or bfloat16, with
+    multiples of 8 as inputs and outputs; where it can't run, ValueError. False for torch's product
+    and the op after it. None, the default, for the faster one as `bertfast tune` found it on this
+    GPU; without that, or while something is traced, two. Both round the product before its bias is
+    added.
+
     approximate and backend are as in `bias_gelu`, whose kernel adds the bias where it runs.
     """
     _check(x, weight, bias)
+    checks.check_choice("approximate", approximate, APPROXIMATE)
     dtype = tracing.autocast(x) or x.dtype
+    tanh = approximate == "tanh"
+    chosen = _fused(x, weight, dtype, fused, backend)
+    if chosen is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        plain = tracing.plain_call(x, weight, bias)
+        if any_requires_grad(x, weight, bias):
+            apply = registered.apply_plain if plain else registered.LinearGelu.apply
+            given = (x, weight, bias) if plain else distinct((x, weight, bias))
+            return apply(*given, tanh, chosen, plain)
+        return registered.forward.call(plain)(x, weight, bias, tanh, False, chosen)[0]
     chosen = dispatch.choose("bias_gelu", backend, x.device, dtype)
     if chosen != "torch":
         y = F.linear(x, weight)
         bias = None if bias is None else bias.to(y.dtype)
     elif backend == "auto" and onednn.serves(x, training):
-        checks.check_choice("approximate", approximate, APPROXIMATE)
         return onednn.linear_gelu(x, weight, bias, approximate)
     else:
         y, bias = F.linear(x, weight, bias), None
     return bias_gelu(y, bias, approximate=approximate, backend=chosen)
+
+
+def _fused(
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, fused: bool | None, backend: str
+) -> str | None:
+    """The backend of the one kernel; None for two."""
+    checks.check_choice("backend", backend, dispatch.CHOICES)
+    if fused is None:
+        if not tracing.plain_call(x, weight) or tracing.only_reference():
+            return None
+        outputs, inputs = weight.shape
+        rows = x.numel() // inputs if inputs else 0
+        return run.choose(backend, x.device, dtype, (inputs, outputs, rows)).forward
+    checks.check_bool("fused", fused)
+    if not fused:
+        return None
+    outputs, inputs = weight.shape
+    # While something is traced a number of rows may stand for all.
+    rows = limits.rows_class(x.numel() // max(1, inputs)) if tracing.plain_call(x) else None
+    case = (x.device, dtype, inputs, outputs, rows)
+    reasons = []
+    for name in dispatch.BACKENDS[1:] if backend == "auto" else (backend,):
+        reason = dispatch.unsupported_reason("linear_gelu", name, *case)
+        if name == "torch":
+            reason = "its product and its GELU are two"
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"fused=True can't be had here: {'; '.join(reasons)}")
 
 
 def linear_norm(

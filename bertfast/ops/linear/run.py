@@ -1,0 +1,103 @@
+"""A product and the GELU that follows it, forward and backward, in one kernel or in two.
+
+    u = x weight^T,  y = gelu(u + bias)            dv = (dy weight) * gelu'(u + bias)
+
+Both forms round u, save it without its bias, and give the same numbers but for the order in which a
+product is summed. `Choice` says who does what; backend modules have
+
+    forward(x, weight, bias, tanh, y, u)                       fills y, and u if it is given
+    backward(dy, weight, u, bias, tanh, dv, dbias)             fills dv, and dbias if it is given
+
+dy is the gradient of the product that takes y, weight the one of that product: (its outputs, width
+of y). What they are given is dense, or rows apart by a multiple of 16 bytes, and aligned to 16.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import dispatch
+from ..bias_gelu import run as bias_gelu
+from ..registration import empty
+from ..rows import aligned_rows
+from . import limits
+
+
+class Choice(NamedTuple):
+    """The backends of a product and its GELU."""
+
+    gelu: str  # of bias_gelu, after a product of cuBLAS
+    forward: str | None = None  # of the kernel that does both; None: there are two
+    backward: str | None = None
+
+
+def choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int | None],
+    product: tuple[int, int] | None = None,
+) -> Choice:
+    """sizes: inputs, outputs and rows (None where they can't be known) of the forward's product.
+    product: inputs and outputs of the backward's, if there is to be one.
+
+    Who makes a product is a matter of speed alone, and nothing but a measurement decides it; an
+    explicit backend has its say which kernels may do it.
+    """
+    gelu = dispatch.choose("bias_gelu", backend, device, dtype)
+    inputs, outputs, rows = sizes
+    if gelu == "torch" or rows is None:
+        return Choice(gelu)
+    most = limits.rows_class(rows)
+    allowed = (gelu,) if backend != "auto" else dispatch.BACKENDS[1:]
+    chosen = dispatch.choose("linear_gelu", "auto", device, dtype, inputs, outputs, most)
+    forward = chosen if chosen in allowed else None
+    if product is None:
+        return Choice(gelu, forward)
+    chosen = dispatch.choose("linear_gelu", "auto", device, dtype, *product, most, "backward")
+    return Choice(gelu, forward, chosen if chosen in allowed else None)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    choice: Choice,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y and, to be saved, u. x is (rows, inputs)."""
+    if choice.forward is None:
+        u = torch.mm(x, weight.t())
+        return bias_gelu.forward(u, bias, tanh, choice.gelu), u if save else None
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    u = empty(y) if save else None
+    if y.numel():
+        bias = None if bias is None else aligned_rows(bias)
+        module = dispatch.backend_module("linear_gelu", choice.forward)
+        module.forward(aligned_rows(x), aligned_rows(weight), bias, tanh, y, u)
+    return y, u
+
+
+def backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    wanted: tuple[bool, bool],
+    choice: Choice,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dv and dbias, where they are wanted."""
+    if choice.backward is None:
+        dh = dy @ weight
+        return bias_gelu.backward(dh, u, bias, tanh, *wanted, choice.gelu, in_place=True)
+    dv = empty(u)
+    dbias = empty(bias) if bias is not None and wanted[1] else None
+    if dv.numel():
+        bias = None if bias is None else aligned_rows(bias)
+        module = dispatch.backend_module("linear_gelu", choice.backward)
+        module.backward(aligned_rows(dy), aligned_rows(weight), u, bias, tanh, dv, dbias)
+    elif dbias is not None:
+        dbias.zero_()
+    return dv, dbias
