@@ -121,11 +121,20 @@ def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | No
         dv, dbias = _derivative(i, i["dy"], torch.float64 if dtype == torch.float64 else None)
         return out | {"dv": dv} | ({} if i["bias"] is None else {"dbias": dbias})
     choice = Choice(backend, backend, backend)
-    y, u = forward(i["x"], i["weight"], i["bias"], tanh, choice, save=True)
+    y, u = up(inputs, backend, device)
     wanted = (True, i["bias"] is not None)
     dv, dbias = backward(i["dy"], i["down"], i["u"], i["bias"], tanh, wanted, choice)
     out = {"y": y, "u": u, "dv": dv}
     return out if dbias is None else out | {"dbias": dbias}
+
+
+def up(
+    inputs: dict, backend: str, device: str = "cpu", save: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The forward alone: y and, if it is to be saved, u."""
+    i = _as(inputs["x"].dtype, inputs, device) if device != "cpu" else inputs
+    choice = Choice(backend, backend)
+    return forward(i["x"], i["weight"], i["bias"], i["approximate"] == "tanh", choice, save)
 
 
 def _derivative(
