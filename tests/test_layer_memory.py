@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.launches import kernels
 from support.layers import gradients, make, make_input
 
 from bertfast.nn import Encoder, EncoderLayer
@@ -104,20 +105,6 @@ def test_peak(host_runtime, recompute, most, dropout):
     assert units <= most + parameters_gradients() + 0.5  # and lse, means and rstds
 
 
-# torch's functions that launch one kernel on a GPU; a product may call another by its name.
-TORCHS = ("mm", "addmm", "addmm_", "add", "add_", "sum", "cat", "copy_", "fill_", "random_", "mul")
-
-
-def kernels(function, host):
-    """How many a function launches, bertfast's own and torch's, and the names of torch's."""
-    host.reset_records()
-    with torch.autograd.profiler.profile() as profile:
-        function()
-    events = [e for e in profile.function_events if e.name.removeprefix("aten::") in TORCHS]
-    names = [e.name for e in events if not any(_inside(e, other) for other in events)]
-    return host.launch_count() + len(names), names
-
-
 @pytest.mark.host
 def test_casts_under_autocast(host_runtime):
     """One of each weight that a product has, one of each bias that is added to 16 bits, and one of
@@ -140,11 +127,6 @@ def test_casts_under_autocast(host_runtime):
     # In the backward: each of those parameters' gradients, and x's.
     _, names = kernels(lambda: torch.autograd.grad(y, [x, *encoder.parameters()], dy), host_runtime)
     assert names.count("aten::copy_") <= 3 * (4 + 2)
-
-
-def _inside(event, other):
-    mine, its = event.time_range, other.time_range
-    return event is not other and its.start <= mine.start and mine.end <= its.end
 
 
 @pytest.mark.host

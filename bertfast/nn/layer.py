@@ -25,6 +25,7 @@ from ..ops import dispatch
 from ..ops.attention import limits
 from ..ops.dropout import draw_seed
 from ..ops.layer_norm.run import Norm
+from ..ops.linear import run as linear_gelu
 from ..packing.batch import Batch, Copies
 from . import attention_block, mlp_block
 from .attention_block import Given
@@ -159,9 +160,11 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     if not place.holds(_given(p)):
         return None
     case = (place.device, place.products)
-    gelu = dispatch.choose("bias_gelu", call.backend, *case)
+    inner, width = up.weight.shape
+    sizes = (width, inner, place.rows * place.length)
+    gelu = linear_gelu.choose(call.backend, *case, sizes, (width, inner))
     norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
-    if gelu == "torch" or norms == "torch":
+    if gelu.gelu == "torch" or norms == "torch":
         return None
     before = norm if given.z is None else now.attention_norm
     node = mlp_block.Call(

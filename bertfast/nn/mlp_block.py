@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops import derivatives
-from ..ops.bias_gelu import registered as bias_gelu_op
 from ..ops.bias_gelu import run as bias_gelu
 from ..ops.derivatives import Context
 from ..ops.dropout import NO_DROPOUT, Dropout
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
 from ..ops.layer_norm.run import Norm, Wanted
+from ..ops.linear import registered as linear_gelu_op
+from ..ops.linear import run as linear_gelu
 from ..ops.registration import any_requires_grad, fast_apply
 from ..tracing import plain_backward
 from . import products
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     dropout: Dropout
     cast: torch.dtype | None  # of the products, under autocast
     recompute: bool
-    gelu_backend: str
+    gelu: linear_gelu.Choice
     norm_backend: str
     eps_before: float  # of the LayerNorm before
 
@@ -70,11 +71,8 @@ def _forward(
     # 1. up, with the GELU
     up = products.rounded(p.up, call.cast)
     rows = products.rows(x, copy, call.cast)
-    u = products.product(rows, up, None)
     up_bias = products.rounded(p.up_bias, call.cast)
-    h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu_backend)
-    if not save:
-        del u
+    h, u = linear_gelu.forward(rows, up, up_bias, call.tanh, call.gelu, save)
 
     # 2. down, and what follows it
     down = products.rounded(p.down, call.cast)
@@ -116,11 +114,10 @@ class _MlpBlock(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
-        plain = plain_backward(dy, *saved)
         norm_backward, gelu_backward = (
-            (layer_norm.backward, bias_gelu.backward)
-            if plain
-            else (layer_norm_op.backward_as_op, bias_gelu_op.backward_as_op)
+            (layer_norm.backward, linear_gelu.backward)
+            if plain_backward(dy, *saved)
+            else (layer_norm_op.backward_as_op, linear_gelu_op.backward_as_op)
         )
         rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *made_of = saved
         ctx.maybe_clear_saved_tensors()
@@ -151,18 +148,14 @@ class _MlpBlock(torch.autograd.Function):
         # 2. the product down
         if need_down:
             if h is None:
-                h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu_backend)
+                h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu.gelu)
             ddown = products.weight_gradient(dd, h, ctx.dtypes[2])
         del h
         if below_gelu:
-            # 3. the GELU, whose gradient takes the place of dh
-            dh = dd @ down
-            del dd
-            du, dup_bias = gelu_backward(
-                *(dh, u, up_bias, call.tanh, need_x or need_up, need_up_bias, call.gelu_backend),
-                in_place=plain,
-            )
-            del dh, u
+            # 3. the GELU and its bias
+            wanted = need_x or need_up, need_up_bias
+            du, dup_bias = gelu_backward(dd, down, u, up_bias, call.tanh, wanted, call.gelu)
+            del dd, u
 
             # 4. the product up, and the sum of x's gradients
             if need_up:

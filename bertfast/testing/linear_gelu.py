@@ -123,9 +123,9 @@ def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | No
     choice = Choice(backend, backend, backend)
     y, u = up(inputs, backend, device)
     wanted = (True, i["bias"] is not None)
-    dv, dbias = backward(i["dy"], i["down"], i["u"], i["bias"], tanh, wanted, choice)
-    out = {"y": y, "u": u, "dv": dv}
-    return out if dbias is None else out | {"dbias": dbias}
+    made = backward(i["dy"], i["down"], i["u"], i["bias"], tanh, wanted, choice)
+    found = zip(("y", "u", "dv", "dbias"), (y, u, *made), strict=True)
+    return {name: value for name, value in found if value is not None}
 
 
 def up(

@@ -106,8 +106,9 @@ def _fused(
         return None
     outputs, inputs = weight.shape
     # While something is traced a number of rows may stand for all.
-    rows = limits.rows_class(x.numel() // max(1, inputs)) if tracing.plain_call(x) else None
-    case = (x.device, dtype, inputs, outputs, rows)
+    known = tracing.plain_call(x)
+    most = limits.rows_class(x.numel() // max(1, inputs)) if known else None
+    case = (x.device, dtype, inputs, outputs, most)
     reasons = []
     for name in dispatch.BACKENDS[1:] if backend == "auto" else (backend,):
         reason = dispatch.unsupported_reason("linear_gelu", name, *case)

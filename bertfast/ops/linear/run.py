@@ -68,8 +68,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y and, to be saved, u. x is (rows, inputs)."""
     if choice.forward is None:
-        u = torch.mm(x, weight.t())
-        return bias_gelu.forward(u, bias, tanh, choice.gelu), u if save else None
+        made = torch.mm(x, weight.t())
+        return bias_gelu.forward(made, bias, tanh, choice.gelu), made if save else None
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     u = empty(y) if save else None
     if y.numel():
