@@ -350,7 +350,7 @@ def test_a_launch_is_recorded_as_triton_specialises_it(recorded):
 
 def test_tensors_without_memory_are_recorded_as_those_with_memory(recorded):
     assert recorded["without"] == recorded["with memory"]
-    assert all(len(launches) > 20 for launches in recorded["without"])
+    assert sum(len(launches) > 20 for launches in recorded["without"]) >= 3
 
 
 def test_the_budget_has_the_forms_that_are_recorded_and_no_others(recorded):

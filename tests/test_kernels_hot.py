@@ -136,6 +136,51 @@ def test_a_kernel_without_a_loop_is_taken_whole_up_to_an_early_exit():
     assert path.instructions == 4 / 8 and path.late_loads == 0
 
 
+# A block of one warp: 16 x 16 sums, 16 deep a turn. The second half of the stores is only for rows
+# that are there; sums for a bias's gradient only where they are wanted.
+PRODUCT = (
+    "S2R R0, SR_CTAID.X",
+    "@P0 EXIT",
+    *LOOP[1:5],
+    *LOOP[5:7],
+    "HMMA.16816.F32.BF16 R12, R8, R20, R12",
+    "HMMA.16816.F32.BF16 R16, R8, R22, R16",
+    "@P4 BRA `(.L_x_1)",
+    *(f"FFMA R{n}, R{n}, R6, R7" for n in range(12, 20)),
+    "@P5 BRA `(.L_x_5)",
+    "STG.E.128 desc[UR4][R2.64], R12",
+    ".L_x_5",
+    "@P6 BRA `(.L_x_6)",
+    "FADD R6, R6, R7",
+    "STG.E desc[UR4][R2.64], R6",
+    ".L_x_6",
+    "EXIT",
+)
+OF_A_PRODUCT = Work(16, 16, 16, ((16, 16),), streamed=16, outputs=1, most_outside=2.0)
+
+
+def test_outside_the_loop_is_what_a_block_does_that_writes_all_its_outputs():
+    path = found(OF_A_PRODUCT, PRODUCT)
+    assert path.instructions == round(7 / 8, 2)
+    # Two before the loop; eight, a branch and its store; the other branch and the end.
+    assert path.outside == round(14 / 8, 2)
+    row = dataclasses.replace(ROW, multiplies=True, most_outside=2.0, hot=path)
+    assert not gates.excesses(row)
+    too_many = dataclasses.replace(row, most_outside=1.7)
+    assert [one.text for one in gates.excesses(too_many)] == [
+        "1.75 instructions outside the main loop per sum, 1.7 are allowed"
+    ]
+    unwritten = found(dataclasses.replace(OF_A_PRODUCT, outputs=2), PRODUCT)
+    (excess,) = gates.excesses(dataclasses.replace(row, hot=unwritten))
+    assert excess.gate == "path" and "all of its stores" in excess.text
+
+
+def test_bulk_copies_are_asked_for_once_an_output():
+    lines = [line.replace("STG.E.128 desc[UR4][R2.64], R12", "UTMASTG.2D") for line in PRODUCT]
+    assert found(OF_A_PRODUCT, lines).outside == round(14 / 8, 2)
+    assert found(dataclasses.replace(OF_A_PRODUCT, outputs=2), lines).outside is None
+
+
 WGMMA = (
     ".L_x_1",
     "WARPGROUP.ARRIVE",
@@ -213,7 +258,7 @@ def test_the_part_that_bounds():
 
 # The gates.
 
-HOT = Hot(9.0, 12.0, 4.0, 8, 0, 2, 2, 0, 64, 64, 64)
+HOT = Hot(9.0, 12.0, 4.0, 8, 0, 2, 2, 0, 64, 64, 64, outside=18.0)
 
 
 def gated(row, **exceptions):
@@ -293,6 +338,10 @@ def line_of(**change):
     "change, said",
     [
         ({}, []),
+        (
+            {"outside": 17.5},
+            ["hot path: 18 instructions outside the main loop per sum, budget 17.5"],
+        ),
         ({"instructions": 8.9}, ["hot path: 9 instructions per score, budget 8.9"]),
         ({"shared_bytes": 11.0}, ["hot path: 12 bytes of shared memory per score, budget 11"]),
         ({"cache_bytes": 3.9}, ["hot path: 4 bytes of L2 per score, budget 3.9"]),

@@ -22,7 +22,10 @@ CUDA_NAMES = {"float": "float32", "__half": "float16", "__nv_bfloat16": "bfloat1
 
 @dataclass(frozen=True)
 class Work:
-    """The products of a block with tensor cores in one turn of its main loop."""
+    """The products of a block with tensor cores in one turn of its main loop.
+
+    In the words of attention, whose scores are the sums of a turn.
+    """
 
     rows: int  # of the scores that it computes
     columns: int
@@ -33,6 +36,11 @@ class Work:
     scales: bool = False  # the sums so far, by a factor for each row
     turns: int = 1  # of a loop inside, with products, for one of the main loop
     wgmma: bool = False  # whether the tile is large enough for wgmma, where there is wgmma
+    # Of a product whose sums, rows x columns, are written when the loop over its inner dimension is
+    # done; head_dim is then what a turn takes of that dimension, and streamed what it loads of
+    # rows and columns, on average.
+    outputs: int = 0  # tensors of rows x columns values of 16 bits that are written then
+    most_outside: float | None = None  # instructions outside the main loop for each of these sums
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ RULES = {
     "tensor_cores": False,
     "blocks_per_multiprocessor": None,
 }
-MATRIX_KERNELS = ("attention",)  # how the names of kernels start that need tensor cores
+MATRIX_KERNELS = ("attention", "linear")  # how the names of kernels start that need tensor cores
 
 
 @dataclass(frozen=True)

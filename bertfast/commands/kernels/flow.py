@@ -5,7 +5,7 @@ only where its lanes have parted.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -198,13 +198,19 @@ class Flow:
         return set().union(*(body for body, _ in self.loops.values()))
 
     def cheapest(
-        self, start: int | None, work: Callable[[int], Work], wanted: Work, turns: int
+        self,
+        start: int | None,
+        work: Callable[[int], Work],
+        wanted: Work,
+        turns: int,
+        free: Container[int] = (),
     ) -> Path | None:
         """The path of the fewest instructions on which the blocks' work adds up to what is wanted:
         the first part exactly, of each other part at least as much.
 
         start: a loop's first block, for one turn of it; or None, for all from entry to an EXIT.
         turns: those of a loop inside that has work of the first kind, for one around it.
+        free: blocks whose instructions aren't counted.
         """
         if start is None:
             start, body = 0, set(self.order)
@@ -222,6 +228,8 @@ class Flow:
             return (sums[0], *map(min, sums[1:], wanted[1:]))
 
         def cost(block: int) -> int:
+            if block in free:
+                return 0
             return times[block] * sum(1 for _ in self.instructions_of(block))
 
         # Of each block and sum of work: the fewest instructions so far, and the step before.

@@ -40,6 +40,13 @@ def excesses(row: Row) -> list[Excess]:
     if row.multiplies and row.hot is None:
         text = "no path through its main loop multiplies what one turn should"
         found.append(Excess("path", text))
+    if row.most_outside is not None and row.hot is not None:
+        outside = row.hot.outside
+        if outside is None:
+            found.append(Excess("path", "no path leads from its main loop to all of its stores"))
+        elif outside > row.most_outside:
+            text = f"{outside:g} instructions outside the main loop per sum, {row.most_outside:g} "
+            found.append(Excess("outside", text + "are allowed"))
     if row.hot is not None and row.hot.waits > row.hot.products:
         text = f"{row.hot.waits} waits for {row.hot.products} products by wgmma"
         found.append(Excess("waits", text))

@@ -9,6 +9,9 @@ instructions that does the work of such a turn:
 
 So a path that leaves out a product, or does one twice, isn't taken for it, nor is a last turn,
 which loads nothing. Where no path has this work, `bertfast kernels` fails.
+
+Of a product whose sums are used when its loop is done, what is outside the loop is counted too: on
+the cheapest path through the kernel that passes the loop and writes all outputs.
 """
 
 import functools
@@ -47,6 +50,7 @@ class Hot:
     head_dim: int
     pipes: dict[str, float] = field(default_factory=dict)  # instructions by pipe
     multiply_adds: dict[str, float] = field(default_factory=dict)  # by mma.sync, by wgmma
+    outside: float | None = None  # instructions outside the main loop; None: nothing is to be there
 
 
 def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
@@ -75,18 +79,45 @@ def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
 
     starts = [start for start, (body, _) in flow.loops.items() if any(done(b)[0] for b in body)]
     is_loop = loop and bool(starts)
-    paths = [
-        flow.cheapest(start, done, wanted, work.turns) for start in (starts if is_loop else [None])
-    ]
-    turns = [
-        [(one, times) for block, times in path for one in flow.instructions_of(block)]
-        for path in paths
+    candidates: list[int | None] = [*starts] if is_loop else [None]
+    paths = {start: flow.cheapest(start, done, wanted, work.turns) for start in candidates}
+    turns = {
+        start: [(one, times) for block, times in path for one in flow.instructions_of(block)]
+        for start, path in paths.items()
         if path is not None
-    ]
+    }
     if not turns:
         return None
-    turn = min(turns, key=lambda turn: sum(times for _, times in turn))
-    return _figures(turn, work, warps, is_loop, tcgen05)
+    start = min(turns, key=lambda start: sum(times for _, times in turns[start]))
+    outside = _outside(flow, start, work, warps, tcgen05) if work.outputs else None
+    return _figures(turns[start], work, warps, is_loop, tcgen05, outside)
+
+
+def _outside(flow: Flow, start: int | None, work: Work, warps: int, tcgen05: bool) -> float | None:
+    """Instructions of a thread outside the main loop, for each of its sums.
+
+    By tcgen05 other warps may multiply than those that write. What bulk copies write is known to
+    their descriptors only: one for each output is asked for.
+    """
+    bulk = any(one.base == "UTMASTG" for one in flow.code)
+    stored = work.outputs if bulk else 2 * work.outputs * work.rows * work.columns // warps
+    passes = int(start is not None and not tcgen05)
+
+    @functools.cache
+    def done(block: int) -> tuple[int, ...]:
+        ones = flow.instructions_of(block)
+        if bulk:
+            return int(passes and block == start), sum(one.base == "UTMASTG" for one in ones)
+        stores = sum(pipes.cache_bytes(one) for one in ones if one.base == "STG")
+        return int(passes and block == start), stores
+
+    body = set() if start is None else flow.loops[start][0]
+    path = flow.cheapest(None, done, (passes, stored), 1, free=body)
+    if path is None:
+        return None
+    outside = (b for b, _ in path if b not in body)
+    count = sum(1 for block in outside for _ in flow.instructions_of(block))
+    return round(count * 32 * warps / (work.rows * work.columns), 2)
 
 
 def _is_philoxs(one: Instruction) -> bool:
@@ -96,7 +127,12 @@ def _is_philoxs(one: Instruction) -> bool:
 
 
 def _figures(
-    turn: list[tuple[Instruction, int]], work: Work, warps: int, is_loop: bool, tcgen05: bool
+    turn: list[tuple[Instruction, int]],
+    work: Work,
+    warps: int,
+    is_loop: bool,
+    tcgen05: bool,
+    outside: float | None,
 ) -> Hot:
     lanes = 32 * warps / (work.rows * work.columns)
 
@@ -125,6 +161,7 @@ def _figures(
         head_dim=work.head_dim,
         pipes={name: round(count * lanes, 4) for name, count in sorted(by_pipe.items())},
         multiply_adds={kind: amount / 32 * lanes for kind, amount in macs.items()},
+        outside=outside,
     )
 
 

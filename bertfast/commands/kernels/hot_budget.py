@@ -33,12 +33,14 @@ class Line:
     waits: int  # for wgmma, in a turn
     products: int
     bound: str
+    outside: float | None  # instructions outside the main loop, per sum of a product
 
 
 _PER_SCORE = {
     "instructions": "instructions per score",
     "shared_bytes": "bytes of shared memory per score",
     "cache_bytes": "bytes of L2 per score",
+    "outside": "instructions outside the main loop per sum",
 }
 _PER_TURN = {
     "late_loads": "loads that a turn waits for",
@@ -66,6 +68,7 @@ def line(row: Row) -> Line:
         hot.waits,
         hot.products,
         bound(row),
+        hot.outside,
     )
 
 
@@ -138,10 +141,11 @@ def _key(cells: dict[str, str]) -> Key:
 
 def _line(cells: dict[str, str]) -> Line:
     counts = {field.name: int(cells[field.name]) for field in fields(Line) if field.type is int}
-    shared = cells["shared_bytes"]
+    shared, outside = cells["shared_bytes"], cells["outside"]
     return Line(
         instructions=float(cells["instructions"]),
         shared_bytes=float(shared) if shared else None,
+        outside=float(outside) if outside else None,
         cache_bytes=float(cells["cache_bytes"]),
         bound=cells["bound"],
         **counts,

@@ -121,6 +121,7 @@ def _print_hot_paths(forms: dict[str, dict[str, dict[str, Row]]], out: Console) 
 def _hot_figures(line: hot_budget.Line) -> list[str]:
     return [
         f"{line.instructions:.2f}",
+        "-" if line.outside is None else f"{line.outside:.1f}",
         "-" if line.shared_bytes is None else f"{line.shared_bytes:.1f}",
         f"{line.cache_bytes:.2f}",
         str(line.blocks),
@@ -137,10 +138,11 @@ load, store: bits of the narrowest access to row data
 stack: bytes that a thread spills; shared: bytes of a block
 LDS: accesses to shared memory; MUFU: special functions; MMA: tensor cores
 Of a hot path, the turn of a main loop in which every score counts:
+after: instructions outside that loop, where a score is a sum of a product
 shared, L2: bytes; blocks: that fit on a multiprocessor
 early: loads that are asynchronous or issued a product before they are used
 waits: for wgmma, of so many products; bound: what the counts ask most of"""
-HOT_HEADINGS = ("", "instr", "shared", "L2", "blocks", "early", "waits", "bound")
+HOT_HEADINGS = ("", "instr", "after", "shared", "L2", "blocks", "early", "waits", "bound")
 
 
 def _figures(rows: list[Row]) -> list[str]:

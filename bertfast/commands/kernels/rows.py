@@ -39,6 +39,7 @@ class Row:
     local_in_loops: int = 0  # accesses to a thread's own memory
     multiplies: bool = False  # whether there must be a hot path
     wgmma: bool = False  # whether it must multiply by wgmma
+    most_outside: float | None = None  # instructions outside its main loop that it may have
     hot: Hot | None = None
     compiler_said: list[str] = field(default_factory=list)  # warnings, by ptxas
 
@@ -94,6 +95,7 @@ def make_row(
         local_in_loops=code.local_in_loops,
         multiplies=case.work is not None,
         wgmma=case.work is not None and case.work.wgmma and capability(arch) == 90,
+        most_outside=None if case.work is None else case.work.most_outside,
         hot=hot,
         compiler_said=list(compiler_said),
     )
