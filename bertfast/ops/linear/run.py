@@ -12,11 +12,11 @@ dy is the gradient of the product that takes y, weight the one of that product: 
 of y). What they are given is dense, or rows apart by a multiple of 16 bytes, and aligned to 16.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .. import dispatch
+from .. import dispatch, tuned
 from ..bias_gelu import run as bias_gelu
 from ..registration import empty
 from ..rows import aligned_rows
@@ -44,18 +44,39 @@ def choose(
     Who makes a product is a matter of speed alone, and nothing but a measurement decides it; an
     explicit backend has its say which kernels may do it.
     """
-    gelu = dispatch.choose("bias_gelu", backend, device, dtype)
     inputs, outputs, rows = sizes
+    most = None if rows is None else limits.rows_class(rows)
+    key = (backend, device, dtype, inputs, outputs, most, product)
+    found = _choices.get(key)
+    if found is None:
+        found = _choices[key] = _choose(*key)
+    return found
+
+
+_choices: dict[tuple, Choice] = {}
+tuned.depending.append(_choices.clear)
+
+
+def _choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    inputs: int,
+    outputs: int,
+    rows: int | None,
+    product: tuple[int, int] | None,
+) -> Choice:
+    gelu = dispatch.choose("bias_gelu", backend, device, dtype)
     if gelu == "torch" or rows is None:
         return Choice(gelu)
-    most = limits.rows_class(rows)
-    allowed = (gelu,) if backend != "auto" else dispatch.BACKENDS[1:]
-    chosen = dispatch.choose("linear_gelu", "auto", device, dtype, inputs, outputs, most)
-    forward = chosen if chosen in allowed else None
-    if product is None:
-        return Choice(gelu, forward)
-    chosen = dispatch.choose("linear_gelu", "auto", device, dtype, *product, most, "backward")
-    return Choice(gelu, forward, chosen if chosen in allowed else None)
+
+    def measured(*case: Any) -> str | None:
+        chosen = dispatch.choose("linear_gelu", "auto", device, dtype, *case)
+        allowed = chosen != "torch" and backend in ("auto", chosen)
+        return chosen if allowed else None
+
+    forward = measured(inputs, outputs, rows)
+    return Choice(gelu, forward, measured(*product, rows, "backward") if product else None)
 
 
 def forward(
