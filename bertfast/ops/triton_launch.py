@@ -2,7 +2,9 @@
 
 At each launch the binder looks at every argument to find the form, and keeps it by a text that it
 writes anew. Here the form is found by what these kernels differ in, and the kernel is started as
-Triton's own `CompiledKernel` is, with addresses in place of tensors.
+Triton's own `CompiledKernel` is, with addresses in place of tensors. Tensor descriptors made on the
+host are handed on as they are: Triton's own launcher of the compiled kernel makes of each what the
+GPU reads, with how the kernel's tile lies in shared memory, which only the compiler knows.
 """
 
 from typing import Any
@@ -10,30 +12,37 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
+from triton.runtime import OutOfResources, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tracing
 from ..checks import INT32_MAX
 from .triton_lib import INTERPRETED
 
-Pointers = tuple[torch.Tensor | None, ...]
+Pointers = tuple[torch.Tensor | TensorDescriptor | None, ...]
 
 # How many sizes of calls are kept for a kernel. All of one form are the same compiled kernel.
 MOST_KNOWN = 4096
 
 
+class Unfit(RuntimeError):
+    """The error of a kernel that, as it was compiled, can't run here, or not well."""
+
+
 class Launch:
-    """A kernel's launches. Its parameters are, in this order: pointers, the first of them never
-    None; strides, integers on which Triton specialises; numbers, on whose values nothing depends;
-    constants.
+    """A kernel's launches. Its parameters are, in this order: pointers or descriptors, the first of
+    them never None; strides, integers on which Triton specialises; numbers, on whose values nothing
+    depends; constants.
 
     A float's type is at its parameter, as Triton would take one that is given as an int for one.
+    strict: a form of which a thread's values don't fit into registers raises Unfit.
     """
 
     every: list["Launch"] = []
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, strict: bool = False) -> None:
         self.kernel = kernel
+        self.strict = strict
         self._known: dict[tuple, Any] = {}  # by the strides themselves
         self._forms: dict[tuple, Any] = {}  # by what Triton sees in the strides
         Launch.every.append(self)
@@ -50,22 +59,24 @@ class Launch:
         if INTERPRETED:
             self.kernel[grid](*pointers, *strides, *numbers, *constants)
             return
-        types: list[torch.dtype | None] = []
-        addresses: list[int | None] = []
+        types: list[Any] = []
+        addresses: list[Any] = []
         together = 0
         for pointer in pointers:
             if pointer is None:
                 types.append(None)
                 addresses.append(None)
+            elif isinstance(pointer, TensorDescriptor):  # begins at whole 16 bytes
+                types.append((pointer.base.dtype, *pointer.block_shape))
+                addresses.append(pointer)
             else:
                 address = pointer.data_ptr()
                 types.append(pointer.dtype)
                 addresses.append(address)
                 together |= address
-        aligned = None if together % 16 == 0 else tuple([a and a % 16 for a in addresses])
+        aligned = None if together % 16 == 0 else _remainders(addresses)
         wide = None if max(numbers) <= INT32_MAX else tuple([n > INT32_MAX for n in numbers])
-        x: Any = pointers[0]
-        device = x.get_device()
+        device = _first(pointers).get_device()
         form = (device, constants, num_warps, aligned, wide, *types)
         kernel = self._known.get((form, strides))
         runtime = knobs.runtime
@@ -98,16 +109,20 @@ class Launch:
     ) -> None:
         """The launch of a form that may be new, or that somebody's hooks are told of."""
         key = (form, tuple(map(_seen, strides)))
-        x: Any = pointers[0]
-        if key not in self._forms and tracing.is_capturing(x):
+        if key not in self._forms and tracing.is_capturing(_first(pointers)):
             raise RuntimeError(
                 f"{self.kernel.__name__} has not run in this form before, and while a CUDA graph "
                 "is captured no kernel can be loaded. Run the call before, as it is captured: a "
                 "capture keeps padding, so convert the model by optimize(model, packed=False) "
                 "for the runs that warm up and for the capture."
             )
-        ran = self.kernel[grid](*pointers, *strides, *numbers, *constants, num_warps=num_warps)
+        try:
+            ran = self.kernel[grid](*pointers, *strides, *numbers, *constants, num_warps=num_warps)
+        except OutOfResources as error:  # more threads or shared memory than a block may have
+            raise Unfit(f"{self.kernel.__name__}: {error}") from error
         if isinstance(ran, CompiledKernel):  # else something only looks on
+            if self.strict and ran.n_spills:
+                raise Unfit(f"{self.kernel.__name__}: {ran.n_spills} registers spill")
             self._forms[key] = ran
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
@@ -116,6 +131,15 @@ class Launch:
     def forget(self) -> None:
         self._known.clear()
         self._forms.clear()
+
+
+def _first(pointers: Pointers) -> torch.Tensor:
+    first: Any = pointers[0]
+    return first.base if isinstance(first, TensorDescriptor) else first
+
+
+def _remainders(addresses: list[Any]) -> tuple:
+    return tuple([type(a) is int and a % 16 for a in addresses])
 
 
 def _calls(hook: Any) -> object:

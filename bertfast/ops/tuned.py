@@ -5,7 +5,8 @@ that means none. It holds
 
     about      the GPU, the versions and the kernels that it was measured with
     backends   an op and a case -> the backend, and the microseconds of each that was tried
-    splits     a pass of Triton's attention and a case -> the split, likewise
+    splits     a pass of Triton's attention, or of its products with a GELU, and a case -> the
+               numbers of its split, likewise
 
 It is read once. One that is broken, or was measured with anything else, is passed over with one
 warning.
@@ -143,7 +144,7 @@ def read(text: str, device: torch.device) -> Tuned:
 def _checked(part: str, chosen: Any) -> Any:
     if part == "backends" and isinstance(chosen, str):
         return chosen
-    if part == "splits" and isinstance(chosen, list) and len(chosen) in (0, 5):
+    if part == "splits" and isinstance(chosen, list) and len(chosen) in (0, 5, 7):
         if all(type(number) is int and 1 <= number <= 256 for number in chosen):
             return tuple(chosen)
     raise TypeError(f"{chosen!r} stands among {part}")

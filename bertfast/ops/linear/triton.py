@@ -1,0 +1,190 @@
+"""y = gelu(u + bias), u = x weight^T; dv = (dy weight) * gelu'(u + bias), dbias = sums of dv.
+
+Saved for the backward: u, the product rounded to its dtype, without its bias; y is the GELU of that
+rounded u. x (M, K), weight (N, K), y and u (M, N); in the backward dy (M, K), weight (K, N), u and
+dv (M, N). Any K and N that are multiples of 8.
+
+A tile of the output belongs to one program. It adds up the products, BLOCK_K terms at a time, and
+does the rest while the sums are in registers, by the functions of bias_gelu's kernels: y has the
+bits that those would give for the saved u. Tiles and their forms: config.py. A tile's columns of dv
+are summed in float32 before dv is rounded, into one row of partial sums for each row of tiles, and
+a finishing kernel adds those in a fixed order: no atomics, the same bits each run.
+
+Moves M K + N K + M N values and, for u, M N more: 2 M N fewer than a product and a GELU of its own,
+forward or backward. Tiles read their operands again from the second-level cache: for each element
+of the output K (1 / BLOCK_M + 1 / BLOCK_N) values.
+"""
+
+import functools
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import triton_lib
+from ..pointers import dense
+from ..triton_column_sum import column_sums
+from ..triton_launch import Launch
+from . import limits
+from .config import Config, architecture, choose
+from .triton_descriptors import linear_gelu_tma_backward_kernel, linear_gelu_tma_kernel
+from .triton_pointers import linear_gelu_backward_kernel, linear_gelu_kernel
+
+
+def unsupported_reason(
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    inputs: int | None = None,
+    outputs: int | None = None,
+    rows: int | None = None,
+    pass_: str | None = None,
+) -> str | None:
+    reason = triton_lib.unsupported_reason(device)
+    return reason or limits.unsupported_reason(dtype, inputs, outputs, rows)
+
+
+_class_of = functools.cache(architecture)
+_by_pointers = Launch(linear_gelu_kernel, strict=True)
+_by_pointers_backward = Launch(linear_gelu_backward_kernel, strict=True)
+_by_descriptors = Launch(linear_gelu_tma_kernel, strict=True)
+_by_descriptors_backward = Launch(linear_gelu_tma_backward_kernel, strict=True)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    y: torch.Tensor,
+    u: torch.Tensor | None,
+) -> None:
+    """Fills y, and u if it is given."""
+    call = _Call("forward" if u is None else "saving", x, y)
+    with triton_lib.on_device(x):
+        if call.config.form == "pointers":
+            call.launch(
+                _by_pointers,
+                (x, weight, dense(bias), dense(y), dense(u)),
+                (_eighths(x), _eighths(weight)),
+                (tanh, call.inputs % call.config.block_k == 0),
+            )
+        else:
+            config = call.config
+            descriptors = (
+                _tiles(x, config.block_m, config.block_k),
+                _tiles(weight, config.block_n, config.block_k),
+                call.parts(y),
+                None if u is None else call.parts(u),
+            )
+            call.launch_descriptors(_by_descriptors, (*descriptors, dense(bias)), (tanh,))
+
+
+def backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    tanh: bool,
+    dv: torch.Tensor,
+    dbias: torch.Tensor | None,
+) -> None:
+    """Fills dv, and dbias if it is given."""
+    call = _Call("backward", dy, dv)
+    partial = None
+    if dbias is not None:
+        shape = (1, call.row_tiles, call.outputs)
+        partial = torch.empty(shape, dtype=torch.float32, device=dv.device)
+    with triton_lib.on_device(dy):
+        if call.config.form == "pointers":
+            call.launch(
+                _by_pointers_backward,
+                (dy, weight, dense(u), dense(bias), dense(dv), partial),
+                (_eighths(dy), _eighths(weight)),
+                (tanh, call.inputs % call.config.block_k == 0),
+            )
+        else:
+            config = call.config
+            operands = (
+                _tiles(dy, config.block_m, config.block_k),
+                _tiles(weight, config.block_k, config.block_n),
+            )
+            by_address = config.form == "operands"
+            whole = (dense(u), dense(dv)) if by_address else (call.parts(u), call.parts(dv))
+            pointers = (*operands, *whole, dense(bias), partial)
+            call.launch_descriptors(_by_descriptors_backward, pointers, (tanh, by_address))
+        if dbias is not None and partial is not None:
+            column_sums(partial, [dbias])
+
+
+class _Call:
+    """A product's sizes, and the tiles that serve it."""
+
+    def __init__(self, pass_: str, a: torch.Tensor, out: torch.Tensor) -> None:
+        self.rows, self.inputs = a.shape
+        self.outputs = out.shape[1]
+        arch = _class_of(triton_lib.capability(a))
+        sizes = (self.inputs, self.outputs, limits.rows_class(self.rows))
+        self.device = a.device if a.is_cuda else None
+        self.config: Config = choose(pass_, arch, *sizes, self.device)
+        self.row_tiles = -(-self.rows // self.config.block_m)
+        self.tiles = self.row_tiles * -(-self.outputs // self.config.block_n)
+
+    @property
+    def block(self) -> tuple[int, int, int, int, int]:
+        config = self.config
+        size = (config.block_m, config.block_n, config.block_k)
+        return (*size, config.num_stages, config.parts)
+
+    def parts(self, matrix: torch.Tensor) -> TensorDescriptor:
+        """Of a dense matrix of the output's size, by what the epilogue takes at once."""
+        columns = self.config.block_n // self.config.parts
+        return TensorDescriptor.from_tensor(dense(matrix), [self.config.block_m, columns])
+
+    def launch(
+        self, kernel: Launch, pointers: tuple, strides: tuple[int, int], constants: tuple
+    ) -> None:
+        numbers = (self.rows, self.outputs // 8, self.inputs // 8, *strides)
+        warps = self.config.num_warps
+        kernel((self.tiles,), pointers, (), numbers, (*constants, *self.block), warps)
+
+    def launch_descriptors(self, kernel: Launch, pointers: tuple, constants: tuple) -> None:
+        programs, specialize = self.tiles, self.config.form == "specialized"
+        walk = specialize or self.config.form == "persistent"
+        if walk:
+            programs = min(programs, multiprocessors(self.device))
+        numbers = (self.rows, self.outputs // 8, self.inputs // 8, programs)
+        constants = (*constants, walk, specialize, *self.block)
+        kernel((programs,), pointers, (), numbers, constants, self.config.num_warps)
+
+
+# Those of the GPU that a capability without a device stands for.
+MULTIPROCESSORS = 132
+
+
+def multiprocessors(device: torch.device | None) -> int:
+    return MULTIPROCESSORS if device is None else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _eighths(rows: torch.Tensor) -> int:
+    """From one row to the next, in units of 8 elements."""
+    return _checked(rows).stride(0) // 8
+
+
+def _tiles(rows: torch.Tensor, *block: int) -> TensorDescriptor:
+    rows = _checked(rows)
+    if rows.stride(0) < rows.shape[1]:  # rows that share memory
+        rows = rows.contiguous()
+    return TensorDescriptor.from_tensor(rows, list(block))
+
+
+def _checked(rows: torch.Tensor) -> torch.Tensor:
+    if rows.stride(1) != 1 or rows.stride(0) % 8:
+        raise AssertionError(
+            "a kernel reads this tensor as rows apart by multiples of 16 bytes; "
+            f"it has shape {list(rows.shape)} and strides {list(rows.stride())}"
+        )
+    return rows
