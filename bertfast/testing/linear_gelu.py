@@ -111,17 +111,21 @@ def _as(dtype: torch.dtype, inputs: dict, device: str = "cpu") -> dict:
     return inputs | moved
 
 
-def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
-    """Both calls by a backend. dtype=torch.float64 with "torch" is the oracle."""
+def run(
+    inputs: dict, backend: str | Choice, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict:
+    """Both calls by a backend's one kernel, or as a choice says. dtype=torch.float64 with "torch"
+    is the oracle."""
     i = _as(dtype or inputs["x"].dtype, inputs, device) if device != "cpu" or dtype else inputs
     tanh = i["approximate"] == "tanh"
     if backend == "torch":
         y = reference.forward(i["x"], i["weight"], i["bias"], tanh)
         out = {"y": y, "u": (i["x"] @ i["weight"].t())}
-        dv, dbias = _derivative(i, i["dy"], torch.float64 if dtype == torch.float64 else None)
-        return out | {"dv": dv} | ({} if i["bias"] is None else {"dbias": dbias})
-    choice = Choice(backend, backend, backend)
-    y, u = up(inputs, backend, device)
+        compute = torch.float64 if dtype == torch.float64 else None
+        out["dv"], summed = _derivative(i, i["dy"], compute)
+        return out if i["bias"] is None else out | {"dbias": summed}
+    choice = Choice(backend, backend, backend) if isinstance(backend, str) else backend
+    y, u = up(inputs, choice, device)
     wanted = (True, i["bias"] is not None)
     made = backward(i["dy"], i["down"], i["u"], i["bias"], tanh, wanted, choice)
     found = zip(("y", "u", "dv", "dbias"), (y, u, *made), strict=True)
@@ -129,11 +133,11 @@ def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | No
 
 
 def up(
-    inputs: dict, backend: str, device: str = "cpu", save: bool = True
+    inputs: dict, backend: str | Choice, device: str = "cpu", save: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The forward alone: y and, if it is to be saved, u."""
     i = _as(inputs["x"].dtype, inputs, device) if device != "cpu" else inputs
-    choice = Choice(backend, backend)
+    choice = Choice(backend, backend) if isinstance(backend, str) else backend
     return forward(i["x"], i["weight"], i["bias"], i["approximate"] == "tanh", choice, save)
 
 

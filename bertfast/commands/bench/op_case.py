@@ -47,6 +47,7 @@ class OpCase:
     op: ClassVar[str]
     functions: ClassVar[Mapping[str, Callable]]
     stock: ClassVar[str] = "torch eager"
+    exact: ClassVar[str] = ""  # the function that is right in float64, if it isn't the stock one
     pass_: str  # forward, training (a forward that saves what the backward needs), or backward
     dtype: torch.dtype
     dropout: float
@@ -73,6 +74,10 @@ class OpCase:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the functions, besides the inputs."""
         return {}
+
+    def budget_of(self, provider: Provider, device: str) -> Any:
+        """What bertfast.testing is to run for one of ours: a backend."""
+        return provider.backend
 
     def providers(self) -> Sequence[Provider]:
         return [provider for provider in of_kind("op") if provider.calls in self.functions]
@@ -103,25 +108,26 @@ class OpCase:
 
     def check(self, provider: Provider, runner: Callable, inputs: Inputs) -> float:
         """Against stock torch in float64. Where a mask must be drawn again, or tokens are packed,
-        against our torch backend in float64, which runs the reference."""
-        if provider.ours and provider.backend != "torch":
-            within_budget(
-                self.op, provider.backend, self.for_budget(), self.dtype, inputs.dy.device.type
-            )
+        against our torch backend in float64, which runs the reference. A function that computes
+        something else names its `reference` among the case's."""
+        device = inputs.dy.device.type
+        if provider.ours and (backend := self.budget_of(provider, device)) != "torch":
+            within_budget(self.op, backend, self.for_budget(), self.dtype, device)
         # Others draw a mask of their own, so their arithmetic is checked without.
         case = self
         if self.dropout and not provider.ours:
             case = dataclasses.replace(self, dropout=0.0)  # type: ignore[type-var]
         given = inputs.of(runner)
         again = case.dropout or given is not inputs
-        oracle = self.functions["bertfast"]("torch") if again else self.functions[self.stock]
+        exact = self.functions[getattr(runner, "reference", self.exact or self.stock)]
+        oracle = self.functions["bertfast"]("torch") if again else exact
         right = case.step(oracle, given.double())()
         pairs = zip(case.step(runner, given)(), right, strict=True)
         return held(max(relative(*pair) for pair in pairs), LIMITS[self.dtype])
 
 
 @functools.cache
-def within_budget(op: str, backend: str, case: Any, dtype: torch.dtype, device: str) -> None:
+def within_budget(op: str, backend: Any, case: Any, dtype: torch.dtype, device: str) -> None:
     """Holds a backend to the error budget, output and every gradient, on a few rows: once for each
     dtype and form, such as a width. The torch backend's backward is stock torch's."""
     testing = importlib.import_module(f"bertfast.testing.{op}")

@@ -86,6 +86,7 @@ def onnx_on_a_gpu(case: Any, setting: Setting) -> bool:
 
 gpu = unless(lambda case, setting: setting.device == "cuda", "it needs a GPU")
 cpu = unless(lambda case, setting: setting.device == "cpu", "on a GPU stock torch stands for it")
+cpu_auto = unless(lambda case, setting: setting.device == "cpu", "on a GPU its choices are listed")
 no_mask = unless(lambda case, setting: not case.packed, "it takes no mask")
 no_dropout = unless(lambda case, setting: not case.dropout, "it has no dropout")
 
@@ -125,6 +126,27 @@ ONNX = (
 )
 
 
+def has_exact_gelu(case: Any, setting: Setting) -> bool:
+    from quack.activation import act_fn_map
+
+    return "gelu_erf" in act_fn_map
+
+
+QUACK = (
+    gpu,
+    installed("quack", "quack-kernels"),
+    unless(lambda case, setting: case.dtype != torch.float32, "quack is timed in 16 bits"),
+    unless(
+        lambda case, setting: torch.cuda.get_device_capability() >= (9, 0),
+        "quack's products need compute capability 9.0",
+    ),
+    unless(has_exact_gelu, "this quack has no exact GELU (gelu_erf)"),
+)
+NO_BACKWARD = unless(
+    lambda case, setting: case.pass_ == "forward", "its epilogue saves nothing for a backward"
+)
+
+
 # Functions of ops.
 
 
@@ -142,10 +164,13 @@ def other_op(name: str, color: str, needs: tuple[Need, ...] = (), slow: str = ""
     return Provider(name, color, ("op",), make, needs, slow)
 
 
-def compiled_op(case: Any, inputs: Any, setting: Setting) -> Callable:
-    torch._functorch.config.donated_buffer = False  # the backward is run many times
-    stock = case.functions["torch eager"]
-    return torch.compile(stock, fullgraph=True, dynamic=False, backend=setting.compile_backend)
+def compiled_op(mode: str | None = None) -> Make:
+    def make(case: Any, inputs: Any, setting: Setting) -> Callable:
+        torch._functorch.config.donated_buffer = False  # the backward is run many times
+        stock, backend = case.functions["torch eager"], setting.compile_backend
+        return torch.compile(stock, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+
+    return make
 
 
 def compiled_flex(case: Any, inputs: Any, setting: Setting) -> Callable:
@@ -355,6 +380,7 @@ def onnx(case: Any, inputs: Any, setting: Setting) -> Runner:
 
 
 OP, LAYER, MODEL, BOTH = ("op",), ("layer",), ("model",), ("layer", "model")
+ALONE = "max-autotune-no-cudagraphs"
 COMPILES = "compiling takes a while"
 SHOWS = "on a CPU it only shows that its numbers are right"
 
@@ -366,6 +392,8 @@ TABLE = (
     our_op("torch", "#8fb5ee", (cpu,)),
     our_op("triton", "#4a86de", (backend_works("triton"),), SHOWS),
     our_op("cuda", "#1257c4", (backend_works("cuda"),), SHOWS),
+    other_op("bertfast two kernels", "#8fb5ee", (gpu,)),
+    other_op("bertfast auto", "#1257c4", (cpu_auto,)),
     Provider("HF eager", "#b3b8be", BOTH, hugging_face("eager")),
     Provider("HF SDPA", "#5a6068", BOTH, hugging_face("sdpa")),
     Provider("HF SDPA graph", "#3b3f45", BOTH, hugging_face("sdpa", capture=True), SDPA_GRAPH),
@@ -382,9 +410,13 @@ TABLE = (
     Provider("nn.TransformerEncoderLayer", "#d9a54a", LAYER, torch_layer_alone),
     Provider("Transformer Engine", "#c2705c", LAYER, transformer_engine, TRANSFORMER_ENGINE),
     Provider("onnxruntime", "#8a7f5c", MODEL, onnx, ONNX, COMPILES),
-    Provider("torch compile", "#6f9f6b", OP, compiled_op, (), COMPILES, "torch eager"),
+    Provider("torch compile", "#6f9f6b", OP, compiled_op(), (), COMPILES, "torch eager"),
+    # Not with a graph of its own: it is captured as the others are.
+    Provider("torch compile max", "#3f6d44", OP, compiled_op(ALONE), MAX, COMPILES),
     Provider("torch compile", "#6f9f6b", BOTH, compiled_module(), (), COMPILES),
     Provider("torch compile max", "#3f6d44", BOTH, compiled_module("max-autotune"), MAX, COMPILES),
+    other_op("cuBLASLt, tanh GELU", "#a58d73", (gpu, NO_BACKWARD)),
+    other_op("quack", "#9a76b5", QUACK),
     other_op("Liger", "#c98aa8", (gpu, installed("liger_kernel", "Liger"))),
 )
 
