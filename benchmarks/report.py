@@ -59,6 +59,8 @@ OP_CASES = [
     ("layer_norm", "16384x768", "backward", 0.1),
     ("bias_gelu", "16384x3072", "forward", 0.0),
     ("bias_gelu", "16384x3072", "backward", 0.0),
+    ("linear_gelu", "16384x768x3072", "forward", 0.0),
+    ("linear_gelu", "16384x768x3072", "backward", 0.0),
     ("attention_qkv", "32x512x12x64", "forward", 0.0),
     ("attention_qkv", "32x512x12x64", "backward", 0.1),
     ("attention_qkv", "squad", "forward", 0.0),

@@ -59,7 +59,10 @@ MIXES = ("squad", "queries", "wikipedia", "passages")
 COMPILES = {"compilers": 60.0, "autotune": 100.0}
 COMPILED = {
     "compilers": ("bertfast", "HF SDPA", "torch compile"),
-    "autotune": ("bertfast graph", "HF SDPA graph", "torch compile max"),
+    "autotune": (
+        *("bertfast graph", "HF SDPA graph", "torch compile max"),
+        *("bertfast triton", "bertfast cuda", "bertfast two kernels", "torch eager"),
+    ),
 }
 
 
@@ -240,8 +243,9 @@ def plan(dry: bool) -> dict[str, list]:
     long, short, one = shapes["32x512"], shapes["32x128"], shapes["1x128"]
     both, forward, latency = ("forward", "forward+backward"), ("forward",), ("latency",)
     squad, queries, wikipedia, passages = mixes.values()
+    ops = cases.dry_cases() if dry else cases.gpu_cases()
     found = {
-        "ops": cases.dry_cases() if dry else cases.gpu_cases(),
+        "ops": ops,
         "layers": [
             *encoders([base], [long, short, shapes["64x384"]], both, bf16, layer=True),
             *encoders([large, mini], [long, short], both, bf16, layer=True),
@@ -267,6 +271,7 @@ def plan(dry: bool) -> dict[str, list]:
         "autotune": [
             *encoders([base], [one], latency, bf16),
             *encoders([base], [long], forward, bf16),
+            *[case for case in ops if case.op == "linear_gelu"][:1],
         ],
     }
     return {name: list(dict.fromkeys(todo)) for name, todo in found.items()}
@@ -276,6 +281,7 @@ def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
     """The phases, and the benches that measure them."""
     from bertfast.commands.bench.harness import Bench
     from bertfast.commands.bench.parts import measure_parts
+    from bertfast.commands.bench.providers import of_kind
 
     options = dict(
         repeats=3 if run.dry else 9,
@@ -284,7 +290,8 @@ def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
         say=print,
     )
     quick = Bench(machine, recorder, slow=False, **options)
-    benches = {"ops": Bench(machine, recorder, **options)}
+    in_seconds = {one.name for one in of_kind("op")} - {"torch compile max"}
+    benches = {"ops": Bench(machine, recorder, wanted=in_seconds, **options)}
     for name, wanted in COMPILED.items():
         benches[name] = Bench(machine, recorder, wanted=wanted, **options)
 

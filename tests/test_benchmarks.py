@@ -19,7 +19,7 @@ from bertfast.commands.bench import cases, ceilings, harness, op_case, record, t
 from bertfast.commands.bench.cases.bias_gelu import BiasGeluCase
 from bertfast.commands.bench.cases.layer_norm import LayerNormCase
 from bertfast.commands.bench.providers import Provider
-from bertfast.ops import available
+from bertfast.ops import available, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_all.py"
@@ -47,7 +47,7 @@ def test_dry_run_goes_through_every_step(dry_run):
     assert result.returncode == 0, result.stdout + result.stderr
     for step in ("build", "tests", "ceilings", "measurements"):
         assert f"== {step}" in result.stdout
-    ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv"}
+    ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv", "linear_gelu"}
     assert ops | {"tiny", "tiny layer", "tiny layer attention"} <= {row["op"] for row in rows}
     for phase in ("ops", "layers", "models", "mixes", "latency", "compilers", "autotune"):
         done, total = re.search(rf"^{phase}: (\d+) of (\d+) cases", result.stdout, re.M).groups()
@@ -58,9 +58,13 @@ def test_dry_run_times_every_provider_in_every_pass(dry_run):
     _, rows = dry_run
     for op, pass_ in dict.fromkeys((case.op, case.pass_) for case in cases.dry_cases()):
         # The script runs Triton in its interpreter, whatever this process does.
-        providers = {"bertfast torch", "bertfast triton"}
+        providers = {"bertfast torch"}
+        if not isinstance(dispatch.backend_module(op, "triton"), str):
+            providers.add("bertfast triton")
         if available("cpu")[op]["cuda"] is None:
             providers.add("bertfast cuda")
+        if op == "linear_gelu" and pass_ != "backward":
+            providers.add("bertfast auto")
         if op.startswith("attention"):
             providers |= {"torch sdpa", "torch sdpa math"}
         else:
