@@ -94,6 +94,38 @@ struct BiasGeluBackward {
   int tiles;
 };
 
+// Widths (inner and cols) and strides are multiples of 8, and all but partial_dbias begins at a
+// multiple of 16 bytes. x and weight have their rows strides apart; bias, y and u are dense.
+struct LinearGeluForward {
+  const void* x;       // (rows, inner)
+  const void* weight;  // (cols, inner)
+  const void* bias;
+  void* y;  // (rows, cols)
+  void* u;
+  int rows;  // at most 2^30
+  int inner;
+  int cols;
+  int x_row_stride;
+  int weight_row_stride;
+  int group_bits;  // of the order of tiles; set by the launch
+};
+
+// The same; dv is dense.
+struct LinearGeluBackward {
+  const void* dy;      // (rows, inner)
+  const void* weight;  // (inner, cols)
+  const void* u;       // (rows, cols)
+  const void* bias;
+  void* dv;
+  float* partial_dbias;  // (tiles of linear_gelu_tile_rows(), cols)
+  int rows;
+  int inner;
+  int cols;
+  int dy_row_stride;
+  int weight_row_stride;
+  int group_bits;
+};
+
 // out[i][column] = sum over the partials' rows; partial is (sums, n_partials, cols).
 struct ColumnSum {
   const float* partial;
@@ -170,6 +202,8 @@ cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, 
                                      Stream);
 cudaError_t launch_bias_gelu_backward(BiasGeluBackward, bool tanh, DType x_dtype, DType dtype,
                                       Stream);
+cudaError_t launch_linear_gelu_forward(LinearGeluForward, bool tanh, DType, Stream);
+cudaError_t launch_linear_gelu_backward(LinearGeluBackward, bool tanh, DType, Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
 cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
@@ -179,5 +213,8 @@ cudaError_t load_a_kernel();
 
 // How many rows a block of layer_norm's backward works on at a time.
 int layer_norm_rows_per_block(int cols, DType dtype);
+
+// The rows of linear_gelu's backward that a partial sum is of.
+int linear_gelu_tile_rows();
 
 }  // namespace bertfast

@@ -162,6 +162,83 @@ def test_bias_gelu(host, biased):
     refused(call, cases | (more if biased else {}))
 
 
+def off(x: torch.Tensor) -> torch.Tensor:
+    """The same values, one element into their memory."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+def gap_of_4(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x[:, :4]], 1)[:, : x.shape[1]]
+
+
+def as_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16()
+
+
+def halves(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).half()
+
+
+def test_linear_gelu(host):
+    of_rows = (*OF_ROWS, as_bfloat16, off, gap_of_4)
+    dense = (*DENSE, as_bfloat16, off)
+    call = Call(
+        host,
+        "linear_gelu_forward",
+        {
+            "x": halves(ROWS, 16),
+            "weight": halves(WIDTH, 16),
+            "bias": halves(WIDTH),
+            "tanh": False,
+            "y": halves(ROWS, WIDTH),
+            "u": halves(ROWS, WIDTH),
+        },
+    )
+    dense_rows = (*OF_ROWS, as_bfloat16, off, gap_of_4)
+    cases = {"x": of_rows, "weight": of_rows, "bias": dense, "y": dense_rows, "u": dense_rows}
+    cases["x"] = tuple(spoil for spoil in of_rows if spoil is not as_bfloat16)
+    refused(call, cases)
+    with pytest.raises(AssertionError, match="a kernel reads weight as .* of bfloat16"):
+        call("x", as_bfloat16)
+    call = Call(
+        host,
+        "linear_gelu_backward",
+        {
+            "dy": halves(ROWS, 16),
+            "weight": halves(16, WIDTH),
+            "u": halves(ROWS, WIDTH),
+            "bias": halves(WIDTH),
+            "tanh": True,
+            "dv": halves(ROWS, WIDTH),
+            "dbias": halves(WIDTH),
+            "partial": new(*host.linear_gelu_partial_shape(halves(ROWS, WIDTH))),
+        },
+    )
+    cases = {"dy": cases["x"], "weight": of_rows, "bias": dense, "u": dense_rows, "dv": dense_rows}
+    refused(call, cases | {"dbias": (*DENSE, as_bfloat16), "partial": (longer, as_half)})
+
+
+def test_linear_gelus_numbers(host):
+    def run(x: torch.Tensor, weight: torch.Tensor) -> None:
+        y = torch.empty(1, weight.shape[0], dtype=torch.float16)
+        host.linear_gelu_forward(x, weight, None, False, y, None)
+
+    run(halves(1, 8), halves(8, 8))
+    for x, weight, text in (
+        (halves(0, 8), halves(8, 8), "the number of rows must be between 1 and"),
+        (halves(1, 8).expand(2**30 + 1, 8), halves(8, 8), "at most 2**30 rows, got 1073741825"),
+        (halves(1, 12), halves(8, 12), "the number of inputs must be a multiple of 8, got 12"),
+        (halves(1, 0), halves(8, 0), "the number of inputs must be between 1 and"),
+        (halves(1, 8), halves(12, 8), "the number of outputs must be a multiple of 8, got 12"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            run(x, weight)
+    with pytest.raises(AssertionError, match="a kernel reads x as float16 or bfloat16"):
+        run(new(1, 8), new(8, 8))
+    with pytest.raises(AssertionError, match="a kernel reads x as a matrix"):
+        run(halves(8), halves(8, 8))
+
+
 HEADS, DIM = 2, 16
 PADDED = Sequences()
 

@@ -1,0 +1,218 @@
+// The main loop of a matrix product on tensor cores: a block's tile of float32 sums, left in
+// registers for the kernel to go on with.
+//
+// A block has 128 x 128 sums and 4 warps, of which each has 64 x 64: so what ldmatrix reads of
+// shared memory takes half the time of the products. 32 values of the inner dimension at a time lie
+// in shared memory, three of these stages in turn: while one is worked on the two after it are
+// copied, with one barrier a stage. Three times 16 KB let two blocks fit the 100 KB of a small
+// multiprocessor; one's copies and epilogue overlap the other's products.
+//
+// Zeros stand for what lies beyond the inner dimension, as a gap between rows may hold NaN; and for
+// rows beyond the last one, whose sums are then zero whatever is multiplied with them.
+#pragma once
+
+#include "device/tile.cuh"
+
+namespace bertfast {
+
+constexpr int kProductTile = 128;  // rows, and columns
+constexpr int kProductDepth = 32;
+constexpr int kProductStages = 3;
+constexpr int kProductThreads = 128;
+constexpr int kProductOperandBytes = 2 * kProductTile * kProductDepth;
+constexpr int kProductStageBytes = 2 * kProductOperandBytes;
+constexpr int kProductBytes = kProductStages * kProductStageBytes;
+constexpr int kProductBlocks = 2;  // of a multiprocessor
+
+// The tile of a block. Blocks that run at the same time should share what they read: they walk down
+// up to eight tiles of rows before they go on to the next columns.
+struct ProductTile {
+  int row, col;  // the first ones; row < rows unless there is nothing to do
+  int rows;      // of the tile that are there; below 1: none
+
+  __device__ __forceinline__ ProductTile(int all_rows, int group_bits) {
+    const int group = blockIdx.y + blockIdx.z * gridDim.y;
+    const int in_group = blockIdx.x & ((1 << group_bits) - 1);
+    // Beyond the last row by less than 2^17 tiles: 2^30 rows leave 32 bits room.
+    row = ((group << group_bits) + in_group) * kProductTile;
+    col = (blockIdx.x >> group_bits) * kProductTile;
+    rows = all_rows - row;
+  }
+};
+
+// The grid, and the bits of the number of tiles in a group.
+inline dim3 product_grid(int rows, int cols, int& group_bits) {
+  const int row_tiles = (rows - 1) / kProductTile + 1, col_tiles = (cols - 1) / kProductTile + 1;
+  group_bits = row_tiles >= 8 ? 3 : row_tiles >= 4 ? 2 : row_tiles >= 2 ? 1 : 0;
+  const int groups = ((row_tiles - 1) >> group_bits) + 1;
+  const int z = (groups - 1) / 65535 + 1;
+  return dim3(col_tiles << group_bits, (groups - 1) / z + 1, z);
+}
+
+// An operand whose rows lie along the inner dimension: a thread's part of its copies.
+template<class T>
+struct AlongRows {
+  using Rows = Tile<kProductDepth>;
+  static constexpr int kStep = kProductThreads / Rows::kLanes;
+  static_assert(kStep % 8 == 0, "rows that many apart have the same order of chunks");
+
+  const T* from;  // the thread's chunk of its first row, of the next stage
+  int64_t step;
+  int rows;  // that are there, from the thread's first one on
+  int left;  // of the inner dimension, from the thread's chunk on
+  int place;
+
+  // data: the tile's first row.
+  __device__ __forceinline__ AlongRows(const T* data, int64_t stride, int rows, int inner,
+                                       int thread) {
+    const int first = thread / Rows::kLanes, lane = thread % Rows::kLanes;
+    from = data + first * stride + 8 * lane;
+    step = kStep * stride;
+    this->rows = rows - first;
+    left = inner - 8 * lane;
+    place = Rows::place(first, lane);
+  }
+
+  // Starts copying the next stage.
+  __device__ __forceinline__ void start(Shared<uint4> tile) {
+    const int there = left > 0 ? rows : 0;
+    const T* row = from;
+#pragma unroll
+    for (int i = 0; i < kProductTile / kStep; ++i) {
+      cp_async(tile, place + i * kStep * Rows::kChunks, reinterpret_cast<const uint4*>(row),
+               i * kStep < there);
+      row += step;
+    }
+    from += kProductDepth;
+    left -= kProductDepth;
+  }
+
+  // Where a thread's row of fragments of 16 rows lies, 16 columns of the inner dimension; others
+  // are 16 k columns on at ^ 2 k, and 16 i rows on at + 16 i rows.
+  static __device__ __forceinline__ int place_a(int row, int thread) {
+    const int lane = thread % 32;
+    return Rows::place(row + lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ int place_b(int row, int thread) {
+    const int lane = thread % 32;
+    return Rows::place(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  static __device__ __forceinline__ void load_b(unsigned (&b)[4], Shared<uint4> tile, int place,
+                                                int k, int n) {
+    ldmatrix(b, tile, (place ^ 2 * k) + 16 * n * Rows::kChunks);
+  }
+};
+
+// An operand whose rows are the inner dimension.
+template<class T>
+struct DownRows {
+  using Rows = Tile<kProductTile>;
+  static constexpr int kStep = kProductThreads / Rows::kLanes;
+  static_assert(kStep % 8 == 0, "rows that many apart have the same order of chunks");
+
+  const T* from;
+  int64_t step;
+  int cols;  // that are there, from the thread's first chunk on
+  int left;  // of the inner dimension, from the thread's first row on
+  int place;
+
+  // data: the tile's first column.
+  __device__ __forceinline__ DownRows(const T* data, int64_t stride, int cols, int inner,
+                                      int thread) {
+    const int first = thread / Rows::kLanes, lane = thread % Rows::kLanes;
+    from = data + first * stride + 8 * lane;
+    step = kStep * stride;
+    this->cols = cols - 8 * lane;
+    left = inner - first;
+    place = Rows::place(first, lane);
+  }
+
+  __device__ __forceinline__ void start(Shared<uint4> tile) {
+#pragma unroll
+    for (int i = 0; i < kProductDepth / kStep; ++i) {
+      const int there = i * kStep < left ? cols : 0;
+#pragma unroll
+      for (int chunk = 0; chunk < Rows::kChunks; chunk += Rows::kLanes) {
+        cp_async(tile, place + i * kStep * Rows::kChunks + chunk,
+                 reinterpret_cast<const uint4*>(from + 8 * chunk), 8 * chunk < there);
+      }
+      from += step;
+    }
+    left -= kProductDepth;
+  }
+
+  static __device__ __forceinline__ int place_b(int col, int thread) {
+    const int lane = thread % 32;
+    return Rows::place(lane % 16, col / 8 + lane / 16);
+  }
+  static __device__ __forceinline__ void load_b(unsigned (&b)[4], Shared<uint4> tile, int place,
+                                                int k, int n) {
+    ldmatrix_trans(b, tile, (place ^ 2 * n) + 16 * k * Rows::kChunks);
+  }
+};
+
+// The sums of a warp: [i][n] is the fragment of rows from 16 i and columns from 8 n.
+using ProductSums = float[4][8][4];
+
+__device__ __forceinline__ int product_warp_row(int thread) {
+  return thread / 64 * 64;
+}
+__device__ __forceinline__ int product_warp_col(int thread) {
+  return thread / 32 % 2 * 64;
+}
+
+// Adds x w^T, or x w where w is DownRows. Afterwards shared memory is free, but others may still
+// read it: a barrier has to follow.
+template<class T, class Right>
+__device__ __forceinline__ void add_product(ProductSums& sums, AlongRows<T> x, Right w, int inner,
+                                            int thread) {
+  const auto x_stage = [](int stage) { return shared_memory<uint4>(stage * kProductStageBytes); };
+  const auto w_stage = [](int stage) {
+    return shared_memory<uint4>(stage * kProductStageBytes + kProductOperandBytes);
+  };
+  const int turns = (inner + kProductDepth - 1) / kProductDepth;
+#pragma unroll
+  for (int stage = 0; stage < kProductStages - 1; ++stage) {
+    if (stage < turns) {
+      x.start(x_stage(stage));
+      w.start(w_stage(stage));
+    }
+    cp_async_commit();
+  }
+  const int a_place = AlongRows<T>::place_a(product_warp_row(thread), thread);
+  const int b_place = Right::place_b(product_warp_col(thread), thread);
+  int reads = 0, writes = kProductStages - 1;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    cp_async_wait<kProductStages - 2>();
+    __syncthreads();  // the stage is there, and all warps are done with the one before
+    if (turn + kProductStages - 1 < turns) {
+      x.start(x_stage(writes));
+      w.start(w_stage(writes));
+    }
+    cp_async_commit();
+#pragma unroll
+    for (int k = 0; k < kProductDepth / 16; ++k) {
+      unsigned a[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ldmatrix(a[i], x_stage(reads), (a_place ^ 2 * k) + 16 * i * AlongRows<T>::Rows::kChunks);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        unsigned b[4];
+        Right::load_b(b, w_stage(reads), b_place, k, n);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          mma_m16n8k16<T>(sums[i][2 * n], a[i], b[0], b[1]);
+          mma_m16n8k16<T>(sums[i][2 * n + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+    reads = reads + 1 == kProductStages ? 0 : reads + 1;
+    writes = writes + 1 == kProductStages ? 0 : writes + 1;
+  }
+  cp_async_wait<0>();
+}
+
+}  // namespace bertfast
