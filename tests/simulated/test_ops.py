@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bertfast.testing import attention, bias_gelu, hold_to_budget, layer_norm
+from bertfast.testing import attention, bias_gelu, hold_to_budget, layer_norm, linear_gelu
 from bertfast.testing import attention_qkv as attention_qkv_table
 
 TABLES = {
@@ -11,12 +11,16 @@ TABLES = {
     "bias_gelu": bias_gelu,
     "attention": attention,
     "attention_qkv": attention_qkv_table,
+    "linear_gelu": linear_gelu,
 }
 # Of Triton, whose interpreter is slow, the first few: what matters here is where tensors lie.
 CASES = [
     pytest.param(op, case, backend, dtype, id=f"{op}-{case}-{backend}-{dtype}")
-    for backend, dtype in (("cuda", torch.bfloat16), ("triton", torch.float32))
     for op, table in TABLES.items()
+    for backend, dtype in (
+        ("cuda", torch.bfloat16),
+        ("triton", torch.float16 if op == "linear_gelu" else torch.float32),
+    )
     for case in table.quick_cases()[: 3 if backend == "triton" else None]
 ]
 
