@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .floor import Work
+from .predicted import Counts
 
 if TYPE_CHECKING:
     from .providers import Provider
@@ -60,6 +61,10 @@ class Case(Protocol):
 
     def work(self) -> list[Work]:
         """The kernels that it takes at least, with their bytes and operations."""
+        ...
+
+    def counts(self, provider: "Provider") -> Counts | None:
+        """The kernels, traffic and products of a provider, where they are known."""
         ...
 
     def providers(self) -> "Sequence[Provider]":

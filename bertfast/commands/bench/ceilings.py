@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ...ops.linear import onednn
 from .floor import Ceilings
+from .predicted import Gpu
 from .record import Row, dtype_name
 from .timing import Call, Sample, graph_timer, interleaved, process_timer
 
@@ -27,9 +28,16 @@ class Machine:
         if quick:
             self.repeats, self.rows, megabytes = 3, 64, 16
         self.bytes_per_s = self._copy(megabytes)
-        if gpu:
-            self._launch_gap()
+        self.gap_us = self._launch_gap() if gpu else None
         self._known: dict[torch.dtype, Ceilings] = {}
+
+    def model(self, dtype: torch.dtype) -> Gpu | None:
+        """The GPU as `predicted` knows it; a CPU isn't modelled."""
+        if self.gap_us is None:
+            return None
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        measured = ((self.rows, INNER, HIDDEN), (self.rows, HIDDEN, INNER))
+        return Gpu(self.ceilings(dtype), self.gap_us, count, measured)
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
         if dtype not in self._known:
@@ -60,11 +68,12 @@ class Machine:
         self.record(row.timed(sample))
         return rate
 
-    def _launch_gap(self) -> None:
-        """Time per kernel of a CUDA graph of kernels that do next to nothing."""
+    def _launch_gap(self) -> float:
+        """Microseconds a kernel of a CUDA graph of kernels that do next to nothing."""
         tiny = torch.zeros(1, device="cuda")
         sample = self._best([[lambda: tiny.add_(1.0)] * 1000])
         self.record(Row("torch", "launch gap", "", "1", "fp32").timed(sample))
+        return sample.median
 
     @torch.no_grad()
     def _product(self, dtype: torch.dtype, inner: int, columns: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...testing import UNIT_ROUNDOFF
-from . import floor
+from . import floor, predicted
 from .case import Step, held, normal, relative
 from .models import Model, Tokens
 from .providers import Provider, Runner, of_kind
@@ -66,6 +66,11 @@ class EncoderCase:
     def work(self) -> list[floor.Work]:
         count = floor.layer if self.layer else floor.model
         return count(self.model, self.tokens.lengths, self.dtype.itemsize, self.training)
+
+    def counts(self, provider: Provider) -> predicted.Counts | None:
+        return predicted.encoder(
+            *(self.model, self.tokens, self.dtype, self.training, self.layer), provider.name
+        )
 
     def providers(self) -> Sequence[Provider]:
         return of_kind(self.kind)

@@ -101,6 +101,7 @@ class Bench:
         for name, sample in interleaved(launches, self.repeats, self.out_of_time).items():
             # Bytes and floors say nothing about launching.
             row = dataclasses.replace(rows[name], clock="launch", floor_us=None)
+            row.modelled_us = None
             row.gb_per_s = row.percent_of_floor = row.tflop_per_s = None
             self.recorder.add(row.timed(sample))
 
@@ -124,6 +125,8 @@ class Bench:
         )
         row.cache, row.clock = cache, case.clock if self.gpu else "process"
         row.floor_us = floor_us(case.work(), self.machine.ceilings(case.dtype))
+        gpu, counts = self.machine.model(case.dtype), case.counts(provider)
+        row.modelled_us = counts.us(gpu) if gpu and counts else None
         return row
 
     def _add_rates(self, case: Case, row: Row) -> None:

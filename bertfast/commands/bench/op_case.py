@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...ops import dispatch
 from ...testing import nearest_to_budget
 from .case import Step, Wrong, held, relative
 from .floor import Work
+from .predicted import Counts
 from .providers import Provider, of_kind
 
 # ||difference|| / ||reference|| that any honest implementation stays under: stock torch rounds to
@@ -58,6 +60,17 @@ class OpCase:
 
     def work(self) -> list[Work]:
         raise NotImplementedError
+
+    def moves(self) -> Mapping[str, tuple[int, float]]:
+        """By the names of providers, where they are known: kernels, and bytes that they read or
+        write. "bertfast" stands for both of its backends' kernels."""
+        return {}
+
+    def counts(self, provider: Provider) -> Counts | None:
+        known = self.moves()
+        kernels = provider.ours and provider.backend in dispatch.BACKENDS[1:]
+        found = known.get("bertfast" if kernels else provider.name)
+        return None if found is None else Counts(*found)
 
     def inputs(self, device: str, seed: int) -> Inputs:
         raise NotImplementedError

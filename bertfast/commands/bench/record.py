@@ -59,6 +59,7 @@ class Row:
     padded_tokens_per_s: float | None = None  # with the padding to the batch's longest
     floor_us: float | None = None  # the least possible time, see floor.py
     percent_of_floor: float | None = None  # 100 * floor / median
+    modelled_us: float | None = None  # by its kernels, traffic and products, see predicted.py
     peak_memory_mb: float | None = None
     error: float | None = None  # the largest ||difference|| / ||float64 reference|| of its outputs
     note: str = ""
@@ -82,6 +83,10 @@ COLUMNS = (
     *(field.name for field in fields(Environment)),
     "time",
 )
+
+
+# Columns that older files lack.
+ADDED = ("modelled_us",)
 
 
 def _output(*command: str) -> str:
@@ -165,10 +170,12 @@ def read(path: Path) -> tuple[list[Row], Environment]:
         records = list(csv.DictReader(file))
     if not records:
         raise ValueError(f"{path} has no rows")
+    absent = set(ADDED) - set(records[0])
     rows = []
     for record in records:
         values: dict[str, Any] = {
-            field.name: record[field.name.rstrip("_")] for field in fields(Row)
+            field.name: "" if field.name in absent else record[field.name.rstrip("_")]
+            for field in fields(Row)
         }
         for field in fields(Row):
             if "float" in str(field.type):

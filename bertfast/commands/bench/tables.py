@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from ..terminal import BAD, HEAD, OURS, Column, Table, paragraph
+from ..terminal import BAD, HEAD, OURS, WIDTH, Column, Table, paragraph
 from .compare import Key, Ratio, Unit, baseline, case_name, grouped, is_ours, padding, verdicts
 from .record import Row
 
@@ -34,6 +34,7 @@ def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
         if column:
             columns.append(Column(heading))
             cells.append(column)
+    columns, cells = _fitting(columns, cells, everything)
     title = f"{op}; speed-up over {' or '.join(usual)}" if usual else op
     table = Table(columns, title)
     for key, rows in cases.items():
@@ -51,6 +52,20 @@ def op_table(op: str, cases: dict[Key, list[Row]]) -> Table:
     return table
 
 
+def _fitting(
+    columns: list[Column], cells: list[dict[int, str]], rows: list[Row]
+) -> tuple[list[Column], list[dict[int, str]]]:
+    """As many of the columns as a page has room for, from the first; a CSV file has all."""
+    table = Table(columns)
+    for row in rows:
+        table.add(f"  {row.provider}", *(column.get(id(row), "") for column in cells))
+    table.fit()
+    count = len(columns)
+    while sum(column.width + 2 for column in columns[:count]) - 2 > WIDTH and count > 2:
+        count -= 1
+    return columns[:count], cells[: count - 1]
+
+
 def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, str]]]:
     """Headings and cells; a column that has none is left out."""
     timed = [row for rows in cases.values() for row in rows if row.median_us is not None]
@@ -62,6 +77,10 @@ def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, 
             }
     yield "speed-up", ratios
     yield "% floor", {id(r): percent(r.percent_of_floor) for r in timed if r.percent_of_floor}
+    if any(row.modelled_us for row in timed):
+        unit = Unit.of([row.sample.median for row in timed])
+        known = ((row, row.modelled_us) for row in timed)
+        yield "modelled", {id(row): unit.text(us) if us else "-" for row, us in known}
     memory = {id(row): f"{row.peak_memory_mb:,.0f}" for row in timed if row.peak_memory_mb}
     rates = {id(row): f"{row.tokens_per_s:,.0f}" for row in timed if row.tokens_per_s}
     # 80 columns have room for one of the two, in a layer's table for the first alone.
@@ -92,18 +111,24 @@ def ceilings(rows: Iterable[Row]) -> Iterator[str]:
 
 def everything(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
     """All tables, what they show and how to read them: lines, each with its style."""
+    rows = list(rows)
     for op, cases in by_op(rows).items():
         yield from op_table(op, cases).lines()
         yield from ((line, "") for line in ("", *verdicts(cases), ""))
-    yield legend(), ""
+    yield legend(any(row.modelled_us for row in rows)), ""
 
 
-def legend() -> str:
+def legend(modelled: bool = False) -> str:
+    more = (
+        "modelled: what a provider's own traffic, products and kernels should take with these",
+        "          ceilings, all of them reached; - where they aren't known",
+    )
     return "\n".join(
         (
             "median: of the repeats, \u00b1 half the range from the 20th to the 80th percentile",
             "% floor: the least possible time, from the ceilings above, in percent of the",
             "         time taken; work on padding counts as waste",
+            *(more if modelled else ()),
             "tokens/s: real tokens. MB: the peak of memory that a call takes",
             "error: relative, against float64, measured before the time",
         )

@@ -98,6 +98,19 @@ class LayerNormCase(OpCase):
         rows = values * self.rows + parameter_rows
         return [Work("memory", 0, rows * self.width * self.dtype.itemsize + statistics)]
 
+    def moves(self) -> dict[str, tuple[int, float]]:
+        """Without a mask to draw stock torch takes a kernel for x_bias, for the residual and for
+        the norm; compiled, one. A backward's sums over the rows take a kernel more."""
+        (work,) = self.work()
+        found: dict[str, tuple[int, float]] = {
+            "bertfast": (2 if self.pass_ == "backward" else 1, work.bytes)
+        }
+        if self.pass_ == "forward" and not self.dropout:
+            tensor = self.rows * self.width * self.dtype.itemsize
+            found["torch compile"] = (1, (2 if self.alone else 3) * tensor)
+            found["torch eager"] = (1, 2 * tensor) if self.alone else (3, 7 * tensor)
+        return found
+
     def inputs(self, device: str, seed: int) -> Inputs:
         values = normal(device, seed, self.dtype)
         shape, width = (self.rows, self.width), self.width

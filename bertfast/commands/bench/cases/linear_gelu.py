@@ -22,6 +22,7 @@ from ....testing import linear_gelu as testing
 from ..case import Step, normal
 from ..floor import Work
 from ..op_case import Inputs, OpCase
+from ..predicted import Counts, Product
 from ..providers import Provider
 
 Tensor = torch.Tensor
@@ -165,6 +166,29 @@ class LinearGeluCase(OpCase):
         values = self.rows * self.width + self.width * self.inner + wide * self.inner
         flops = 2 * self.rows * self.width * self.inner
         return [Work("products", flops, values * self.dtype.itemsize)]
+
+    def counts(self, provider: Provider) -> Counts | None:
+        """A product whose epilogue does the rest, or a product, and what is read and written
+        after it:
+
+        two kernels      forward u or v read, y written; backward dh and u or v read, dv written,
+                         and by stock torch dv read again for its sum
+        quack            in the backward y is written too, and dv read again for its sum
+        A sum over the rows takes a kernel more. Compiled code isn't known: it may fuse some.
+        """
+        if self.dtype.itemsize != 2:
+            return None
+        tensor, backward = self.rows * self.inner, self.pass_ == "backward"
+        fused = provider.name in ("bertfast triton", "bertfast cuda", TANH, "quack")
+        if not fused and provider.name not in (f"bertfast {TWO_KERNELS}", "torch eager"):
+            return None
+        in_product = int(self.pass_ != "forward") if fused else 0
+        after = 0 if fused else 3 if backward else 2
+        if backward and provider.name in ("quack", "torch eager"):
+            in_product, after = in_product + fused, after + 1
+        product = Product(self.rows, self.inner, self.width, in_product * tensor)
+        kernels = (1 if fused else 2) + backward
+        return Counts(kernels, 2 * after * tensor, 2, (product,))
 
     def inputs(self, device: str, seed: int) -> Inputs:
         values = normal(device, seed, self.dtype)
