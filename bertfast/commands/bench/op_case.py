@@ -89,7 +89,7 @@ class OpCase:
         return {}
 
     def budget_of(self, provider: Provider, device: str) -> Any:
-        """What bertfast.testing is to run for one of ours: a backend."""
+        """The backend that bertfast.testing is to run for one of ours."""
         return provider.backend
 
     def providers(self) -> Sequence[Provider]:
