@@ -124,7 +124,26 @@ class Flow:
                 if places and index + 1 not in places:
                     leads = sorted(place for place in places if place > index)[:1] or following
             result.append(list(dict.fromkeys(leads)))
+        self._lead_jumps(result)
         return result
+
+    def _lead_jumps(self, after: list[list[int]]) -> None:
+        """Has a jump through a table, which the text doesn't show, lead to all code that nothing
+        else leads to: where warps do different work, that is each part of it."""
+        jumps = [index for index, one in enumerate(self.code) if one.base in ("BRX", "JMX", "BRXU")]
+        reached: set[int] = set()
+        waiting = [0]
+        for first in range(1, len(self.code) if jumps else 0):
+            while waiting:
+                index = waiting.pop()
+                if index not in reached:
+                    reached.add(index)
+                    waiting += after[index]
+            one = self.code[first]
+            if first not in reached and one.opcode != "NOP" and not one.to_itself:
+                for jump in jumps:
+                    after[jump].append(first)
+                waiting.append(first)
 
     def _returns(self, index: int) -> bool:
         """True if a function begins here: it comes to a RET before anything else."""

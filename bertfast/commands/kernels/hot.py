@@ -31,6 +31,7 @@ _SCALINGS = {"FMUL": 1, "FMUL2": 2}
 # Philox has two wide products in each of 7 rounds; of the first three, some are the same each turn.
 _WIDE_PRODUCTS = 8
 _SCORES_OF_A_DRAW = 8
+_OPERANDS = 2  # of a product
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,20 @@ def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
     products = scores * work.head_dim * by_warps // warps + _TILE * sum(tiles)
     draws = scores // threads * _WIDE_PRODUCTS // _SCORES_OF_A_DRAW if work.dropout else 0
     scalings = work.rows * work.head_dim // threads if work.scales else 0
-    wanted = (products, 4 * work.streamed * work.head_dim // warps, draws, scalings)
+    # What bulk copies read is known to their descriptors only: one for each operand is asked for,
+    # where the warps that multiply start them.
+    bulk = any(one.base == "UTMALDG" for one in flow.code)
+    streamed = _OPERANDS if bulk else 4 * work.streamed * work.head_dim // warps
+    wanted = (products, streamed, draws, scalings)
 
     @functools.cache
     def done(block: int) -> tuple[int, ...]:
         ones = list(flow.instructions_of(block))
         return (
             sum(pipes.multiply_adds(one) + _TILE * pipes.is_tcgen05(one) for one in ones),
-            sum(pipes.cache_bytes(one) for one in ones if one.base in ("LDG", "LDGSTS")),
+            sum(one.base == "UTMALDG" for one in ones)
+            if bulk
+            else sum(pipes.cache_bytes(one) for one in ones if one.base in ("LDG", "LDGSTS")),
             sum(_is_philoxs(one) for one in ones),
             sum(_SCALINGS.get(one.base, 0) for one in ones),
         )
@@ -80,7 +87,11 @@ def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
     starts = [start for start, (body, _) in flow.loops.items() if any(done(b)[0] for b in body)]
     is_loop = loop and bool(starts)
     candidates: list[int | None] = [*starts] if is_loop else [None]
-    paths = {start: flow.cheapest(start, done, wanted, work.turns) for start in candidates}
+    paths = {}
+    for start in candidates:
+        elsewhere = bulk and start is not None and not any(done(b)[1] for b in flow.loops[start][0])
+        here = (products, 0, draws, scalings) if elsewhere else wanted
+        paths[start] = flow.cheapest(start, done, here, work.turns)
     turns = {
         start: [(one, times) for block, times in path for one in flow.instructions_of(block)]
         for start, path in paths.items()
@@ -90,7 +101,7 @@ def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
         return None
     start = min(turns, key=lambda start: sum(times for _, times in turns[start]))
     outside = _outside(flow, start, work, warps, tcgen05) if work.outputs else None
-    return _figures(turns[start], work, warps, is_loop, tcgen05, outside)
+    return _figures(turns[start], work, warps, is_loop, tcgen05, bulk, outside)
 
 
 def _outside(flow: Flow, start: int | None, work: Work, warps: int, tcgen05: bool) -> float | None:
@@ -132,6 +143,7 @@ def _figures(
     warps: int,
     is_loop: bool,
     tcgen05: bool,
+    bulk: bool,
     outside: float | None,
 ) -> Hot:
     lanes = 32 * warps / (work.rows * work.columns)
@@ -147,10 +159,13 @@ def _figures(
         if one.base in _MULTIPLIES_BY:
             macs[_MULTIPLIES_BY[one.base]] += times * pipes.multiply_adds(one)
     loads = [one for one, _ in turn if one.base in ("LDG", "LDGSTS", "UTMALDG")]
+    cache_bytes = total(pipes.cache_bytes) / 32 * lanes
+    if bulk:
+        cache_bytes += 4 * work.streamed * work.head_dim / (work.rows * work.columns)
     return Hot(
         instructions=round(total(lambda one: 1) * lanes, 2),
         shared_bytes=None if tcgen05 else round(total(pipes.shared_bytes) / 32 * lanes, 1),
-        cache_bytes=round(total(pipes.cache_bytes) / 32 * lanes, 2),
+        cache_bytes=round(cache_bytes, 2),
         loads=len(loads),
         late_loads=_late_loads([one for one, _ in turn], is_loop),
         waits=sum(one.opcode.startswith(_WAIT) for one, _ in turn),

@@ -103,10 +103,16 @@ def _measure(code: list[Instruction]) -> Code:
             result.loop = max(inner, key=lambda loop: (loop.tensor_core > 0, loop.instructions))
         return result
 
+    bases = {one.base for one in code}
+    local = not bases.isdisjoint(("LDL", "STL"))
+    flow = None
+    if local or any(map(TENSOR_CORE.fullmatch, bases)):  # of no use for others, which are many
+        flow = Flow(code)
+        # A wait that stands apart branches back into the middle of the loop that it left.
+        heads = {flow.blocks[block][0] for block in flow.loops}
+        ends = {start: end for start, end in ends.items() if start in heads}
     result = count(0, len(code))
-    local = any(one.base in ("LDL", "STL") for one in code)
-    if result.tensor_core or local:  # of no use for others, of which there are many
-        result.flow = Flow(code)
+    result.flow = flow
     if result.flow and local:
         blocks = result.flow.in_loops()
         inside = (one for block in blocks for one in result.flow.instructions_of(block))

@@ -4,19 +4,68 @@ An element is a sum of the product: those of a block's tile in one turn of the l
 dimension. What follows that loop is counted for itself (`Work.most_outside`).
 """
 
+import torch
+
+from .. import triton_lib
 from ..aot import CUDA_NAMES, Case, Launch, Work
+from . import config, run
 
 # Instructions outside the main loop for each sum. A bare product has 5.6 to 6.8, GELU adds 12 and
 # its derivative with the sums for the bias's gradient 20.
 MOST_OUTSIDE = {"forward": 20.0, "backward": 30.0}
 
 
+# A form serves all sizes, so one of each suffices: those of a base model, and inputs that aren't a
+# multiple of a step.
+ROWS, INPUTS, OUTPUTS = 16384, 768, 3072
+
+
 def call_launchers() -> None:
-    """Nothing yet: there is no Triton kernel."""
+    """Everything in bfloat16; the others where they differ most."""
+    for tanh in (False, True):
+        _call(torch.bfloat16, INPUTS, tanh)
+    _call(torch.float16, INPUTS)
+    _call(torch.bfloat16, INPUTS + 8)
+    arch = config.architecture(triton_lib.capability_without_device.get())
+    for pass_ in config.PASSES:
+        for other in config.candidates(arch, pass_)[1:]:
+            with config.trial(pass_, other):
+                _call(torch.bfloat16, INPUTS)
+
+
+def _call(dtype: torch.dtype, inputs: int, tanh: bool = False) -> None:
+    choice = run.Choice("triton", "triton", "triton")
+    bias = torch.empty(OUTPUTS, dtype=dtype)
+    x, up = (torch.empty(size, inputs, dtype=dtype) for size in (ROWS, OUTPUTS))
+    down, u = (torch.empty(size, OUTPUTS, dtype=dtype) for size in (inputs, ROWS))
+    for save in (False, True):
+        run.forward(x, up, bias, tanh, choice, save)
+    run.backward(x, down, u, bias, tanh, (True, True), choice)
 
 
 def triton_case(launch: Launch) -> Case | None:
-    return None
+    if launch.name == "column_sum_kernel":
+        return None  # layer_norm's is the same
+    values = launch.values
+    block = tuple(values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    backward = "backward" in launch.name
+    label = " x ".join(map(str, block))
+    label += ", walking" * values.get("WALK", False) + ", tanh" * values["TANH"]
+    saves = not backward and any(launch.has(name) for name in ("u_ptr", "u_desc") if name in values)
+    label += ", u" * saves + ", K tail" * (not values.get("EVEN_K", True))
+    rows, columns, depth = block
+    work = Work(
+        *(rows, columns, depth, ((rows, depth),)),
+        streamed=(rows + columns) // 2,
+        wgmma=True,
+        outputs=1 + saves,
+        most_outside=MOST_OUTSIDE["backward" if backward else "forward"],
+    )
+    matrix = values.get("a_ptr", getattr(values.get("a_desc"), "base", None))
+    dtype = str(matrix.dtype).removeprefix("torch.")
+    elements = rows * columns / launch.threads
+    walks = values.get("WALK", False)
+    return Case(label, dtype, launch.threads, elements, loop=True, again=walks, work=work)
 
 
 _CUDA_TILE, _CUDA_DEPTH, _CUDA_STAGES, _CUDA_WARPS = 128, 32, 3, 4

@@ -1,0 +1,61 @@
+"""The hot path of products whose operands bulk copies load, and whose warps may work apart."""
+
+from test_kernels_hot import found, listing
+
+from bertfast.commands.kernels import sass
+from bertfast.ops.aot import Work
+
+# A turn by bulk copies, whose wait for the next one stands apart, and the sums' way out.
+BULK = (
+    "LDG.E R20, desc[UR4][R2.64]",
+    ".L_x_1",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5], R6",
+    "@!P0 BRA `(.L_x_2)",
+    ".L_x_3",
+    "UTMALDG.2D [UR12], [UR8]",
+    "UTMALDG.2D [UR16], [UR4]",
+    "HMMA.16816.F32.BF16 R12, R8, R20, R12",
+    "HMMA.16816.F32.BF16 R16, R8, R22, R16",
+    "@P4 BRA `(.L_x_1)",
+    *(f"FMUL R{n}, R{n}, R6" for n in range(12, 20)),
+    "UTMASTG.2D [UR4], [UR14]",
+    "EXIT",
+    ".L_x_2",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5], R6",
+    "@!P0 BRA `(.L_x_2)",
+    "BRA `(.L_x_3)",
+)
+PRODUCT = Work(16, 16, 16, products=((16, 16),), streamed=16, outputs=1)
+
+
+def test_a_turn_by_bulk_copies():
+    path = found(PRODUCT, BULK)
+    assert (path.instructions, path.loads) == (0.88, 2)  # 7 for 8 sums of a thread
+    assert path.cache_bytes == 4  # of two tiles of 16 x 16 for 16 x 16 sums
+    assert path.outside == 1.38  # 11
+    without = [line for line in BULK if not line.startswith("UTMALDG.2D [UR16]")]
+    assert found(PRODUCT, without) is None
+
+
+def test_a_wait_that_stands_apart_makes_no_loop():
+    (code,) = sass.parse("\n".join([".text.one:", *listing(*BULK)])).values()
+    assert code.loop.instructions == 7 and not code.loop.loop
+
+
+def test_warps_of_different_work_are_reached_through_a_table():
+    """Some copy and some multiply: the turn of those that multiply has no copies."""
+    lines = (
+        "@P0 BRA `(.L_x_9)",
+        "BRX R2 -0x170",
+        ".L_x_1",
+        *("NOP", "UTMALDG.2D [UR12], [UR8]", "UTMALDG.2D [UR16], [UR4]", "@P4 BRA `(.L_x_1)"),
+        "EXIT",
+        ".L_x_2",
+        *("HMMA.16816.F32.BF16 R12, R8, R20, R12", "HMMA.16816.F32.BF16 R16, R8, R22, R16"),
+        "@P4 BRA `(.L_x_2)",
+        "EXIT",
+        ".L_x_9",
+        *("UTMASTG.2D [UR4], [UR14]", "EXIT"),
+    )
+    path = found(PRODUCT, lines)
+    assert (path.instructions, path.loads) == (0.38, 0)
