@@ -361,8 +361,12 @@ def test_the_budget_has_the_forms_that_are_recorded_and_no_others(recorded):
         for dtypes in cells
     )
     assert recorded["said"] == []
+    # Those of products differ by architecture.
+    everywhere = [each for each in in_budget if not each[0].startswith("linear_gelu")]
     for found in recorded["forms"].values():
-        assert sorted(found) == in_budget
+        assert sorted(e for e in found if not e[0].startswith("linear_gelu")) == everywhere
+    of_any = {tuple(each) for found in recorded["forms"].values() for each in found}
+    assert sorted(map(list, of_any)) == in_budget
 
 
 def test_a_wrong_call_of_a_launcher_is_a_fault(recorded):

@@ -1,7 +1,9 @@
 """The hot path of products whose operands bulk copies load, and whose warps may work apart."""
 
+from test_kernels import ROW
 from test_kernels_hot import found, listing
 
+import bertfast.commands.kernels as kernels
 from bertfast.commands.kernels import sass
 from bertfast.ops.aot import Work
 
@@ -59,3 +61,12 @@ def test_warps_of_different_work_are_reached_through_a_table():
     )
     path = found(PRODUCT, lines)
     assert (path.instructions, path.loads) == (0.38, 0)
+
+
+def test_a_form_is_stale_only_if_all_architectures_were_read():
+    """A table says by architecture which kernels there are."""
+    for archs, complete in ((kernels.DEFAULT_ARCHS, ["triton"]), (["sm_80"], [])):
+        jobs = [("triton", arch) for arch in archs]
+        rows = {job: [ROW] for job in jobs}
+        read = kernels._reading(jobs, rows, {job: [] for job in jobs}, whole=True)
+        assert read.complete_sources == complete

@@ -121,6 +121,9 @@ def _reading(
             if found[job] and source not in reading.complete_sources:
                 reading.complete_sources.append(source)
     reading.left_out = [f"{source} {', '.join(on)}: {why}" for (source, why), on in reasons.items()]
+    # Which of Triton's kernels serve a call, a table says by architecture.
+    if any(not found.get(("triton", arch)) for arch in DEFAULT_ARCHS):
+        reading.complete_sources = [s for s in reading.complete_sources if s != "triton"]
     if not whole or reading.failures:  # parts are missing: nothing can be called stale
         reading.complete_sources = []
     reading.rows.sort(key=lambda row: (row.source, row.kernel, _natural(row.label), row.dtypes))
