@@ -5,7 +5,7 @@ import torch
 from support.guard import run_guarded
 
 from bertfast.ops import dispatch
-from bertfast.testing import compare, hold_to_budget, worst
+from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, worst
 from bertfast.testing import linear_gelu as table
 from bertfast.testing.linear_gelu import Case
 
@@ -119,6 +119,21 @@ def test_a_bias_that_is_not_finite_stays_in_its_column(target, need):
     dh = inputs["dy"].double() @ inputs["down"].double()
     assert (dirty["dbias"][3] - dh[:, 3].sum()).abs() <= 2**-10 * dh[:, 3].norm()
     assert dirty["dbias"][135] == 0
+
+
+@dtypes
+def test_the_gradient_of_bias_is_a_sum_of_unrounded_values(dtype, target, need):
+    """Values of one size and both signs, of which each rounds to one: only their rests are left."""
+    need("linear_gelu", target, dtype)
+    inputs = table.make_inputs(Case(200, 8, 24), dtype)
+    rest = torch.finfo(dtype).eps / 4
+    inputs["u"].fill_(16.0)  # where GELU's slope is one
+    inputs["down"].zero_()
+    inputs["down"][0], inputs["down"][1] = 1.0, rest
+    inputs["dy"].zero_()
+    inputs["dy"][:, :2] = torch.tensor([[1.0, 1.0], [-1.0, 0.5]]).repeat(100, 1)
+    dbias = table.run(inputs, *target)["dbias"].double().cpu()
+    assert (dbias / (150 * rest) - 1).abs().max() <= 2 * UNIT_ROUNDOFF[dtype]
 
 
 def test_other_dtypes_have_a_reason(target, need):

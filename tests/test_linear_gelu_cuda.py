@@ -16,7 +16,8 @@ pytestmark = pytest.mark.host
 HALF, BF16 = torch.float16, torch.bfloat16
 dtypes = pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
 
-# One stage of the main loop, as many as there are, more; whole tiles and ragged ones, in groups.
+# One stage of the main loop, as many as there are, more; whole tiles and ragged ones, in groups;
+# in the forward small ones where there would be one large tile.
 FORMS = [
     Case(1, 8, 8),
     Case(128, 96, 128, approximate="tanh"),
@@ -98,6 +99,26 @@ def test_many_rows_of_one_size_keep_their_sum(dtype):
     inputs["dy"], inputs["down"] = inputs["dy"].abs() + 1, inputs["down"].abs()
     inputs["u"] = inputs["u"].abs()
     hold_to_budget(table, inputs, table.run(inputs, "cuda"))
+
+
+@dtypes
+@pytest.mark.parametrize("inputs", [8, 24, 32, 56, 64, 96, 104, 136])
+def test_tails_of_the_inner_dimension_in_large_tiles(inputs, dtype):
+    """The case table's are narrow, and one narrow tile is made as a small one."""
+    values = table.make_inputs(Case(130, inputs, 24), dtype)
+    hold_to_budget(table, values, table.run(values, "cuda"))
+
+
+@dtypes
+def test_small_tiles_give_the_bits_of_large_ones(dtype):
+    """Fewer tiles than the host build's two multiprocessors are made as small ones."""
+    inputs = table.make_inputs(Case(200, 200, 136), dtype)
+    whole = table.run(inputs, "cuda")
+    part = dict(inputs)
+    for name, count in (("x", 100), ("weight", 120), ("bias", 120)):
+        part[name] = inputs[name][:count].clone()
+    y, u = table.up(part, "cuda")
+    assert torch.equal(y, whole["y"][:100, :120]) and torch.equal(u, whole["u"][:100, :120])
 
 
 @dtypes

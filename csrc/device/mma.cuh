@@ -43,6 +43,8 @@ void cp_async(Shared<V> to, int i, const V* from, bool inside,
   host::async_copy::issue(byte, sizeof(V), inside ? from : nullptr, site);
 }
 
+inline void prefetch(const void*) {}
+
 inline void cp_async_commit() {
   host::async_copy::commit();
 }
@@ -106,6 +108,11 @@ __device__ __forceinline__ void cp_async(Shared<V> to, int i, const V* from, boo
                  "l"(__cvta_generic_to_global(from)), "n"(sizeof(V)), "r"(size)
                  : "memory");
   }
+}
+
+// Brings the line at an address, which must be the kernel's to read, to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
 // Closes a group of copies.

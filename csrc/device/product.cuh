@@ -5,7 +5,9 @@
 // shared memory takes half the time of the products. 32 values of the inner dimension at a time lie
 // in shared memory, three of these stages in turn: while one is worked on the two after it are
 // copied, with one barrier a stage. Three times 16 KB let two blocks fit the 100 KB of a small
-// multiprocessor; one's copies and epilogue overlap the other's products.
+// multiprocessor; one's copies and epilogue overlap the other's products. Where there are too few
+// such tiles for a GPU, ones of 64 x 64 take its inner dimension 64 at a time. A sum is the same to
+// the bit in both.
 //
 // Zeros stand for what lies beyond the inner dimension, as a gap between rows may hold NaN; and for
 // rows beyond the last one, whose sums are then zero whatever is multiplied with them.
@@ -15,17 +17,21 @@
 
 namespace bertfast {
 
-constexpr int kProductTile = 128;  // rows, and columns
-constexpr int kProductDepth = 32;
-constexpr int kProductStages = 3;
 constexpr int kProductThreads = 128;
-constexpr int kProductOperandBytes = 2 * kProductTile * kProductDepth;
+constexpr int kProductStages = 3;
+constexpr int kProductOperandBytes = 8 * 1024;
 constexpr int kProductStageBytes = 2 * kProductOperandBytes;
 constexpr int kProductBytes = kProductStages * kProductStageBytes;
 constexpr int kProductBlocks = 2;  // of a multiprocessor
 
+// Of a tile's rows, and columns: how much of the inner dimension is in a stage.
+constexpr int product_depth(int tile) {
+  return kProductOperandBytes / 2 / tile;
+}
+
 // The tile of a block. Blocks that run at the same time should share what they read: they walk down
 // up to eight tiles of rows before they go on to the next columns.
+template<int kTile>
 struct ProductTile {
   int row, col;  // the first ones; row < rows unless there is nothing to do
   int rows;      // of the tile that are there; below 1: none
@@ -34,15 +40,16 @@ struct ProductTile {
     const int group = blockIdx.y + blockIdx.z * gridDim.y;
     const int in_group = blockIdx.x & ((1 << group_bits) - 1);
     // Beyond the last row by less than 2^17 tiles: 2^30 rows leave 32 bits room.
-    row = ((group << group_bits) + in_group) * kProductTile;
-    col = (blockIdx.x >> group_bits) * kProductTile;
+    row = ((group << group_bits) + in_group) * kTile;
+    col = (blockIdx.x >> group_bits) * kTile;
     rows = all_rows - row;
   }
 };
 
 // The grid, and the bits of the number of tiles in a group.
-inline dim3 product_grid(int rows, int cols, int& group_bits) {
-  const int row_tiles = (rows - 1) / kProductTile + 1, col_tiles = (cols - 1) / kProductTile + 1;
+template<int kTile>
+dim3 product_grid(int rows, int cols, int& group_bits) {
+  const int row_tiles = (rows - 1) / kTile + 1, col_tiles = (cols - 1) / kTile + 1;
   group_bits = row_tiles >= 8 ? 3 : row_tiles >= 4 ? 2 : row_tiles >= 2 ? 1 : 0;
   const int groups = ((row_tiles - 1) >> group_bits) + 1;
   const int z = (groups - 1) / 65535 + 1;
@@ -50,9 +57,10 @@ inline dim3 product_grid(int rows, int cols, int& group_bits) {
 }
 
 // An operand whose rows lie along the inner dimension: a thread's part of its copies.
-template<class T>
+template<class T, int kTile>
 struct AlongRows {
-  using Rows = Tile<kProductDepth>;
+  static constexpr int kDepth = product_depth(kTile);
+  using Rows = Tile<kDepth>;
   static constexpr int kStep = kProductThreads / Rows::kLanes;
   static_assert(kStep % 8 == 0, "rows that many apart have the same order of chunks");
 
@@ -78,13 +86,13 @@ struct AlongRows {
     const int there = left > 0 ? rows : 0;
     const T* row = from;
 #pragma unroll
-    for (int i = 0; i < kProductTile / kStep; ++i) {
+    for (int i = 0; i < kTile / kStep; ++i) {
       cp_async(tile, place + i * kStep * Rows::kChunks, reinterpret_cast<const uint4*>(row),
                i * kStep < there);
       row += step;
     }
-    from += kProductDepth;
-    left -= kProductDepth;
+    from += kDepth;
+    left -= kDepth;
   }
 
   // Where a thread's row of fragments of 16 rows lies, 16 columns of the inner dimension; others
@@ -104,9 +112,10 @@ struct AlongRows {
 };
 
 // An operand whose rows are the inner dimension.
-template<class T>
+template<class T, int kTile>
 struct DownRows {
-  using Rows = Tile<kProductTile>;
+  static constexpr int kDepth = product_depth(kTile);
+  using Rows = Tile<kTile>;
   static constexpr int kStep = kProductThreads / Rows::kLanes;
   static_assert(kStep % 8 == 0, "rows that many apart have the same order of chunks");
 
@@ -129,7 +138,7 @@ struct DownRows {
 
   __device__ __forceinline__ void start(Shared<uint4> tile) {
 #pragma unroll
-    for (int i = 0; i < kProductDepth / kStep; ++i) {
+    for (int i = 0; i < kDepth / kStep; ++i) {
       const int there = i * kStep < left ? cols : 0;
 #pragma unroll
       for (int chunk = 0; chunk < Rows::kChunks; chunk += Rows::kLanes) {
@@ -138,7 +147,7 @@ struct DownRows {
       }
       from += step;
     }
-    left -= kProductDepth;
+    left -= kDepth;
   }
 
   static __device__ __forceinline__ int place_b(int col, int thread) {
@@ -151,26 +160,31 @@ struct DownRows {
   }
 };
 
-// The sums of a warp: [i][n] is the fragment of rows from 16 i and columns from 8 n.
-using ProductSums = float[4][8][4];
+// The sums of a warp: [i][n] is the fragment of rows from 16 i and columns from 8 n of its quarter
+// of the tile.
+template<int kTile>
+using ProductSums = float[kTile / 32][kTile / 16][4];
 
+template<int kTile>
 __device__ __forceinline__ int product_warp_row(int thread) {
-  return thread / 64 * 64;
+  return thread / 64 * (kTile / 2);
 }
+template<int kTile>
 __device__ __forceinline__ int product_warp_col(int thread) {
-  return thread / 32 % 2 * 64;
+  return thread / 32 % 2 * (kTile / 2);
 }
 
-// Adds x w^T, or x w where w is DownRows. Afterwards shared memory is free, but others may still
-// read it: a barrier has to follow.
-template<class T, class Right>
-__device__ __forceinline__ void add_product(ProductSums& sums, AlongRows<T> x, Right w, int inner,
-                                            int thread) {
+// Adds x w^T, or x w where w is DownRows. Afterwards no copy is under way and shared memory is
+// free, but others may still read it: a barrier has to follow.
+template<class T, int kTile, class Right>
+__device__ __forceinline__ void add_product(ProductSums<kTile>& sums, AlongRows<T, kTile> x,
+                                            Right w, int inner, int thread) {
+  using Left = AlongRows<T, kTile>;
   const auto x_stage = [](int stage) { return shared_memory<uint4>(stage * kProductStageBytes); };
   const auto w_stage = [](int stage) {
     return shared_memory<uint4>(stage * kProductStageBytes + kProductOperandBytes);
   };
-  const int turns = (inner + kProductDepth - 1) / kProductDepth;
+  const int turns = (inner + Left::kDepth - 1) / Left::kDepth;
 #pragma unroll
   for (int stage = 0; stage < kProductStages - 1; ++stage) {
     if (stage < turns) {
@@ -179,8 +193,8 @@ __device__ __forceinline__ void add_product(ProductSums& sums, AlongRows<T> x, R
     }
     cp_async_commit();
   }
-  const int a_place = AlongRows<T>::place_a(product_warp_row(thread), thread);
-  const int b_place = Right::place_b(product_warp_col(thread), thread);
+  const int a_place = Left::place_a(product_warp_row<kTile>(thread), thread);
+  const int b_place = Right::place_b(product_warp_col<kTile>(thread), thread);
   int reads = 0, writes = kProductStages - 1;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
@@ -192,18 +206,18 @@ __device__ __forceinline__ void add_product(ProductSums& sums, AlongRows<T> x, R
     }
     cp_async_commit();
 #pragma unroll
-    for (int k = 0; k < kProductDepth / 16; ++k) {
-      unsigned a[4][4];
+    for (int k = 0; k < Left::kDepth / 16; ++k) {
+      unsigned a[kTile / 32][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ldmatrix(a[i], x_stage(reads), (a_place ^ 2 * k) + 16 * i * AlongRows<T>::Rows::kChunks);
+      for (int i = 0; i < kTile / 32; ++i) {
+        ldmatrix(a[i], x_stage(reads), (a_place ^ 2 * k) + 16 * i * Left::Rows::kChunks);
       }
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < kTile / 32; ++n) {
         unsigned b[4];
         Right::load_b(b, w_stage(reads), b_place, k, n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kTile / 32; ++i) {
           mma_m16n8k16<T>(sums[i][2 * n], a[i], b[0], b[1]);
           mma_m16n8k16<T>(sums[i][2 * n + 1], a[i], b[2], b[3]);
         }
@@ -212,7 +226,6 @@ __device__ __forceinline__ void add_product(ProductSums& sums, AlongRows<T> x, R
     reads = reads + 1 == kProductStages ? 0 : reads + 1;
     writes = writes + 1 == kProductStages ? 0 : writes + 1;
   }
-  cp_async_wait<0>();
 }
 
 }  // namespace bertfast

@@ -68,7 +68,8 @@ def triton_case(launch: Launch) -> Case | None:
     return Case(label, dtype, launch.threads, elements, loop=True, again=walks, work=work)
 
 
-_CUDA_TILE, _CUDA_DEPTH, _CUDA_STAGES, _CUDA_WARPS = 128, 32, 3, 4
+_CUDA_STAGES, _CUDA_WARPS = 3, 4
+_CUDA_OPERAND = 128 * 32  # values of an operand in a stage
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
@@ -76,18 +77,21 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     pass_ = {"linear_gelu_forward_kernel": "forward", "linear_gelu_backward_kernel": "backward"}
     if kernel not in pass_:
         return None
+    tile = int(arguments[2]) if pass_[kernel] == "forward" else 128
+    depth = _CUDA_OPERAND // tile
+    small = tile < 128  # too few values of a thread for what a block costs
     work = Work(
-        *(_CUDA_TILE, _CUDA_TILE, _CUDA_DEPTH, ((_CUDA_TILE, _CUDA_DEPTH),)),
-        streamed=_CUDA_TILE,
+        *(tile, tile, depth, ((tile, depth),)),
+        streamed=tile,
         outputs=2 if pass_[kernel] == "forward" else 1,
-        most_outside=MOST_OUTSIDE[pass_[kernel]],
+        most_outside=None if small else MOST_OUTSIDE[pass_[kernel]],
     )
     return Case(
-        f"{_CUDA_TILE} x {_CUDA_TILE} x {_CUDA_DEPTH}" + ", tanh" * (arguments[1] == "true"),
+        f"{tile} x {tile} x {depth}" + ", tanh" * (arguments[1] == "true"),
         CUDA_NAMES[arguments[0]],
         threads=32 * _CUDA_WARPS,
-        elements=_CUDA_TILE**2 / (32 * _CUDA_WARPS),
+        elements=tile**2 / (32 * _CUDA_WARPS),
         loop=True,
-        dynamic_shared=_CUDA_STAGES * 2 * 2 * _CUDA_TILE * _CUDA_DEPTH,
+        dynamic_shared=_CUDA_STAGES * 2 * 2 * _CUDA_OPERAND,
         work=work,
     )
