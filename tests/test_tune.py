@@ -1,6 +1,7 @@
 """`bertfast tune`: its choices, the file that keeps them, and "auto", which follows it."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -10,11 +11,15 @@ import torch
 from bertfast import notice
 from bertfast.commands import env
 from bertfast.commands import tune as tuning
-from bertfast.commands.bench import models
+from bertfast.commands.bench import models, op_case
+from bertfast.commands.bench.cases import linear_gelu
 from bertfast.commands.bench.cases.attention_qkv import AttentionQKVCase
 from bertfast.commands.bench.cases.layer_norm import LayerNormCase
 from bertfast.ops import dispatch, tuned
 from bertfast.ops.attention import config
+from bertfast.ops.linear import config as linear_config
+from bertfast.ops.linear import limits
+from bertfast.ops.linear import run as linear_run
 
 HERE = {"gpu": "a GPU", "capability": "9.0", "torch": "2", "cuda": "13", "triton": "3"}
 HERE["kernels"] = "0123"
@@ -265,18 +270,117 @@ def test_each_decision_has_its_calls():
     shapes = [models.full_batch(2, 20), models.full_batch(1, 100)]
     found = tuning.decisions([TINY], shapes, [torch.bfloat16, torch.float16], "cpu")
     keys = [made.key for made in found if made.part == "backends"]
-    per_dtype = ("layer_norm {} 32", "bias_gelu {}", "attention {} 16 64", "attention {} 16 128")
+    per_dtype = ["layer_norm {} 32", "bias_gelu {}", "attention {} 16 64", "attention {} 16 128"]
+    for rows in limits.ROWS:
+        per_dtype += [f"linear {{}} 32 64 {rows}", f"linear {{}} 32 64 {rows} backward"]
     assert sorted(keys) == sorted(
         key.format(dtype) for key in per_dtype for dtype in ("bfloat16", "float16")
     )
     norms = next(made for made in found if made.key == "layer_norm bfloat16 32")
     assert {case.rows for case in norms.cases} == {40, 100} and len(norms.cases) == 6
+    gelus = next(made for made in found if made.key == "linear float16 32 64 256")
+    assert [(case.pass_, case.rows) for case in gelus.cases] == [
+        *(("forward", 40), ("training", 40), ("forward", 100), ("training", 100))
+    ]
+    assert gelus.candidates["two kernels"] == tuning.Candidate("torch")
     splits = [made.key for made in found if made.part == "splits"]
     assert "dq 16-bit D16 length64 dropout" in splits
     assert len(set(splits)) == len(splits)
     # An attention's backend is chosen when its splits are.
     order = [made.key for made in found]
     assert order.index("forward 16-bit D16 length64") < order.index("attention bfloat16 16 64")
+    # What no shape is in comes last.
+    assert order[-1] == "linear float16 32 64 1024 backward"
+    assert order.index("linear bfloat16 32 64 256") < order.index("attention bfloat16 16 64")
+
+
+@pytest.mark.triton
+def test_a_product_and_its_gelu_have_splits_where_there_are_several(monkeypatch):
+    """Before its backend is chosen, once for both 16-bit types, each with a call of its pass."""
+    monkeypatch.setattr(tuning, "_capability", lambda device: 90)
+    shapes, types = [models.full_batch(2, 20)], [torch.float32, torch.float16, torch.bfloat16]
+    found = {made.key: made for made in tuning.decisions([TINY], shapes, types, "cpu")}
+    for pass_, call in (("forward", "forward"), ("saving", "training"), ("backward", "backward")):
+        key = linear_config.key(pass_, 32, 64, 40)
+        made = found[key]
+        known = linear_config.candidates(90, pass_)
+        assert [one.chosen for one in made.candidates.values()] == [c.numbers for c in known]
+        assert [(case.pass_, case.dtype) for case in made.cases] == [(call, torch.float16)]
+        assert [*found].index(key) < [*found].index("linear float16 32 64 256")
+        for candidate, config_ in zip(made.candidates.values(), known, strict=True):
+            with candidate.active():
+                assert linear_config.choose(pass_, 90, 32, 64, 256) == config_
+    assert not any("float32" in key for key in found if key.startswith("linear"))
+
+
+def linear_decision(pass_="forward"):
+    case = linear_gelu.case(pass_, 24, 32, 64, torch.float16)
+    return tuning._backend_decision("linear_gelu", case.form, [case], "cpu")
+
+
+@pytest.mark.host
+@pytest.mark.triton
+@pytest.mark.parametrize("pass_", linear_gelu.PASSES)
+@pytest.mark.parametrize(
+    ("us", "expected"),
+    [((2.0, 1.0, 3.0), "cuda"), ((2.0, 3.0, 1.0), "triton"), ((1.0, 0.99, 2.0), "torch")],
+)
+def test_one_kernel_or_two(file, pass_, us, expected, need):
+    """The choice is what a layer's node and the op follow, at this size and no other."""
+    need("linear_gelu", ("cuda", "cpu"))
+    made = linear_decision(pass_)
+    assert [*made.candidates] == ["two kernels", "cuda", "triton"]
+    found = tuning.Tuning()
+    assert tuning.decide(made, found, clocks(*us), lambda: False, "cpu")
+    assert not found.faults
+    (choice,) = found.choices["backends"].values()
+    assert choice.chosen == expected and set(choice.us) == {"two kernels", "cuda", "triton"}
+    said = " ".join(line for line, _ in tuning.table("backends", found).lines())
+    assert f"{expected if expected != 'torch' else 'two kernels'} " in said
+
+
+def spoilt(backend, right):
+    """A kernel whose results are off by 1 %, if it is the backend's."""
+    off = 1.01 if backend == "cuda" else 1.0
+
+    def run(**given):
+        y = right(**given)
+        return y * off if isinstance(y, torch.Tensor) else (y[0] * off, y[1])
+
+    return run
+
+
+@pytest.mark.host
+@pytest.mark.triton
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_one_kernel_with_wrong_numbers_is_never_chosen(pass_, monkeypatch, need):
+    need("linear_gelu", ("cuda", "cpu"))
+    made = linear_decision(pass_)
+    kind = type(made.cases[0])
+    ours = kind.functions["bertfast"]
+    wrong = {**kind.functions, "bertfast": lambda backend: spoilt(backend, ours(backend))}
+    monkeypatch.setattr(kind, "functions", wrong)
+    monkeypatch.setitem(op_case.LIMITS, torch.float16, 2.0**-9)
+    found = tuning.Tuning()
+    assert tuning.decide(made, found, clocks(2.0, 3.0), lambda: False, "cpu")
+    (choice,) = found.choices["backends"].values()
+    assert choice.chosen == "torch" and "cuda: Wrong" in found.faults[0]
+
+
+def test_choices_of_a_product_are_followed_and_told(file, all_can):
+    case = (torch.bfloat16, 768, 3072, 4096)
+    key, back = tuned.key("linear", *case), tuned.key("linear", *case, "backward")
+    kept = {key: tuned.Choice("triton", {}), back: tuned.Choice("torch", {})}
+    tuned.write(file, tuned.Tuned(kept, {}), GPU)
+    tuned.forget()
+    choose = functools.partial(linear_run.choose, "auto", GPU, torch.bfloat16)
+    gelu = dispatch.choose("bias_gelu", "auto", GPU, torch.bfloat16)
+    assert choose((768, 3072, 3000), (768, 3072)) == linear_run.Choice(gelu, "triton", None)
+    assert choose((768, 3072, 5000), (768, 3072)) == linear_run.Choice(gelu)
+    lines = "\n".join(env.auto_lines(env._auto()))
+    assert "linear bfloat16 768 3072 4096: triton, measured here" in lines
+    assert "linear bfloat16 768 3072 4096 backward: two kernels, measured here" in lines
+    assert "linear_gelu otherwise: two kernels\n" in lines
 
 
 def test_what_auto_takes_anyway_comes_first(file, all_can):

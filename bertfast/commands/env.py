@@ -18,6 +18,8 @@ HOW = {
     ("triton", "cpu"): ", in Triton's interpreter: an emulation, for proofs and not for speed",
     ("cuda", "cpu"): ", as a build for the host: an emulation, for proofs and not for speed",
 }
+# A choice that its backend's name doesn't tell: of a folder of ops.
+WORDS = {("linear", "torch"): "two kernels"}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "flash-attn")
 
 
@@ -113,16 +115,24 @@ def auto_lines(auto: dict) -> Iterator[str]:
     yield '\n"auto" on the GPU'
     for part in tuned.Tuned._fields:
         for key, chosen in auto[part].items():
-            yield paragraph(f"  {key}: {chosen}, measured here", indent=4)
+            said = in_words(key, chosen) if part == "backends" else chosen
+            yield paragraph(f"  {key}: {said}, measured here", indent=4)
     if auto["file"] and not any(auto[part] for part in tuned.Tuned._fields):
         yield paragraph(f"  nothing was measured here: `bertfast tune` writes {auto['file']}", 2)
     usual = dispatch.AUTO_ORDER["cuda"]
     for op, order in auto["order"].items():
         if order != usual:
-            text = f"  {op} otherwise: the first of {', '.join(order)} that can run it"
+            first, *more = (in_words(dispatch.ops()[op], backend) for backend in order)
+            rest = f"the first of {', '.join((first, *more))} that can run it" if more else first
+            text = f"  {op} otherwise: {rest}"
             yield paragraph(text, indent=4)
     text = f"  everything else: the first of {', '.join(usual)} that can run it"
     yield paragraph(text, indent=4)
+
+
+def in_words(case: str, backend: str) -> str:
+    """The choice of a backend for a case, whose name begins with its folder's."""
+    return WORDS.get((case.partition(" ")[0], backend), backend)
 
 
 def backend_lines(

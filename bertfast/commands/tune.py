@@ -1,4 +1,6 @@
-"""`bertfast tune`: which backend, and which split of Triton's attention, is fastest on this GPU.
+"""`bertfast tune`: the fastest backends, and splits of Triton's kernels, on this GPU.
+
+Of a product with its GELU that is also whether one kernel makes both.
 
 A decision has candidates and the calls that it is about, in inference and in training. Each
 candidate's numbers are checked as `bertfast bench` checks them; then all take turns. The one that
@@ -18,8 +20,11 @@ import torch
 
 from ..ops import dispatch, tuned
 from ..ops.attention import config, limits
+from ..ops.linear import config as linear_config
+from ..ops.linear import limits as linear_limits
 from .bench import models, op_case, providers
 from .bench.case import Case, Setting, Step
+from .bench.cases import linear_gelu
 from .bench.cases.attention_qkv import AttentionQKVCase
 from .bench.cases.bias_gelu import BiasGeluCase
 from .bench.cases.layer_norm import LayerNormCase
@@ -27,6 +32,7 @@ from .bench.harness import quiet
 from .bench.models import MODELS, Model
 from .bench.record import DTYPES
 from .bench.timing import Timer, graph_timer, input_sets, turns
+from .env import in_words
 from .errors import UserError, one_of
 from .terminal import BAD, Column, Progress, Table, console, paragraph
 
@@ -42,6 +48,12 @@ class Candidate:
     backend: str
     chosen: Any = None  # of a split: the numbers in the file
     active: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    @property
+    def provider(self) -> providers.Provider:
+        if self.backend == "torch":  # of a product with its GELU: the kernels that "auto" takes
+            return providers.other_op(f"bertfast {linear_gelu.TWO_KERNELS}", "")
+        return providers.our_op(self.backend, "", ())
 
 
 @dataclass
@@ -72,8 +84,8 @@ def decisions(
     dtypes: Sequence[torch.dtype],
     device: str = "cuda",
 ) -> list[Decision]:
-    """Backends for each width, head dimension and length; before an attention's backend, the splits
-    of Triton's. Most important first, as the time may not do for all."""
+    """Backends for each width, head dimension and length; before a backend that has several splits
+    of its kernels, these. Most important first, as the time may not do for all."""
     found: dict[tuple[str, str], Decision] = {}
     sizes = list(itertools.product(dtypes, shapes, measured))
     for dtype, tokens, model in sizes:
@@ -83,6 +95,9 @@ def decisions(
         _add(found, _backend_decision("layer_norm", (dtype, width), norms, device))
         _add(found, _backend_decision("bias_gelu", (dtype,), gelus, device))
     for dtype, tokens, model in sizes:
+        for decision in _linear_decisions(model, tokens.real, dtype, dtypes, device):
+            _add(found, decision)
+    for dtype, tokens, model in sizes:
         heads = (model.heads, model.width // model.heads)
         if dtype == dtypes[0]:  # those of all 16-bit types are the same
             for decision in _split_decisions(tokens, heads, dtype, device):
@@ -90,6 +105,11 @@ def decisions(
         calls = [AttentionQKVCase(pass_, tokens, *heads, dtype, p) for pass_, p in PASSES]
         case = (dtype, heads[1], limits.length_class(tokens.longest))
         _add(found, _backend_decision("attention_qkv", case, calls, device))
+    known = {linear_limits.rows_class(tokens.real) for tokens in shapes}
+    for rows in reversed([rows for rows in linear_limits.ROWS if rows not in known]):
+        for dtype, model in itertools.product(dtypes, measured):
+            for decision in _linear_decisions(model, rows, dtype, dtypes, device):
+                _add(found, decision)
     return [decision for decision in found.values() if len(decision.candidates) > 1]
 
 
@@ -103,10 +123,44 @@ def _backend_decision(op: str, case: tuple, calls: Sequence[Any], device: str) -
     order = [
         name
         for name in dict.fromkeys((*shipped, *dispatch.AUTO_ORDER["cuda"]))
-        if name != "torch" and dispatch.unsupported_reason(op, name, device, *case) is None
+        if (name != "torch" or op == "linear_gelu")
+        and dispatch.unsupported_reason(op, name, device, *case) is None
     ]
     key = tuned.key(dispatch.ops()[op], *case)
-    return Decision("backends", key, {name: Candidate(name) for name in order}, list(calls))
+    candidates = {linear_gelu.TWO_KERNELS if n == "torch" else n: Candidate(n) for n in order}
+    return Decision("backends", key, candidates, list(calls))
+
+
+def _linear_decisions(
+    model: Model, rows: int, dtype: torch.dtype, dtypes: Sequence[torch.dtype], device: str
+) -> Iterator[Decision]:
+    """Of the product in front of the GELU, and of the one whose gradient GELU's takes."""
+    if dtype not in linear_limits.DTYPES:
+        return
+    sizes = (model.width, model.inner)
+    calls = {
+        "forward": linear_gelu.case("forward", rows, *sizes, dtype),
+        "saving": linear_gelu.case("training", rows, *sizes, dtype),
+        "backward": linear_gelu.case("backward", rows, *sizes, dtype),
+    }
+    first = next(one for one in dtypes if one in linear_limits.DTYPES)
+    case = calls["forward"].form
+    triton = dispatch.unsupported_reason("linear_gelu", "triton", device, *case) is None
+    if triton and dtype == first:  # those of all 16-bit types are the same
+        arch = linear_config.architecture(_capability(device))
+        for pass_ in linear_config.PASSES:
+            candidates = {
+                str(one): Candidate(
+                    "triton", one.numbers, functools.partial(linear_config.trial, pass_, one)
+                )
+                for one in linear_config.candidates(arch, pass_)
+            }
+            key = linear_config.key(pass_, *sizes, rows)
+            yield Decision("splits", key, candidates, [calls[pass_]])
+    both = [calls["forward"], calls["saving"]]
+    yield _backend_decision("linear_gelu", case, both, device)
+    case = calls["backward"].form
+    yield _backend_decision("linear_gelu", case, [calls["backward"]], device)
 
 
 def _split_decisions(
@@ -193,7 +247,7 @@ class _Refused(Exception):
 def _timer(
     case: Case, candidate: Candidate, sets: Sequence[Any], timer_of: TimerOf, device: str
 ) -> Timer:
-    provider = providers.our_op(candidate.backend, "", ())
+    provider = candidate.provider
     with candidate.active():
         op_case.within_budget.cache_clear()  # of another split
         runner = provider.make(case, sets[0], Setting(device))
@@ -308,7 +362,7 @@ def table(part: str, tuning: Tuning) -> Table:
     columns = [Column(part, left=True), Column("chosen", left=True), Column("us", left=True)]
     made = Table(columns)
     for key, choice in tuning.choices[part].items():
-        chosen = choice.chosen if part == "backends" else _name_of(choice.chosen)
+        chosen = in_words(key, choice.chosen) if part == "backends" else _name_of(choice.chosen)
         us = ", ".join(f"{name} {value:g}" for name, value in sorted(choice.us.items(), key=_us))
         made.add(key, chosen, us)
     return made
@@ -319,6 +373,8 @@ def _us(line: tuple[str, float]) -> float:
 
 
 def _name_of(chosen: Sequence[int]) -> str:
+    if len(chosen) == 7:
+        return str(linear_config.Config.of(chosen))
     return _name(config.Config.of(chosen))
 
 
