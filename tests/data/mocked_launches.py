@@ -17,12 +17,14 @@ from bertfast.nn import Encoder
 from bertfast.ops import bias_gelu, layer_norm
 from bertfast.ops.attention import run as attention
 from bertfast.ops.dropout import NO_DROPOUT, Dropout
+from bertfast.ops.linear import run as linear
 from bertfast.ops.triton_launch import Launch
 from bertfast.packing import Sequences
 
 WIDTH, HEADS, INNER = 128, 2, 256
 BATCHES = 100
 BF16 = torch.bfloat16
+BY_TRITON = linear.Choice("triton", "triton", "triton")
 
 
 def encoder(training: bool, packed: bool = True) -> Encoder:
@@ -104,6 +106,15 @@ def calls() -> None:
                         options = dict(residual=x) if begin else {}
                         layer_norm(x, one, one, backend="triton", **options)
                         bias_gelu(x, one if rows > 1 else None, backend="triton")
+        for rows in (1, 16, 70):
+            for width in (8, 64):
+                x, one = torch.zeros(rows, width, dtype=BF16), torch.zeros(width, dtype=BF16)
+                weight = torch.zeros(width, width, dtype=BF16)
+                for bias in (one, None):
+                    for save in (False, True):
+                        linear.forward(x, weight, bias, False, BY_TRITON, save)
+                    wanted = (True, bias is not None)
+                    linear.backward(x, weight, x, bias, True, wanted, BY_TRITON)
         heads = torch.zeros(70, 8, 3, 2, 16, dtype=BF16)
         seed = torch.zeros(1, dtype=torch.int64)
         for size in (1, 3, 16, 64, 70):

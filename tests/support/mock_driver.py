@@ -42,11 +42,17 @@ class Driver(nvidia.CudaDriver):
         self.loaded: list[tuple[str, bool]] = []
         self.started: list[tuple] = []  # each launch's kernel, form, grid and numbers
         self.told: list[bool] = []  # whether it was Triton's own, which hooks are told of
+        self.described: list[tuple] = []  # what each descriptor's map was made of, but its address
+        # Registers and spilled bytes of each kernel that is loaded, and its most threads.
+        self.loads = (32, 0, 1024)
+        self.shared_memory = SHARED_MEMORY[capability]
         self.utils = SimpleNamespace(
             load_binary=self._load,
+            fill_tma_descriptor=self._describe,  # of Triton 3.6
+            fill_tma_descriptor_tiled=self._describe,
             launch=_nothing,
             build_signature_metadata=lambda signature: b"",
-            get_device_properties=lambda device: dict(max_shared_mem=SHARED_MEMORY[capability]),
+            get_device_properties=lambda device: dict(max_shared_mem=self.shared_memory),
         )
         self.launcher_cls = self._launcher if recording else nvidia.CudaLauncher
         self.get_device_capability = lambda device: divmod(capability, 10)
@@ -60,13 +66,18 @@ class Driver(nvidia.CudaDriver):
     def _load(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
         """Module, function, registers, spilled bytes, and the threads that a block may have."""
         self.loaded.append((name, self.capturing))
-        return 1, 1, 32, 0, 1024
+        return 1, 1, *self.loads
+
+    def _describe(self, address: int, *how: Any) -> str:
+        self.described.append(how)
+        return "a map"
 
     def _launcher(self, source: Any, metadata: Any) -> Any:
         """Triton's own launcher of a kernel, which ends in `utils.launch`."""
         launch = nvidia.CudaLauncher(source, metadata)
         types = tuple(source.signature.values())
-        numbers = [i for i, kind in enumerate(types) if kind[0] != "*" and kind != "constexpr"]
+        neither = ("*", "tensordesc", "constexpr")
+        numbers = [i for i, kind in enumerate(types) if not kind.startswith(neither)]
         constants = tuple(sorted((*source.constants.items(), *source.attrs.items()), key=repr))
         form = (source.fn.__name__, types, repr(constants))
 
@@ -150,6 +161,7 @@ def mocked(capability: int, compiling: bool = True, recording: bool = True) -> I
 
 def forget() -> None:
     """The next launch of any kernel is its first."""
+    triton.compiler.compiler.max_shared_mem.cache_clear()
     for launch in Launch.every:
         launch.forget()
         launch.kernel.device_caches.clear()
