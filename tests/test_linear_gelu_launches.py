@@ -64,6 +64,7 @@ def test_a_kernel_that_does_not_fit_is_an_error(seen):
     said = seen["unfit"]
     assert said["fits"] is None
     assert said["spills"] == "linear_gelu_tma_kernel: 24 registers spill"
+    assert "can't be compiled: PassManager::run failed" in said["compiler"]
     assert "out of resource: threads" in said["threads"]
     assert "out of resource: shared memory" in said["shared memory"]
 

@@ -25,6 +25,11 @@ Pointers = tuple[torch.Tensor | TensorDescriptor | None, ...]
 MOST_KNOWN = 4096
 
 
+# Registers' worth of a thread's own memory that a strict kernel may have: Triton 3.6 keeps 8 bytes
+# of zeros there, beside bulk copies on sm_120.
+MOST_LOCAL = 2
+
+
 class Unfit(RuntimeError):
     """The error of a kernel that, as it was compiled, can't run here, or not well."""
 
@@ -35,7 +40,8 @@ class Launch:
     depends; constants.
 
     A float's type is at its parameter, as Triton would take one that is given as an int for one.
-    strict: a form of which a thread's values don't fit into registers raises Unfit.
+    strict: a form that can't be compiled, or of which a thread's values don't fit into registers,
+    raises Unfit.
     """
 
     every: list["Launch"] = []
@@ -120,8 +126,12 @@ class Launch:
             ran = self.kernel[grid](*pointers, *strides, *numbers, *constants, num_warps=num_warps)
         except OutOfResources as error:  # more threads or shared memory than a block may have
             raise Unfit(f"{self.kernel.__name__}: {error}") from error
+        except RuntimeError as error:
+            if self.strict and "PassManager" in str(error):  # that is how Triton's compiler fails
+                raise Unfit(f"{self.kernel.__name__}: can't be compiled: {error}") from error
+            raise
         if isinstance(ran, CompiledKernel):  # else something only looks on
-            if self.strict and ran.n_spills:
+            if self.strict and ran.n_spills > MOST_LOCAL:
                 raise Unfit(f"{self.kernel.__name__}: {ran.n_spills} registers spill")
             self._forms[key] = ran
             if len(self._known) >= MOST_KNOWN:

@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import triton.compiler
 from support.mock_driver import mocked
 
 from bertfast.ops import triton_launch
@@ -93,6 +95,9 @@ def unfit() -> dict:
     with mocked(90, compiling=False) as driver:
         driver.loads = (255, 0, 64)
         found["threads"] = said()
+    failure = RuntimeError("PassManager::run failed")
+    with mocked(90), mock.patch.object(triton.compiler, "compile", side_effect=failure):
+        found["compiler"] = said()
     with mocked(90) as driver:
         driver.shared_memory = 64 * 1024
         found["shared memory"] = said()

@@ -6,8 +6,12 @@ first of a pass serves it; `bertfast tune` tries the others too. What else the c
   - On sm_90 the products of one tile and the epilogue of another overlap only where two blocks are
     on a multiprocessor: a loop over tiles waits for the products before their epilogue. So tiles
     of 128 x 128 come first, though they read each operand twice as often as those of 128 x 256.
-  - An epilogue that takes a tile by parts of its columns needs fewer registers at once. With one
-    part those kernels that store or read a second matrix spill.
+  - An epilogue that takes a tile by parts of its columns needs fewer registers at once: the
+    backward spills with one part.
+  - On sm_100 a thread has a row of the sums, as they lie in tensor memory. Sums over rows take ten
+    instructions for each element there, by shuffles; where u and dv are accessed by addresses the
+    tile is laid out anew in any case, and they take one or two.
+  - Triton 3.6 can't divide the warps' work ("specialized"), which 3.7 can on sm_100.
 """
 
 import contextlib
@@ -84,8 +88,8 @@ _TABLE: dict[tuple[int, str], tuple[Config, ...]] = {
     (90, "saving"): (_by_tiles("descriptors", 2), _walking(128, 256)),
     (90, "backward"): (_by_tiles("descriptors", 2), _walking(256, 128)),
     (100, "forward"): (
-        Config("specialized", 128, 256, 64, 8, 3, 1),
         _by_tiles("descriptors", 2),
+        Config("specialized", 128, 256, 64, 8, 3, 1),
     ),
     (100, "saving"): (_by_tiles("descriptors", 2),),
     (100, "backward"): (_by_tiles("operands", 2),),
