@@ -73,3 +73,61 @@ def test_bias_gelu_of_one_row(backward, far_row, last_program, monkeypatch):
     if backward:
         (right,) = torch.autograd.grad(right.sum(), wide)
     torch.testing.assert_close(y[-own:].double(), right, rtol=1e-3, atol=1e-4, check_dtype=False)
+
+
+@pytest.fixture(params=[80, 90], ids=["addresses", "descriptors"])
+def products(request):
+    """The module of linear_gelu's kernels, made for an architecture."""
+    module = pytest.importorskip("bertfast.ops.linear.triton")
+    if not module.triton_lib.INTERPRETED:
+        pytest.skip(reason="only the interpreter runs a single program")
+    token = module.triton_lib.capability_without_device.set(request.param)
+    yield module
+    module.triton_lib.capability_without_device.reset(token)
+
+
+LAUNCHES = [
+    f"_by_{how}{pass_}" for how in ("pointers", "descriptors") for pass_ in ("", "_backward")
+]
+
+
+@pytest.mark.triton
+def test_rows_of_a_product_beyond_2_to_the_31_elements(
+    products, far_row, last_program, monkeypatch
+):
+    """2^28 rows of 8: the last tile of y, u and dv."""
+    for name in LAUNCHES:
+        monkeypatch.setattr(products, name, last_program(getattr(products, name)))
+    x, y, u = (far_row()[: -(MORE % 8)].view(-1, 8) for _ in range(3))
+    own = x.shape[0] % 128
+    assert 0 < own
+    x[-own:] = torch.randn(own, 8)
+    weight = torch.randn(8, 8).half()
+    products.forward(x, weight, None, False, y, u)
+    right = x[-own:].double() @ weight.double().T
+    close = dict(rtol=1e-2, atol=1e-2, check_dtype=False)
+    torch.testing.assert_close(u[-own:].double(), right, **close)
+    torch.testing.assert_close(y[-own:].double(), F.gelu(right), **close)
+    wide = u[-own:].double().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(wide).sum(), wide)
+    products.backward(x, weight, u, None, False, y, None)
+    torch.testing.assert_close(
+        y[-own:].double(), x[-own:].double() @ weight.double() * slope, **close
+    )
+
+
+@pytest.mark.triton
+def test_rows_of_a_product_far_apart(products, far_row):
+    """The last row of each operand begins at the 2^31st element or later."""
+    apart = (FAR // 7 // 8 + 1) * 8
+    x, weight = (far_row().as_strided((8, 8), (apart, 1)) for _ in range(2))
+    x.copy_(torch.randn(8, 8))
+    weight.copy_(torch.randn(8, 8))
+    found = []
+    for rows, other in ((x, weight), (x.contiguous(), weight.contiguous())):
+        y, dv, u = (torch.empty(8, 8, dtype=x.dtype) for _ in range(3))
+        products.forward(rows, other, None, False, y, u)
+        products.backward(rows, other, u, None, False, dv, None)
+        found.append((y, u, dv))
+    for far, near in zip(*found, strict=True):
+        assert torch.equal(far, near)

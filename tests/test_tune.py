@@ -246,6 +246,26 @@ def test_wrong_numbers_are_never_chosen(monkeypatch):
 
 
 @pytest.mark.triton
+def test_a_kernel_that_does_not_fit_is_refused(monkeypatch):
+    """That is no fault: it is why there are other candidates."""
+    functions = LayerNormCase.functions
+
+    def ours(backend):
+        def unfit(**given):
+            raise triton_launch.Unfit("layer_norm_fwd_kernel: 7 registers spill\nand more")
+
+        return unfit if backend == "triton" else functions["bertfast"](backend)
+
+    monkeypatch.setattr(LayerNormCase, "functions", {**functions, "bertfast": ours})
+    triton_launch = pytest.importorskip("bertfast.ops.triton_launch")
+    found = tuning.Tuning()
+    assert not tuning.decide(decision(), found, clocks(2.0, 1.0), lambda: False, "cpu")
+    assert not found.faults
+    (said,) = found.refused
+    assert said == "layer_norm float32 32: triton: layer_norm_fwd_kernel: 7 registers spill"
+
+
+@pytest.mark.triton
 def test_splits_are_tried():
     """The fastest is kept, and in use at once."""
     split = config.Split("forward", 90, 2, 16, 20, False, 0)

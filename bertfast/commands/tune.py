@@ -267,14 +267,17 @@ def _within(candidate: Candidate, step: Step) -> Step:
 
 @contextlib.contextmanager
 def _no_spills(candidate: Candidate) -> Iterator[None]:
-    """Refuses a split one of whose kernels keeps values of a thread in memory."""
+    """Refuses a split one of whose kernels keeps values of a thread in memory, or can't run."""
     if candidate.backend != "triton":
         yield
         return
     from ..ops import triton_launch
 
     before = set(map(id, triton_launch.compiled()))
-    yield
+    try:
+        yield
+    except triton_launch.Unfit as error:
+        raise _Refused(str(error).strip().splitlines()[0]) from error
     new = [kernel for kernel in triton_launch.compiled() if id(kernel) not in before]
     if spills := max((kernel.n_spills for kernel in new), default=0):
         raise _Refused(f"{spills} registers spill")
