@@ -200,26 +200,27 @@ __device__ __forceinline__ void add_product(ProductSums<kTile>& sums, AlongRows<
   for (int turn = 0; turn < turns; ++turn) {
     cp_async_wait<kProductStages - 2>();
     __syncthreads();  // the stage is there, and all warps are done with the one before
-    if (turn + kProductStages - 1 < turns) {
-      x.start(x_stage(writes));
-      w.start(w_stage(writes));
-    }
-    cp_async_commit();
 #pragma unroll
     for (int k = 0; k < Left::kDepth / 16; ++k) {
-      unsigned a[kTile / 32][4];
+      unsigned a[kTile / 32][4], b[kTile / 32][4];
 #pragma unroll
       for (int i = 0; i < kTile / 32; ++i) {
         ldmatrix(a[i], x_stage(reads), (a_place ^ 2 * k) + 16 * i * Left::Rows::kChunks);
+        Right::load_b(b[i], w_stage(reads), b_place, k, i);
+      }
+      if (k == 0) {  // while the first operands are on their way to registers
+        if (turn + kProductStages - 1 < turns) {
+          x.start(x_stage(writes));
+          w.start(w_stage(writes));
+        }
+        cp_async_commit();
       }
 #pragma unroll
-      for (int n = 0; n < kTile / 32; ++n) {
-        unsigned b[4];
-        Right::load_b(b, w_stage(reads), b_place, k, n);
+      for (int i = 0; i < kTile / 32; ++i) {
 #pragma unroll
-        for (int i = 0; i < kTile / 32; ++i) {
-          mma_m16n8k16<T>(sums[i][2 * n], a[i], b[0], b[1]);
-          mma_m16n8k16<T>(sums[i][2 * n + 1], a[i], b[2], b[3]);
+        for (int n = 0; n < kTile / 32; ++n) {
+          mma_m16n8k16<T>(sums[i][2 * n], a[i], b[n][0], b[n][1]);
+          mma_m16n8k16<T>(sums[i][2 * n + 1], a[i], b[n][2], b[n][3]);
         }
       }
     }
