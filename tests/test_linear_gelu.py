@@ -140,3 +140,14 @@ def test_other_dtypes_have_a_reason(target, need):
     need("linear_gelu", target)
     reason = dispatch.unsupported_reason("linear_gelu", *target, torch.float32)
     assert reason == "its tensor-core kernels take float16 and bfloat16, got torch.float32"
+
+
+@pytest.mark.parametrize("gap", [0, 8], ids=["not aligned", "rows apart"])
+def test_u_may_lie_elsewhere_than_it_was_put(gap, target, need):
+    """A hook on saved tensors gives back a tensor of its own."""
+    need("linear_gelu", target, torch.float16)
+    inputs = table.make_inputs(Case(37, 40, 72), torch.float16)
+    moved = torch.empty(37 * (72 + gap) + 1, dtype=torch.float16)[1:].view(37, 72 + gap)[:, :72]
+    moved.copy_(inputs["u"])
+    first, second = (table.run(inputs | {"u": u}, *target) for u in (inputs["u"], moved))
+    assert torch.equal(first["dv"], second["dv"]) and torch.equal(first["dbias"], second["dbias"])

@@ -118,6 +118,7 @@ def backward(
     if dv.numel():
         bias = None if bias is None else aligned_rows(bias)
         module = dispatch.backend_module("linear_gelu", choice.backward)
+        u = aligned_rows(u.contiguous())  # a hook on saved tensors may have moved it
         module.backward(aligned_rows(dy), aligned_rows(weight), u, bias, tanh, dv, dbias)
     elif dbias is not None:
         dbias.zero_()
