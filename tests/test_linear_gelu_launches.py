@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.triton
@@ -72,3 +73,12 @@ def test_a_kernel_that_does_not_fit_is_an_error(seen):
 def test_a_trial_launches_its_candidate(seen):
     for names in seen["trials"]:
         assert sorted(names) == ["column_sum_kernel", "linear_gelu_tma_backward_kernel"]
+
+
+@pytest.mark.parametrize("begin, apart", [(1, 24), (0, 12)], ids=["begin", "apart"])
+def test_rows_that_are_not_aligned_have_no_descriptor(begin, apart):
+    launch = pytest.importorskip("bertfast.ops.triton_launch")
+    storage = torch.zeros(100, dtype=torch.float16)
+    assert launch.describe(storage.as_strided((2, 8), (24, 1)), (2, 8)).strides == (24, 1)
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        launch.describe(storage.as_strided((2, 8), (apart, 1), begin), (2, 8))

@@ -34,6 +34,17 @@ class Unfit(RuntimeError):
     """The error of a kernel that, as it was compiled, can't run here, or not well."""
 
 
+def describe(rows: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """A descriptor of rows, by tiles. Its own checks, of what is the same at each call, take longer
+    than all the rest of a launch: here they are left out."""
+    if rows.data_ptr() % 16 or rows.stride(1) != 1 or rows.stride(0) % (16 // rows.itemsize):
+        return TensorDescriptor.from_tensor(rows, list(block))  # says what is wrong
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = rows, rows.shape, rows.stride()
+    made.block_shape, made.padding, made.round_f32_to_tf32 = list(block), "zero", False
+    return made
+
+
 class Launch:
     """A kernel's launches. Its parameters are, in this order: pointers or descriptors, the first of
     them never None; strides, integers on which Triton specialises; numbers, on whose values nothing

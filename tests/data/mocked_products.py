@@ -63,7 +63,8 @@ def compiled(capability: int) -> dict:
 
 
 def captured(capability: int) -> dict:
-    """What a capture compiles and loads, after a call of other rows and of another form."""
+    """Kernels that a capture compiles and loads, after a call of other rows, and its error at a
+    call of another form."""
     with mocked(capability, compiling=False) as driver:
         call(300, passes="f")
         driver.capturing = True

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import triton_lib
 from ..pointers import dense
 from ..triton_column_sum import column_sums
-from ..triton_launch import Launch
+from ..triton_launch import Launch, describe
 from . import limits
 from .config import Config, architecture, choose
 from .triton_descriptors import linear_gelu_tma_backward_kernel, linear_gelu_tma_kernel
@@ -137,7 +137,7 @@ class _Call:
     def parts(self, matrix: torch.Tensor) -> TensorDescriptor:
         """Of a dense matrix of the output's size, by what the epilogue takes at once."""
         columns = self.config.block_n // self.config.parts
-        return TensorDescriptor.from_tensor(dense(matrix), [self.config.block_m, columns])
+        return describe(dense(matrix), (self.config.block_m, columns))
 
     def launch(
         self, kernel: Launch, pointers: tuple, strides: tuple[int, int], constants: tuple
@@ -174,11 +174,11 @@ def _eighths(rows: torch.Tensor) -> int:
     return _checked(rows).stride(0) // 8
 
 
-def _tiles(rows: torch.Tensor, *block: int) -> TensorDescriptor:
+def _tiles(rows: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
     rows = _checked(rows)
     if rows.stride(0) < rows.shape[1]:  # rows that share memory
         rows = rows.contiguous()
-    return TensorDescriptor.from_tensor(rows, list(block))
+    return describe(rows, (block_rows, block_columns))
 
 
 def _checked(rows: torch.Tensor) -> torch.Tensor:
