@@ -17,7 +17,7 @@ from bertfast.ops import dispatch
 CALLS = {"torch": 200, "cuda": 200, "triton": 25}
 TOLD = 5  # failures
 
-KERNEL_OPS = ("layer_norm", "bias_gelu", "attention", "attention_qkv")
+KERNEL_OPS = ("layer_norm", "bias_gelu", "linear_gelu", "attention", "attention_qkv")
 CASES = [pytest.param(op, "torch", id=f"{op}-torch") for op in fuzz.CALLS]
 for _backend, _mark in (("cuda", pytest.mark.host), ("triton", pytest.mark.triton)):
     CASES += [pytest.param(op, _backend, id=f"{op}-{_mark.name}", marks=_mark) for op in KERNEL_OPS]
@@ -72,7 +72,7 @@ def test_what_is_wrong_with_a_call_is_told(call, said, monkeypatch):
 @pytest.mark.parametrize("op", KERNEL_OPS)
 def test_a_wrong_result_is_seen(op, monkeypatch):
     """Outputs a hundredth too large: every valid call of every op must fail."""
-    for name in ("layer_norm", "bias_gelu", "attention", "attention_qkv"):
+    for name in KERNEL_OPS:
         for module in (fuzz, fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table):
             if (right := getattr(module, name, None)) is not None:
 

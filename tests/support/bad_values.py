@@ -11,6 +11,7 @@ Maker = Callable[[random.Random, dict], object]
 NO_TENSOR = ("x", 1.5, [1.0], (), object())
 NO_INT = (1.0, "1", True, None, NAN, [1], torch.tensor(1))
 NO_NUMBER = ("1e-5", True, 1j, [1.0], torch.tensor(1.0), object())
+NO_BOOL = (1, 0, "True", 1.0, [True], torch.tensor(True), object())
 NO_NAME = ("cudnn", "Torch", "", None, ["torch"], 3, b"torch", True)
 
 
@@ -114,3 +115,4 @@ dropout_p = _one_of(*NO_NUMBER, None, NAN, INF, -0.1, 1.001, 2, 10**400)
 scale = _one_of(*NO_NUMBER, NAN, INF, -INF, 1e39, 10**400, -(10**5000))
 total = _one_of(*(bad for bad in NO_INT if bad is not None), -1, 2**31, 10**400)
 name = _one_of(*NO_NAME)
+no_bool = _one_of(*NO_BOOL)

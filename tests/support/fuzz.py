@@ -23,10 +23,13 @@ from bertfast.ops import (
     dropout,
     dropout_keep_mask,
     layer_norm,
+    linear_gelu,
 )
+from bertfast.ops.linear import run as linear_run
 from bertfast.testing import attention as attention_table
 from bertfast.testing import bias_gelu as gelu_table
 from bertfast.testing import layer_norm as norm_table
+from bertfast.testing import linear_gelu as linear_table
 from bertfast.testing import nearest_to_budget
 
 from . import bad_values
@@ -209,6 +212,55 @@ def _bias_gelu(rng: random.Random, backend: str) -> Call:
         arguments["bias"] = inputs["bias"]
         bad["bias"] = bad_values.like_tensor("bias", required=False)
     return _spoil(rng, text, bias_gelu, arguments, bad)
+
+
+# linear_gelu
+
+
+def _linear_gelu(rng: random.Random, backend: str) -> Call:
+    """The op's y; u and the backward by the node's calls, which the table makes. A node's tensors
+    are in memory as they are: what is lazily negated goes to the registered op."""
+    fused = rng.choice((None, False) if backend == "torch" else (True, True, False, None))
+    dtype = _dtype(rng, "linear_gelu" if fused else "bias_gelu", backend)
+    widths = [8 * rng.randint(1, 20) if fused else max(1, _size(rng, 130)) for _ in "ab"]
+    rows = _size(rng, 40 if backend == "triton" else 140)
+    case = linear_table.Case(
+        *(rows, *widths),
+        bias=rng.random() < 0.7,
+        approximate=rng.choice(("none", "tanh")),
+        values=rng.choice(("normal", "normal", "wide", "zero")),
+    )
+    inputs = linear_table.make_inputs(case, dtype, rng.getrandbits(32))
+    names = ("x", "weight", "bias", "dy", "down")
+    for name in names:
+        inputs[name] = relaid(rng, inputs[name])
+    lead = rng.choice(((rows,), (1, rows), (rows, 1)))
+    arguments = dict(x=inputs["x"].reshape(*lead, case.inputs), weight=inputs["weight"])
+    arguments |= dict(approximate=case.approximate, fused=fused, backend=backend)
+    if case.bias:
+        arguments["bias"] = inputs["bias"]
+    text = f"linear_gelu {dtype} {case} fused={fused}"
+    if rng.random() >= INVALID_SHARE:
+        asked = backend if fused or backend == "torch" else linear_run.Choice(backend)
+
+        def hold() -> None:
+            y = linear_gelu(**arguments)
+            assert y.shape == (*lead, case.outputs)
+            found = {"y": y.reshape(rows, case.outputs)}
+            given = {name: inputs[name].resolve_neg() for name in names if inputs[name] is not None}
+            rest = linear_table.run(inputs | given, asked)
+            _hold(linear_table, backend, inputs, found | {n: rest[n] for n in rest if n != "y"})
+
+        return Call(text, hold)
+    if fused and rng.random() < 0.3:  # a width that the kernel can't have
+        weight = torch.zeros(case.outputs + rng.randint(1, 7), case.inputs, dtype=dtype)
+        wrong = {name: arguments[name] for name in arguments if name != "bias"} | {"weight": weight}
+        return Call(f"{text} of {weight.shape[0]}", lambda: linear_gelu(**wrong), "fused")
+    bad = dict(x=bad_values.first_tensor("x"), weight=bad_values.like_tensor("weight", True))
+    bad |= dict(approximate=bad_values.name, backend=bad_values.name, fused=bad_values.no_bool)
+    if case.bias:
+        bad["bias"] = bad_values.like_tensor("bias", required=False)
+    return _spoil(rng, text, linear_gelu, arguments, bad)
 
 
 # attention
@@ -399,6 +451,7 @@ def _philox(counters: tuple[int, ...], seed: int) -> tuple[int, int, int, int]:
 CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
+    "linear_gelu": _linear_gelu,
     "attention": _attention,
     "attention_qkv": lambda rng, backend: _attention(rng, backend, one_buffer=True),
     "plan": _plan,
