@@ -1,5 +1,6 @@
 """linear_gelu as a case of `bertfast bench`: what is counted, what each provider is held to."""
 
+import dataclasses
 import sys
 from types import ModuleType
 
@@ -12,7 +13,6 @@ from bertfast.commands.bench.case import Setting, Wrong
 from bertfast.commands.bench.cases import linear_gelu as cases
 from bertfast.commands.bench.harness import Bench
 from bertfast.ops import dispatch
-from bertfast.ops.linear.run import Choice
 
 HERE = Setting("cpu")
 ROWS, WIDTH, INNER = 10, 32, 64
@@ -81,14 +81,15 @@ def test_why_the_others_do_not():
 def test_two_kernels_are_held_to_the_budget(pass_, monkeypatch):
     """By bias_gelu's backend, whichever it is; torch's own composition needs none."""
     asked = []
-    monkeypatch.setattr(op_case, "within_budget", lambda *args: asked.append(args[:2]))
+    monkeypatch.setattr(op_case, "within_budget", lambda *args: asked.append(args[:3]))
     case = made(pass_, torch.float16)
     provider = named(case, "bertfast two kernels")
     inputs = case.inputs("cpu", 0)
     monkeypatch.setattr(cases, "_gelu", lambda device, dtype: "triton")
-    assert case.budget_of(provider, "cuda") == Choice("triton")
+    few = dataclasses.replace(case.for_budget(), kernels=2)
+    assert case.budget_of(provider, "cuda") == ("triton", few)
     case.check(provider, case.functions["exact"], inputs)
-    assert asked == [("linear_gelu", Choice("triton"))]
+    assert asked == [("linear_gelu", "triton", few)]
     monkeypatch.setattr(cases, "_gelu", lambda device, dtype: "torch")
     case.check(provider, case.functions["exact"], inputs)
     assert len(asked) == 1
@@ -104,7 +105,7 @@ def test_two_kernels_run(pass_, monkeypatch, need):
         case = made(pass_, torch.bfloat16)
         inputs = case.inputs("cpu", 0)
         provider = named(case, "bertfast two kernels")
-        assert case.budget_of(provider, "cpu") == Choice("triton")
+        assert case.budget_of(provider, "cpu")[0] == "triton"
         runner = provider.make(case, inputs, HERE)
         assert 0 < case.check(provider, runner, inputs) < op_case.LIMITS[torch.bfloat16]
     finally:

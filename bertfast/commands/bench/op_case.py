@@ -88,9 +88,9 @@ class OpCase:
         """Keyword arguments of the functions, besides the inputs."""
         return {}
 
-    def budget_of(self, provider: Provider, device: str) -> Any:
-        """The backend that bertfast.testing is to run for one of ours."""
-        return provider.backend
+    def budget_of(self, provider: Provider, device: str) -> tuple[str, Any]:
+        """For one of ours, what bertfast.testing is to run: a backend and a case."""
+        return provider.backend, self.for_budget()
 
     def providers(self) -> Sequence[Provider]:
         return [provider for provider in of_kind("op") if provider.calls in self.functions]
@@ -124,8 +124,10 @@ class OpCase:
         against our torch backend in float64, which runs the reference. A function that computes
         something else names its `reference` among the case's."""
         device = inputs.dy.device.type
-        if provider.ours and (backend := self.budget_of(provider, device)) != "torch":
-            within_budget(self.op, backend, self.for_budget(), self.dtype, device)
+        if provider.ours:
+            backend, few = self.budget_of(provider, device)
+            if backend != "torch":
+                within_budget(self.op, backend, few, self.dtype, device)
         # Others draw a mask of their own, so their arithmetic is checked without.
         case = self
         if self.dropout and not provider.ours:
@@ -140,7 +142,7 @@ class OpCase:
 
 
 @functools.cache
-def within_budget(op: str, backend: Any, case: Any, dtype: torch.dtype, device: str) -> None:
+def within_budget(op: str, backend: str, case: Any, dtype: torch.dtype, device: str) -> None:
     """Holds a backend to the error budget, output and every gradient, on a few rows: once for each
     dtype and form, such as a width. The torch backend's backward is stock torch's."""
     testing = importlib.import_module(f"bertfast.testing.{op}")
