@@ -89,7 +89,7 @@ class OpCase:
         return {}
 
     def budget_of(self, provider: Provider, device: str) -> tuple[str, Any]:
-        """For one of ours, what bertfast.testing is to run: a backend and a case."""
+        """The backend and the case that bertfast.testing is to run for one of ours."""
         return provider.backend, self.for_budget()
 
     def providers(self) -> Sequence[Provider]:
