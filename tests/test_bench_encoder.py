@@ -214,6 +214,26 @@ def test_a_saved_model_is_measured(bench, tmp_path):
     assert len(bench.recorder.rows) == 2 and bench.faults == []
 
 
+@pytest.mark.parametrize("in_one", [False, True])
+def test_a_gelu_in_its_products_kernel_is_a_product(in_one, monkeypatch):
+    called = []
+
+    def records(name):
+        real = getattr(parts.ops, name)
+        return lambda *args: called.append(name) or real(*args)
+
+    for name in ("bias_gelu", "linear_gelu"):
+        monkeypatch.setattr(parts.ops, name, records(name))
+    choice = parts.linear_gelu.Choice("triton", "triton" if in_one else None)
+    monkeypatch.setattr(parts.linear_gelu, "choose", lambda *_: choice)
+    tensors = parts._Layer(TINY, models.full_batch(2, 9), "cpu", torch.float32)
+    found = parts._ours(tensors)
+    assert len([y for y in found["products"]() if y is not None]) == 4
+    assert called == ["linear_gelu"] * in_one
+    assert len([y for y in found["memory"]() if y is not None]) == 3 - in_one
+    assert called == (["linear_gelu"] if in_one else ["bias_gelu"])
+
+
 def test_parts_of_a_layer(bench):
     case = encoder.EncoderCase(TINY, models.full_batch(2, 8), "forward", torch.float32, layer=True)
     parts.measure_parts(bench.machine, bench.recorder, case, 2)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import ops
+from ...ops.linear import run as linear_gelu
 from . import floor
 from .case import normal
 from .ceilings import Machine
@@ -38,15 +39,25 @@ def _ours(t: _Layer) -> dict[str, Callable]:
     norm = functools.partial(
         ops.layer_norm, t.x, t.one, t.bias, residual=t.x, x_bias=t.bias, eps=1e-12
     )
+    # Where one kernel makes a product and its GELU, it is a product.
+    inner, width = t.up.shape
+    rows = t.x.numel() // width
+    chosen = linear_gelu.choose("auto", t.x.device, t.x.dtype, (width, inner, rows))
+    in_one = chosen.forward is not None
+
+    def up() -> torch.Tensor:
+        return ops.linear_gelu(t.x, t.up, t.inner_bias) if in_one else F.linear(t.x, t.up)
+
+    def gelu() -> torch.Tensor | None:
+        return None if in_one else ops.bias_gelu(t.h, t.inner_bias)
+
     return {
         "products": lambda: (
-            F.linear(t.x, t.joined),
-            F.linear(t.x, t.out),
-            F.linear(t.x, t.up),
-            F.linear(t.h, t.down),
+            *(F.linear(t.x, t.joined), F.linear(t.x, t.out)),
+            *(up(), F.linear(t.h, t.down)),
         ),
         "attention": lambda: ops.attention_qkv(t.qkv),
-        "memory": lambda: (norm(), ops.bias_gelu(t.h, t.inner_bias), norm()),
+        "memory": lambda: (norm(), gelu(), norm()),
     }
 
 
