@@ -24,34 +24,46 @@ FORMS = ("linear", "none", "tanh", "add")
 def onednn(monkeypatch):
     """The fused products are used, whatever the CPU."""
     monkeypatch.setenv(cpu_linear.VARIABLE, "1")
-    cpu_linear.why_not.cache_clear()
+    cpu_linear.forget()
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     yield
-    cpu_linear.why_not.cache_clear()
+    cpu_linear.forget()
 
 
 @pytest.mark.parametrize("value, used", [("0", False), ("1", True)])
 def test_the_setting_decides(monkeypatch, onednn, value, used):
     monkeypatch.setenv(cpu_linear.VARIABLE, value)
-    cpu_linear.why_not.cache_clear()
-    assert cpu_linear.serves(torch.ones(2, 3), training=False) == used
-    assert not cpu_linear.serves(torch.ones(2, 3), training=True)
+    cpu_linear.forget()
+    assert cpu_linear.serves(torch.ones(2, 3), torch.ones(4, 3), training=False) == used
+    assert not cpu_linear.serves(torch.ones(2, 3), torch.ones(4, 3), training=True)
 
 
 def test_a_bad_setting_raises(monkeypatch, onednn):
     monkeypatch.setenv(cpu_linear.VARIABLE, "yes")
-    cpu_linear.why_not.cache_clear()
+    cpu_linear.forget()
     with pytest.raises(ValueError, match="BERTFAST_ONEDNN must be 0, 1 or unset, got 'yes'"):
-        cpu_linear.serves(torch.ones(2, 3), training=False)
+        cpu_linear.serves(torch.ones(2, 3), torch.ones(4, 3), training=False)
 
 
 def test_without_a_setting_the_instruction_set_decides(monkeypatch, onednn):
     monkeypatch.delenv(cpu_linear.VARIABLE)
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        cpu_linear.why_not.cache_clear()
-        assert cpu_linear.serves(torch.ones(2, 3), training=False) == (capability == "AVX512")
+        cpu_linear.forget()
+        x, weight = torch.ones(128, 8), torch.ones(8, 8)
+        assert cpu_linear.serves(x, weight, training=False) == (capability == "AVX512")
+
+
+@pytest.mark.parametrize(
+    "rows, width, used", [(7, 768, False), (8, 768, True), (127, 384, False), (128, 384, True)]
+)
+def test_without_a_setting_few_rows_are_torch_s(monkeypatch, onednn, rows, width, used):
+    monkeypatch.delenv(cpu_linear.VARIABLE)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    cpu_linear.forget()
+    x, weight = torch.ones(1, rows, 768), torch.ones(width, 768)
+    assert cpu_linear.serves(x, weight, training=False) == used
 
 
 def stock(form, x, weight, bias, residual):
@@ -189,7 +201,7 @@ def test_a_layer_goes_by_its_own_mode(onednn, name):
 def test_eight_threads(onednn, gradients):
     """Each comes to a process that hasn't decided yet."""
     model, inputs = make(), inputs_of("BertModel")
-    cpu_linear.why_not.cache_clear()
+    cpu_linear.forget()
 
     def once(_):
         with torch.set_grad_enabled(gradients):

@@ -82,7 +82,7 @@ class Machine:
         a = torch.randn(self.rows, inner, device=self.device).to(dtype)
         b = torch.randn(columns, inner, device=self.device).to(dtype)
         ways = [[lambda: F.linear(a, b)]]
-        if onednn.serves(a, training=False):
+        if onednn.serves(a, b, training=False):
             ways.append([lambda: onednn.linear(a, b, None)])
         sample = self._best(ways)
         rate = 2 * self.rows * inner * columns / sample.median * 1e6

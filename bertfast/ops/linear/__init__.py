@@ -40,7 +40,7 @@ def linear(
     """
     _check(x, weight, bias)
     checks.check_choice("backend", backend, dispatch.CHOICES)
-    if backend == "auto" and onednn.serves(x, training):
+    if backend == "auto" and onednn.serves(x, weight, training):
         return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -83,7 +83,7 @@ def linear_gelu(
     if chosen != "torch":
         y = F.linear(x, weight)
         bias = None if bias is None else bias.to(y.dtype)
-    elif backend == "auto" and onednn.serves(x, training):
+    elif backend == "auto" and onednn.serves(x, weight, training):
         return onednn.linear_gelu(x, weight, bias, approximate)
     else:
         y, bias = F.linear(x, weight, bias), None
@@ -148,7 +148,7 @@ def linear_norm(
     added: torch.Tensor | None = residual
     if chosen != "torch":
         y = F.linear(x, weight)
-    elif backend == "auto" and not dropout_p and onednn.serves(x, training):
+    elif backend == "auto" and not dropout_p and onednn.serves(x, weight, training):
         y = linear_add(x, weight, bias, residual=residual, training=training)
         bias, added = None, None
     else:
@@ -179,7 +179,7 @@ def linear_add(
 ) -> torch.Tensor:
     """x weight^T + bias + residual"""
     _check(x, weight, bias)
-    if backend == "auto" and onednn.serves(x, training):
+    if backend == "auto" and onednn.serves(x, weight, training):
         shape = torch.Size((*x.shape[:-1], weight.shape[0]))
         checks.check_like("residual", residual, shape, x.device, x.dtype)
         return onednn.linear_add(x, residual, weight, bias)

@@ -22,6 +22,9 @@ VARIABLE = "BERTFAST_ONEDNN"
 # Of torch.backends.cpu.get_cpu_capability(): as fast as F.linear or faster. With AVX2 they gain
 # nothing; others were not measured.
 WINS = ("AVX512",)
+# With fewer rows than the first it is slower than F.linear, with one row half as fast; up to the
+# second it is so where a width is below the third (an Intel Xeon with AVX-512, one thread).
+LEAST_ROWS, FEW_ROWS, WIDE = 8, 128, 768
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -41,12 +44,13 @@ def linear_add(
     return _call(x, weight, bias, residual, None)
 
 
-def serves(x: torch.Tensor, training: bool) -> bool:
+def serves(x: torch.Tensor, weight: torch.Tensor, training: bool) -> bool:
     """True if these functions are to be used for x now. training: the flag of the layer."""
     return (
         not training
         and x.dtype == torch.float32
         and x.device.type == "cpu"
+        and (_pays(x, weight) or _forced())
         and x.numel() > 0
         and tracing.plain_call(x)
         and not tracing.only_reference()
@@ -56,7 +60,24 @@ def serves(x: torch.Tensor, training: bool) -> bool:
     )
 
 
-@functools.lru_cache(None)
+def _pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    outputs, inputs = weight.shape
+    rows = x.numel() // max(1, inputs)
+    return rows >= FEW_ROWS or (rows >= LEAST_ROWS and min(inputs, outputs) >= WIDE)
+
+
+@functools.cache
+def _forced() -> bool:
+    return os.environ.get(VARIABLE) not in (None, "", "0")
+
+
+def forget() -> None:
+    """Has the setting read again."""
+    _forced.cache_clear()
+    why_not.cache_clear()
+
+
+@functools.cache
 def why_not() -> str | None:
     """Why this process doesn't use them; None if it does."""
     setting = os.environ.get(VARIABLE, "")
