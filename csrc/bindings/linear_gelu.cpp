@@ -10,6 +10,7 @@ namespace bertfast {
 namespace {
 
 constexpr int kMultiple = 8;  // of widths and strides: 16 bytes
+constexpr int64_t kMostWidth = int64_t(1) << 24;
 constexpr int64_t kMostRows = int64_t(1) << 30;
 
 bool begins_at_16(const Tensor& x) {
@@ -19,6 +20,10 @@ bool begins_at_16(const Tensor& x) {
 int width(int64_t value, const char* name) {
   if (value % kMultiple) {
     throw std::invalid_argument(std::string(name) + " must be a multiple of 8, got " +
+                                std::to_string(value));
+  }
+  if (value > kMostWidth) {
+    throw std::invalid_argument(std::string(name) + " must be at most 2**24, got " +
                                 std::to_string(value));
   }
   return at_least_one(value, name);
