@@ -281,7 +281,6 @@ def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
     """The phases, and the benches that measure them."""
     from bertfast.commands.bench.harness import Bench
     from bertfast.commands.bench.parts import measure_parts
-    from bertfast.commands.bench.providers import of_kind
 
     options = dict(
         repeats=3 if run.dry else 9,
@@ -290,8 +289,7 @@ def phases(run: Run, recorder, machine) -> tuple[list[Phase], list]:
         say=print,
     )
     quick = Bench(machine, recorder, slow=False, **options)
-    in_seconds = {one.name for one in of_kind("op")} - {"torch compile max"}
-    benches = {"ops": Bench(machine, recorder, wanted=in_seconds, **options)}
+    benches = {"ops": Bench(machine, recorder, **options)}
     for name, wanted in COMPILED.items():
         benches[name] = Bench(machine, recorder, wanted=wanted, **options)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bertfast.commands.bench import op_case, providers
+from bertfast.commands.bench import ceilings, op_case, providers, record
 from bertfast.commands.bench.case import Setting, Wrong
 from bertfast.commands.bench.cases import linear_gelu as cases
 from bertfast.commands.bench.harness import Bench
@@ -75,6 +75,21 @@ def test_why_the_others_do_not():
         assert reasons[name] == "it needs a GPU"
     saves = next(need for need in named(case, cases.TANH).needs if need is not providers.gpu)
     assert "saves nothing" in saves(case, HERE) and saves(made("forward"), HERE) is None
+
+
+@pytest.mark.parametrize("wanted", [None, ["torch compile max", "torch eager"]])
+def test_autotuning_waits_until_it_is_asked_for(wanted, monkeypatch):
+    provider = named(made("forward"), "torch compile max")
+    monkeypatch.setattr(type(provider), "why_not", lambda self, case, setting: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    machine = ceilings.Machine("cpu", lambda row: None, quick=True)
+    bench = Bench(
+        machine, record.Recorder(None, record.environment("cpu")), repeats=1, wanted=wanted
+    )
+    bench.measure(made("forward"), [provider])
+    assert len(bench.recorder.rows) == (wanted is not None)
+    why = "torch compile max: autotuning may take a minute a case: ask for it by --provider"
+    assert bench.left_out == ([why] if wanted is None else [])
 
 
 @pytest.mark.parametrize("pass_", cases.PASSES)
@@ -169,7 +184,6 @@ def test_how_quack_is_called(quack, pass_, call):
 
 def test_a_fault_of_a_kernel_is_seen(tmp_path, monkeypatch):
     """One row of dbias that is lost: the kernel isn't timed."""
-    from bertfast.commands.bench import ceilings, record
 
     def lost(dy, down, u, bias, v):
         dv, _ = cases._stock_backward(dy, down, u, bias, v)

@@ -111,6 +111,8 @@ class Bench:
     def _why_not(self, provider: Provider, case: Case) -> str | None:
         if reason := provider.why_not(case, self.setting):
             return reason
+        if provider.patience and self.wanted is None:
+            return f"{provider.patience}: ask for it by --provider"
         left = provider.slow and not self.slow
         return f"{provider.slow}: ask for it by --provider, or use a GPU" if left else None
 
