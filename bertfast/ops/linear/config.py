@@ -5,7 +5,8 @@ output outside the main loop in the forward, 30 in the backward. None was measur
 first of a pass serves it; `bertfast tune` tries the others too. What else the code showed:
   - On sm_90 the products of one tile and the epilogue of another overlap only where two blocks are
     on a multiprocessor: a loop over tiles waits for the products before their epilogue. So tiles
-    of 128 x 128 come first, though they read each operand twice as often as those of 128 x 256.
+    of 128 x 128 come first, though they read a third more of the second-level cache than those of
+    128 x 256.
   - An epilogue that takes a tile by parts of its columns needs fewer registers at once: the
     backward spills with one part.
   - On sm_100 a thread has a row of the sums, as they lie in tensor memory. Sums over rows take ten

@@ -10,9 +10,10 @@ bits that those would give for the saved u. Tiles and their forms: config.py. A 
 are summed in float32 before dv is rounded, into one row of partial sums for each row of tiles, and
 a finishing kernel adds those in a fixed order: no atomics, the same bits each run.
 
-Moves M K + N K + M N values and, for u, M N more: 2 M N fewer than a product and a GELU of its own,
-forward or backward. Tiles read their operands again from the second-level cache: for each element
-of the output K (1 / BLOCK_M + 1 / BLOCK_N) values.
+Moves, in values: in the forward M K + N K + M N, and M N more for u; in the backward M K + N K +
+2 M N. A product and a GELU of its own move 2 M N more; in a forward that saves u, M N more. Tiles
+read their operands again from the second-level cache: for each element of the output
+K (1 / BLOCK_M + 1 / BLOCK_N) values.
 """
 
 import functools
