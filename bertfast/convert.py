@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from . import checks
+from .graphs import GRAPHS, Graphs, Limits
 from .nn.eligibility import WATCH
 from .nn.hooks import has_global_hooks, is_own_forward
 from .notice import warn_once
@@ -24,6 +25,7 @@ def optimize(
     backend: str = "auto",
     packed: bool | Literal["always"] = True,
     recompute: bool = False,
+    graphs: bool | Limits = False,
     strict: bool = False,
 ) -> M:
     """Makes the BERT-like encoders in a model run on bertfast's kernels, in place; returns it.
@@ -48,6 +50,12 @@ def optimize(
     recompute: in training a layer on a GPU saves 11 numbers for each of a token's width instead of
     15, and makes the others again in the backward.
 
+    graphs: in inference on a GPU the layers are launched as one CUDA graph, which is what small
+    batches gain by. One is captured for each of some sizes of batches, when it comes the second
+    time, and holds memory: True bounds the tokens of a batch, `bertfast.graphs.Limits` the memory
+    too. Calls that record gradients, run under autocast or are traced do without, as do layers of
+    which a module has to be called. `bertfast.graphs.warm_up` captures before the first request.
+
     strict: raise ValueError if the model has no encoder that bertfast knows, or one of a known
     family that it can't convert. Otherwise such a model is left as it is.
 
@@ -58,6 +66,9 @@ def optimize(
     if packed != "always" and not isinstance(packed, bool):
         raise ValueError(f'packed must be True, False or "always", got {checks.said(packed)}')
     checks.check_bool("recompute", recompute)
+    if not isinstance(graphs, (bool, Limits)):
+        raise ValueError(f"graphs must be True, False or Limits, got {checks.said(graphs)}")
+    limits = graphs if isinstance(graphs, Limits) else Limits() if graphs else None
     checks.check_bool("strict", strict)
     _refuse_sharded(model)
     found = False
@@ -70,7 +81,7 @@ def optimize(
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()
             module.__dict__[ATTRIBUTE] = settings
-            for name in (KEPT, WATCH):  # they were said of the settings before
+            for name in (KEPT, WATCH, GRAPHS):  # they were of the settings before
                 module.__dict__.pop(name, None)
             found = True
             continue
@@ -80,6 +91,10 @@ def optimize(
             module.__dict__[ATTRIBUTE] = settings
             module.prepare()
             found = True
+    if limits is not None:
+        for module in model.modules():
+            if is_converted(module) and hasattr(module, "width") and (width := module.width()):
+                module.__dict__[GRAPHS] = Graphs(limits, width)
     unknown = [reason for module in model.modules() if (reason := _why_model_unknown(module))]
     if strict and (unknown or not found):
         raise ValueError(f"bertfast knows no module of {type(model).__name__}: {report(model)}")
@@ -276,6 +291,8 @@ def report(model: nn.Module) -> Report:
                     rows.notes.append(f"{name or kind} keeps padding: {reason}")
                 elif (reason := module.__dict__.get(KEPT)) is not None:
                     rows.notes.append(f"{name or kind} kept padding in its last call: {reason}")
+                if (graphs := module.graphs_of_layers()) is not None:
+                    rows.notes.append(f"{name or kind} {graphs.told()}")
             continue
         swapped = type(module) if is_swapped(module) else _swapped_class(module)
         if swapped is not None and hasattr(swapped, "why_not"):

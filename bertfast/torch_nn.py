@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import packing, tracing
+from .graphs import GRAPHS, Graphs, may_serve
 from .nn.bert import gelu_form
 from .nn.eligibility import Facts, facts_of, layer_facts
 from .nn.hooks import has_user_hooks, sees_layout
@@ -27,7 +28,7 @@ from .nn.modules import Weights, has_own_forward, is_spread, plain
 from .nn.parts import Parts
 from .nn.per_token import why_rows_are_seen
 from .notice import warn_once
-from .packing.batch import Batch, layout
+from .packing.batch import Batch, Buckets, full, layout
 from .settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 
 _NOTHING_JOINED = JoinedWeights()  # q, k and v are one weight already
@@ -71,7 +72,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             *(batch, _NOTHING_JOINED, self.training),
             *(settings.backend, settings.recompute, id(self)),
         )
-        return run_layer(self._parts(), x, call)
+        return run_layer(self.parts(), x, call)
 
     def _as_in_training(
         self,
@@ -89,7 +90,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))
 
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
         attention = self.self_attn
         return Parts(
             query=None,
@@ -182,15 +183,17 @@ class TransformerEncoder(nn.TransformerEncoder):
             entered = enter(
                 *(src, src_key_padding_mask, batch_first),
                 *(settings.packed, settings.backend, not self.training),
+                buckets=self._buckets(src),
             )
         if isinstance(entered, Entered):
             if not tracing.is_compiling():
                 self.__dict__[KEPT] = entered.batch.kept
-            output = entered.x
-            batch = for_layers(entered.batch, facts, output.device)
-            for layer in self.layers:
-                output = layer(output, bertfast_batch=batch)
-            output = entered.leave(output)
+            batch = for_layers(entered.batch, facts, entered.x.device)
+            served = None if batch.bucket is None else self._by_graph(entered, batch)
+            if served is None:
+                output = entered.leave(self._run(entered.x, batch))
+            else:
+                output = served
         else:
             output = src
             for layer in self.layers:
@@ -201,6 +204,41 @@ class TransformerEncoder(nn.TransformerEncoder):
                     src_key_padding_mask=src_key_padding_mask,
                 )
         return output if self.norm is None else self.norm(output)
+
+    def _buckets(self, src: torch.Tensor) -> Buckets | None:
+        """Of the graphs that may serve the call."""
+        graphs = self.graphs_of_layers()
+        if graphs is None or self.training or src.is_nested or not may_serve(src):
+            return None
+        return graphs.buckets
+
+    def _run(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, bertfast_batch=batch)
+        return x
+
+    def _by_graph(self, entered: "Entered", batch: Batch) -> torch.Tensor | None:
+        x, graphs = entered.x, self.__dict__[GRAPHS]
+
+        def finish(tokens: torch.Tensor) -> torch.Tensor:
+            made = entered.leave(tokens.view(x.shape))
+            return made.clone() if made.data_ptr() == tokens.data_ptr() else made
+
+        return graphs.serve(x.view(-1, x.shape[-1]), batch, self._run, finish)
+
+    def graphs_of_layers(self) -> Graphs | None:
+        return self.__dict__.get(GRAPHS)
+
+    def call_with(self, rows: int, length: int) -> None:
+        """The call of a batch of so many tokens without padding."""
+        first: Any = self.facts().layers[0]
+        shape = (rows, length) if first.self_attn.batch_first else (length, rows)
+        self(first.linear1.weight.new_zeros(*shape, self.width()))
+
+    def width(self) -> int:
+        """Of the tokens, where graphs may launch the layers; 0 elsewhere."""
+        first: Any = next(iter(self.facts().layers), None)
+        return 0 if first is None else first.self_attn.embed_dim
 
     def why_padded(self) -> str | None:
         """Why padding is kept, whatever the call; None if it needn't."""
@@ -271,6 +309,7 @@ def enter(
     may_pack: bool,
     backend: str = "auto",
     sort: bool = False,
+    buckets: Buckets | None = None,
 ) -> Entered | str:
     """Or, in words, what the call has in it that `run_layer` doesn't do."""
     if src.is_nested:
@@ -284,8 +323,9 @@ def enter(
         x = src[None]
     else:
         x = src if batch_first else src.transpose(0, 1).contiguous()
-    batch = Batch()
-    if padding is not None:
+    if padding is None:
+        batch = full(x.shape[:2], x.device, buckets)
+    else:
         key_mask = _attended(padding)
         if key_mask is not None and alone:
             key_mask = key_mask[None]
@@ -293,7 +333,7 @@ def enter(
             return "src_key_padding_mask is not of bools, and not known to be of 0 and -Inf alone"
         if key_mask.shape != x.shape[:2]:
             return "src_key_padding_mask has not the shape of the tokens"  # torch's has an error
-        batch = layout(key_mask, may_pack, src.device, backend, sort)
+        batch = layout(key_mask, may_pack, src.device, backend, sort, buckets=buckets)
 
     def leave(y: torch.Tensor) -> torch.Tensor:
         if batch.packed:

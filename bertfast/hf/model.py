@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from .. import tracing
+from ..graphs import GRAPHS, Graphs, may_serve
 from ..nn.eligibility import Facts, facts_of, layer_facts
 from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
 from ..nn.layer import for_layers
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
-from ..packing.batch import Batch, layout, packed_by_caller
+from ..packing.batch import Batch, Buckets, full, layout, packed_by_caller
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import ARGUMENT, Layer, Swapped, changes_layers
 
@@ -103,20 +104,45 @@ class Model(Swapped):
             longest = arguments.get("max_length_q")
             return packed_by_caller(cu_seqlens, longest, x.shape[1], x.device)
         mask = arguments.get("attention_mask")
+        buckets = self._buckets(arguments, x)
         if mask is None:
-            return Batch()
+            return full(x.shape[:2], x.device, buckets)
         mask = mask.bool()
         if mask.device.type == "cpu" and tracing.can_look_at(mask) and mask.all():
-            return Batch()
+            return full(x.shape[:2], x.device, buckets)
         settings = self.__dict__[ATTRIBUTE]
         kept = self._why_kept(arguments)
         ids, padding = arguments.get("input_ids"), None
         if kept is None and ids is not None and not settings.always:
             padding = ids == self.config.pad_token_id
-        batch = layout(mask, kept is None, x.device, settings.backend, not self.training, padding)
+        batch = layout(
+            *(mask, kept is None, x.device, settings.backend, not self.training, padding, buckets)
+        )
         if not tracing.is_compiling():
             self.__dict__[KEPT] = kept or batch.kept
         return batch
+
+    def _buckets(self, arguments: dict, x: torch.Tensor) -> Buckets | None:
+        """Of the graphs that may serve the call."""
+        graphs = self.graphs_of_layers()
+        if graphs is None or self.training or not may_serve(x) or self._shows_layers(arguments):
+            return None
+        return graphs.buckets
+
+    def graphs_of_layers(self) -> Graphs | None:
+        return self.encoder_module().__dict__.get(GRAPHS)
+
+    def call_with(self, rows: int, length: int) -> None:
+        """The call of a batch of so many tokens without padding."""
+        token = 1 if self.config.pad_token_id == 0 else 0
+        device = next(self.parameters()).device
+        self(input_ids=torch.full((rows, length), token, device=device))
+
+    def _shows_layers(self, arguments: dict) -> bool:
+        """True if each layer's output is asked for."""
+        return arguments.get(
+            "output_hidden_states", getattr(self.config, "output_hidden_states", False)
+        )
 
     def _why_original(self, arguments: dict) -> str | None:
         """The reason for the original code, "" if it needs no telling; None if there is none."""
@@ -192,10 +218,9 @@ class Model(Swapped):
 
     def _why_kept(self, arguments: dict) -> str | None:
         """Why the call's results would show that tokens moved; None if they never do."""
-        hidden = arguments.get(
-            "output_hidden_states", getattr(self.config, "output_hidden_states", False)
-        )
-        return "hidden states were asked for" if hidden else self.why_padded()
+        if self._shows_layers(arguments):
+            return "hidden states were asked for"
+        return self.why_padded()
 
     def _pack(self, arguments: dict, batch: Batch) -> None:
         """Replaces the padded arguments by packed ones, if the embeddings see one token at a time.
@@ -286,15 +311,24 @@ class Encoder(Swapped):
     def prepare(self) -> None:
         pass
 
+    def width(self) -> int:
+        """Of the tokens."""
+        return _unwrapped(next(self.layer.children())).parts().attention_norm.weight.shape[0]
+
 
 def _encoder_forward(original: Any) -> Callable:
     @functools.wraps(original.forward)
     def forward(self: Encoder, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = kwargs.get(ARGUMENT)
+        if batch is not None and batch.padded_shape is not None:
+            if hidden_states.shape[:2] == batch.padded_shape:
+                hidden_states = batch.pack(hidden_states)
+        if batch is not None and batch.bucket is not None:
+            outputs = _by_graph(self, hidden_states, batch, args, kwargs)
+            if outputs is not None:
+                return outputs
         if batch is None or batch.padded_shape is None:
             return original.forward(self, hidden_states, *args, **kwargs)
-        if hidden_states.shape[:2] == batch.padded_shape:
-            hidden_states = batch.pack(hidden_states)
         outputs = original.forward(self, hidden_states, *args, **kwargs)
         last = outputs.last_hidden_state
         if batch.index is not None and batch.index.device != last.device:
@@ -303,6 +337,28 @@ def _encoder_forward(original: Any) -> Callable:
         return outputs
 
     return forward
+
+
+def _by_graph(
+    encoder: Encoder, x: torch.Tensor, batch: Batch, args: tuple, kwargs: dict
+) -> Any | None:
+    graphs: Graphs = encoder.__dict__[GRAPHS]
+
+    def run(tokens: torch.Tensor, any_batch: Batch) -> torch.Tensor:
+        told = {**kwargs, ARGUMENT: any_batch}
+        outputs = encoder._original.forward(encoder, tokens, *args, **told)
+        if len(outputs) != 1:
+            raise RuntimeError("the encoder returns more than its last hidden state")
+        graphs.outputs = type(outputs)
+        return outputs.last_hidden_state
+
+    def finish(tokens: torch.Tensor) -> torch.Tensor:
+        if batch.padded_shape is not None:
+            return batch.unpack(tokens[None])
+        return tokens.view(x.shape).clone()
+
+    y = graphs.serve(x.view(-1, x.shape[-1]), batch, run, finish)
+    return None if y is None else graphs.outputs(last_hidden_state=y)
 
 
 def _keep_recording(original: Any, made: type) -> None:

@@ -187,7 +187,7 @@ def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
     if tracing.is_compiling():
         return batch
     seed = draw_seed(device) if facts.numbers and any(map(_drops, facts.dropouts)) else None
-    known = dict(numbers=facts.numbers, clean=facts.clean, copies=Copies())
+    known = dict(numbers=facts.numbers, clean=facts.clean, copies=Copies(), facts=facts)
     return dataclasses.replace(batch, seed=seed, **known)
 
 

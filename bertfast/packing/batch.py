@@ -8,6 +8,7 @@ once before the first layer and is undone once after the last.
 import dataclasses
 import functools
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from .. import checks, tracing
 from ..tracing import can_look_at
+from .buckets import Filled
 from .layout import lay_out_array
 from .lengths import check_bounds
 from .planning import plan as plan_batch
@@ -71,6 +73,8 @@ class Batch:
     clean: bool = False  # nothing hangs on any module of the layers: see nn/eligibility.py
     copies: Copies | None = None  # of a model's layers; None for one that is called by itself
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
+    facts: Any = None  # of the layers' modules
+    bucket: Filled | None = None  # in which a graph may serve it
 
     @property
     def packed(self) -> bool:
@@ -139,12 +143,17 @@ class Batch:
         return self.padded_shape, self.index, self.firsts
 
 
+# Of lengths, or of rows and their one length, for tensors on a device.
+Buckets = Callable[[np.ndarray | tuple[int, ...], torch.device], Filled | None]
+
+
 def pack(
     mask: torch.Tensor,
     device: torch.device | None = None,
     backend: str = "auto",
     sort: bool = False,
     padding: torch.Tensor | None = None,
+    buckets: Buckets | None = None,
 ) -> Batch:
     """The packed form, for tensors on `device`, of a batch by its mask, bool (rows, length), True =
     attended. If nothing is padding: padded, without a mask.
@@ -153,7 +162,8 @@ def pack(
     a masked token is none of `padding`, bool (rows, length): it may be there to be read.
 
     sort: rows may change places, which only dropout shows; on a CPU those of one length then share
-    attention calls. The host waits for the device once, if the mask is not on the CPU.
+    attention calls. buckets: of the graphs that may serve it. The host waits for the device once,
+    if the mask is not on the CPU.
     """
     rows, length = mask.shape
     if mask.numel() == 0:
@@ -166,7 +176,7 @@ def pack(
     lengths, first = known[:rows], known[rows]
     tokens = int(lengths.sum())
     if tokens == rows * length:
-        return Batch()
+        return full(mask.shape, device, buckets)
     kept = None
     if first != rows:
         kept = "a row begins with padding, or is nothing else"
@@ -174,6 +184,7 @@ def pack(
         kept = "tokens at mask 0 are not the padding token: they may be there to be read"
     if kept is not None:
         return Batch(key_mask=mask.to(device), kept=kept)
+    bucket = None
     if sort and mask.device.type == device.type == "cpu":
         places = np.argsort(lengths, kind="stable")
         order = torch.tensor(places, device="cpu")
@@ -183,7 +194,9 @@ def pack(
         firsts = torch.empty_like(cu_seqlens[1:]).index_copy_(0, order, cu_seqlens[:-1])
     else:
         index = _positions(mask.flatten(), tokens)
-        cu_seqlens, plan = lay_out_array(lengths, device)
+        if buckets is not None:
+            bucket = buckets(lengths, device)
+        cu_seqlens, plan = lay_out_array(lengths, device) if bucket is None else bucket.plan()
         firsts = cu_seqlens[:-1]
     return Batch(
         cu_seqlens=cu_seqlens,
@@ -192,7 +205,17 @@ def pack(
         index=index.to(device, non_blocking=True),
         firsts=firsts,
         padded_shape=(rows, length),
+        bucket=bucket,
     )
+
+
+def full(
+    shape: Sequence[int], device: torch.device | None = None, buckets: Buckets | None = None
+) -> Batch:
+    """The batch of (rows, length) tokens that are all attended."""
+    if buckets is None or device is None:
+        return Batch()
+    return Batch(bucket=buckets(tuple(shape), device))
 
 
 def packed_by_caller(
@@ -245,11 +268,12 @@ def layout(
     backend: str = "auto",
     sort: bool = False,
     padding: torch.Tensor | None = None,
+    buckets: Buckets | None = None,
 ) -> Batch:
     """The batch of a mask, for tensors on `device`: packed if that is allowed, pays, and the mask's
-    values can be looked at. sort and padding: as in `batch.pack`."""
+    values can be looked at. sort, padding and buckets: as in `batch.pack`."""
     if mask is None:
         return Batch()
     if may_pack and can_look_at(mask):
-        return pack(mask, device, backend, sort, padding)
+        return pack(mask, device, backend, sort, padding, buckets)
     return Batch(key_mask=mask if device is None else mask.to(device))

@@ -32,7 +32,7 @@ def lay_out_array(lengths: np.ndarray, device: torch.device) -> tuple[torch.Tens
     np.cumsum(lengths, out=bounds[1:])
     total, longest = int(bounds[-1]), int(lengths.max(initial=0))
     tile = tile_size(batch, longest, total)
-    tiles = _tiles(bounds, tile)
+    tiles = tiles_of(bounds, tile)
 
     # All in one tensor, each part where 16 bytes begin, as numpy's memory does.
     at = -(-bounds.size // 4) * 4
@@ -48,7 +48,7 @@ def lay_out_array(lengths: np.ndarray, device: torch.device) -> tuple[torch.Tens
     )
 
 
-def _tiles(bounds: np.ndarray, tile: int) -> np.ndarray:
+def tiles_of(bounds: np.ndarray, tile: int) -> np.ndarray:
     """(tiles, 3): sequence, first position in it, number of sequences."""
     # 1. Were a group to start at sequence i, it would end before sequence `after[i]`.
     batch = bounds.size - 1

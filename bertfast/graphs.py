@@ -1,0 +1,389 @@
+"""CUDA graphs by bucket: in inference a stack of layers is captured once and replayed.
+
+The host needs longer to launch the kernels of a small batch than a GPU to run them. So where
+`optimize(model, graphs=...)` asked for it, the batch is filled up to a bucket of tokens
+(packing/buckets.py) and the stack is launched as one graph: what changes from batch to batch, the
+tokens and the list of sequences, is copied to where the graph reads it.
+
+A bucket is captured when it comes the second time, all from one pool of memory, and the one that
+was used longest ago goes where there would be too many. A graph reads weights by their addresses;
+`_stamp` is all that it was captured with, and where that has changed all graphs go. One lock lets
+one call at a time use the memory that they share, and an event orders the streams.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import checks, tracing
+from .nn.eligibility import Facts
+from .nn.modules import Weights
+from .nn.parts import Parts, read
+from .notice import warn_once
+from .ops.layer_norm.run import Norm
+from .packing.batch import Batch
+from .packing.buckets import MOST_TOKENS, Bucket, Filled, fill, rungs, whole
+from .packing.tiles import SMALL_TILE, TILE
+from .settings import ATTRIBUTE
+
+GRAPHS = ATTRIBUTE + "_graphs"  # where an encoder keeps its own
+MOST_GRAPHS = 64
+MOST_SHAPES = 256  # batches without padding whose lists of sequences are kept
+USUAL_TOKENS, USUAL_WIDTH = 8192, 768  # beyond these a GPU is busy longer than the host
+
+Run = Callable[[torch.Tensor, Batch], torch.Tensor]
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one model's graphs. tokens: of a batch; by default 8192 for a width of 768, and
+    elsewhere as many as take a GPU as long. memory: bytes that all graphs may hold together."""
+
+    tokens: int | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            checks.check_int("tokens", self.tokens, 1, MOST_TOKENS)
+        if self.memory is not None:
+            checks.check_int("memory", self.memory, 1)
+
+    def most(self, width: int) -> int:
+        if self.tokens is not None:
+            return self.tokens
+        return min(MOST_TOKENS, max(512, int(USUAL_TOKENS * (USUAL_WIDTH / width) ** 2)))
+
+
+class Recording:
+    """All that a function launches, to be launched again. The function has run before."""
+
+    def __init__(self, function: Callable[[], None], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Others' threads may allocate meanwhile. torch.cuda.graph would empty the caches first.
+        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Counts(NamedTuple):
+    """Of one stack's graphs, so far."""
+
+    buckets: tuple[Bucket, ...]
+    bytes: int
+    hits: int
+    captures: int
+    refused: str | None  # why nothing is captured any more
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"launches no CUDA graphs: {self.refused}"
+        tokens = [bucket.tokens for bucket in self.buckets]
+        sizes = f" of {min(tokens)} to {max(tokens)} tokens" if tokens else ""
+        return (
+            f"launches CUDA graphs: {len(tokens)} buckets{sizes}, {self.bytes / 2**20:.0f} MiB, "
+            f"{self.captures} captures, {self.hits} hits"
+        )
+
+
+class Graphs:
+    """The graphs of one stack of layers. A copy or a pickle of it has none."""
+
+    def __init__(self, limits: Limits, width: int) -> None:
+        self.limits, self.width = limits, width
+        self.most = limits.most(width)
+        self.hits = self.captures = 0
+        self.outputs: Any = None  # the class of what the encoder returns
+        self._most: int | None = None
+        self._settled = False
+        self._shapes: dict[tuple, Filled | None] = {}
+        self._lock = threading.Lock()
+        self._held: _Held | None = None
+        self._watched: _Watched | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Graphs":
+        return Graphs(self.limits, self.width)
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.limits, self.width)
+
+    def buckets(self, lengths: np.ndarray | tuple[int, ...], device: torch.device) -> Filled | None:
+        """packing.batch.Buckets."""
+        if isinstance(lengths, np.ndarray):
+            return fill(lengths, device, self.most)
+        found = self._shapes.get(lengths)
+        if found is None and lengths not in self._shapes:
+            if len(self._shapes) >= MOST_SHAPES:
+                self._shapes.clear()
+            rows, length = lengths
+            same = np.full(rows, length, dtype=np.int64)
+            # On the host, as each call may have a stream of its own.
+            found = self._shapes[lengths] = fill(same, torch.device("cpu"), self.most)
+        return found
+
+    def serve(self, x: torch.Tensor, batch: Batch, run: Run, finish: Finish) -> torch.Tensor | None:
+        """finish(run(x, batch)) by a graph, of tokens x (tokens, width); None where it has to be
+        run. run: the layers, for (1, tokens, width). finish: gives memory that is the caller's."""
+        filled, facts = batch.bucket, batch.facts
+        if filled is None or batch.seed is not None or not batch.clean or not may_serve(x):
+            return None
+        watched = self._watched
+        if watched is None or watched.facts is not facts:
+            watched = self._watched = _Watched(facts)
+        if watched.why_not is not None:
+            return None
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            stamp = watched.stamp(x)
+            held = self._held
+            if held is None or held.stamp != stamp:
+                seen: set[Bucket] = set()
+                if held is not None and not (held.recordings or self._settled):
+                    seen = held.seen  # the first call moved q, k and v into one place
+                    self._settled = True
+                held = self._held = _Held(stamp, x, facts, self, seen)
+            recording = held.take(filled.bucket)
+            if recording is None:
+                recording = self._capture(held, filled, run)
+                if recording is None:
+                    return None
+            else:
+                self.hits += 1
+            held.begin()
+            held.numbers[: filled.bucket.size].copy_(filled.numbers, non_blocking=True)
+            tokens = held.x[: x.shape[0]]
+            tokens.copy_(x)
+            recording.replay()
+            y = finish(tokens)
+            held.end()
+            return y
+
+    def _capture(self, held: "_Held", filled: Filled, run: Run) -> Recording | None:
+        if not held.wants(filled.bucket):
+            return None
+        try:
+            recording = held.capture(filled, run)
+        except RuntimeError as error:
+            held.refused = str(error).strip().splitlines()[0]
+            warn_once(f"captures no CUDA graph: {held.refused}")
+            return None
+        if recording is not None:
+            self.captures += 1
+        return recording
+
+    def told(self) -> Counts:
+        held = self._held
+        buckets = () if held is None else tuple(held.recordings)
+        size = 0 if held is None else held.bytes
+        reasons = (self._watched and self._watched.why_not, held and held.refused)
+        refused = next((str(reason) for reason in reasons if reason), None)
+        return Counts(buckets, size, self.hits, self.captures, refused)
+
+
+def warm_up(model: nn.Module, shapes: Iterable[tuple[int, int]] | None = None) -> None:
+    """Captures the graphs of a converted model before its first request.
+
+    shapes: batches, (rows, length), whose buckets are captured; by default all buckets that usual
+    batches come to, up to the bound of tokens. The model is called with each of them some times,
+    on whatever it was made for, in eval and where it is.
+
+    Raises ValueError where no graph could serve: no `optimize(model, graphs=...)`, a model in
+    training or not on a GPU, a layer of which a module has to be called.
+    """
+    checks.check_module("model", model)
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "graphs_of_layers")]
+    found = [(m, graphs) for m in modules if (graphs := m.graphs_of_layers()) is not None]
+    if not found:
+        raise ValueError("model must be converted by optimize(model, graphs=True) before")
+    for module, graphs in found:
+        if module.training:
+            raise ValueError("model must be in eval, graphs are for inference")
+        if next(module.parameters()).device.type != "cuda":
+            raise ValueError("model must be on a GPU, graphs are CUDA's")
+        for rows, length in _usual(graphs.most) if shapes is None else shapes:
+            checks.check_int("rows", rows, 1)
+            checks.check_int("length", length, 1)
+            before = graphs.captures
+            for _ in range(MOST_CALLS):
+                hits = graphs.hits
+                with torch.inference_mode():
+                    module.call_with(rows, length)
+                if graphs.captures > before or graphs.hits > hits:
+                    break
+            else:
+                reason = graphs.told().refused or "it is beyond the limits"
+                raise ValueError(f"no graph can serve {rows} x {length} tokens: {reason}")
+
+
+# A stack that is called the first time moves weights, the second time its batch is seen, the third
+# time it is captured.
+MOST_CALLS = 3
+
+
+def _usual(most: int) -> Iterator[tuple[int, int]]:
+    """Batches that fill the buckets of both tiles, the largest first: others then find memory."""
+    for tokens in reversed(list(rungs(1, most))):
+        yield tokens // TILE, TILE
+        if tokens <= MOST_SHORT:
+            yield tokens // SMALL_TILE, SMALL_TILE
+
+
+MOST_SHORT = 2048  # tokens of batches of very short sequences
+
+
+def may_serve(x: torch.Tensor) -> bool:
+    """True where a graph may stand for what is done with x now."""
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and tracing.plain_call(x)
+        and not tracing.only_reference()
+        and tracing.autocast(x) is None
+        and not tracing.is_capturing(x)
+    )
+
+
+# Attributes of modules that a capture reads, besides their parameters.
+_VALUES = ("eps", "scaling", "num_attention_heads", "num_heads", "approximate")
+_VALUES += ("intermediate_act_fn", "activation")  # where they are functions
+
+
+class _Watched:
+    """All in the layers that a graph depends on, found once for the modules as they are now."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        layers: Any = facts.layers
+        self.why_not = next(filter(None, (_why_not(layer.parts()) for layer in layers)), None)
+        modules = [module for layer in layers for module in layer.modules()]
+        self._owners = [m._parameters for m in modules for name in m._parameters]
+        self._names = [name for m in modules for name in m._parameters]
+        self._values = [
+            (vars(module), name)
+            for module in modules
+            for name in _VALUES
+            if name in vars(module)
+        ]
+
+    def stamp(self, x: torch.Tensor) -> tuple:
+        parameters: Any = map(getitem, self._owners, self._names)
+        addresses = [0 if p is None else p.data_ptr() for p in parameters]
+        values = [where.get(name) for where, name in self._values]
+        return self, x.device, x.dtype, x.shape[-1], addresses, values
+
+
+def _why_not(parts: Parts) -> str | None:
+    """Why a layer can't be captured: a graph would keep what a called module does now."""
+    now = read(parts, clean=True)
+    kinds = {type(one) for one in (*now.qkv, *now[1:])}
+    if kinds - {Weights, Norm, float} or parts.approximate is None:
+        return "a module of a layer has to be called"
+    return None
+
+
+class _Held:
+    """The graphs that hold for one stamp, and the memory that they share."""
+
+    def __init__(
+        self, stamp: tuple, x: torch.Tensor, facts: Facts, owner: Graphs, seen: set[Bucket]
+    ) -> None:
+        self.stamp = stamp
+        self._facts = facts
+        self.recordings: OrderedDict[Bucket, Recording] = OrderedDict()
+        self.refused: str | None = None
+        self.bytes = 0
+        self.seen = seen
+        self._memory, self._most = owner.limits.memory, owner.most
+        self._device = x.device
+        self._dtype, self._width = x.dtype, x.shape[-1]
+        self._used: tuple[Any, Any] | None = None  # the stream that used it last, and an event
+
+    def take(self, bucket: Bucket) -> Recording | None:
+        recording = self.recordings.get(bucket)
+        if recording is not None:
+            self.recordings.move_to_end(bucket)
+        return recording
+
+    def wants(self, bucket: Bucket) -> bool:
+        """True if the bucket came before and may be captured."""
+        if self.refused is not None or bucket.tokens > self._most:
+            return False
+        if bucket in self.seen:
+            return True
+        self.seen.add(bucket)
+        return False
+
+    def begin(self) -> None:
+        """Has this stream wait for the one that used the memory before."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._used is not None and self._used[0] != stream:
+            stream.wait_event(self._used[1])
+
+    def end(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        event = torch.cuda.Event() if self._used is None else self._used[1]
+        event.record(stream)
+        self._used = stream, event
+
+    def _allocate(self) -> None:
+        """The memory that batches are copied to, and the pool of all graphs."""
+        self.x = torch.zeros(self._most, self._width, dtype=self._dtype, device=self._device)
+        sizes = (Bucket(tokens, tile).size for tokens in (self._most,) for tile in (32, 64))
+        self.numbers = torch.zeros(max(sizes), dtype=torch.int32, device=self._device)
+        self.bytes = self.x.nbytes + self.numbers.nbytes
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _batch(self, bucket: Bucket) -> Batch:
+        """Whatever batch is in the bucket when a graph runs."""
+        cu_seqlens, plan = whole(bucket, self.numbers)
+        facts = self._facts
+        return Batch(
+            *(None, cu_seqlens, plan.max_seqlen, plan),
+            numbers=facts.numbers,
+            clean=facts.clean,
+            facts=facts,
+        )
+
+    def capture(self, filled: Filled, run: Run) -> Recording | None:
+        bucket = filled.bucket
+        if not self.bytes:
+            self._allocate()
+        reserved = torch.cuda.memory_reserved(self._device)
+        batch = self._batch(bucket)
+        tokens = self.x[: bucket.tokens]
+
+        def function() -> None:
+            tokens.copy_(run(tokens[None], batch)[0])
+
+        current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        self.begin()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                self.numbers[: bucket.size].copy_(filled.numbers, non_blocking=True)
+                tokens.zero_()  # whatever was there, also of a bucket that is larger
+                function()  # loads kernels, and gathers weights
+                recording = Recording(function, self._pool)
+        finally:
+            current.wait_stream(stream)
+            self.end()
+        self.bytes += max(0, torch.cuda.memory_reserved(self._device) - reserved)
+        if self._memory is not None and self.bytes > self._memory:
+            # Larger buckets need no less. What this one took, the next ones find in the pool.
+            self._most = bucket.tokens - 1
+            return None
+        self.recordings[bucket] = recording
+        if len(self.recordings) > MOST_GRAPHS:
+            self.recordings.popitem(last=False)
+        return recording
