@@ -255,8 +255,10 @@ def may_serve(x: torch.Tensor) -> bool:
 
 
 # Attributes of modules that a capture reads, besides their parameters.
-_VALUES = ("eps", "scaling", "num_attention_heads", "num_heads", "approximate")
-_VALUES += ("intermediate_act_fn", "activation")  # where they are functions
+_VALUES = (
+    *("eps", "scaling", "num_attention_heads", "num_heads", "approximate"),
+    *("intermediate_act_fn", "activation"),  # where they are functions
+)
 
 
 class _Watched:
@@ -270,10 +272,7 @@ class _Watched:
         self._owners = [m._parameters for m in modules for name in m._parameters]
         self._names = [name for m in modules for name in m._parameters]
         self._values = [
-            (vars(module), name)
-            for module in modules
-            for name in _VALUES
-            if name in vars(module)
+            (vars(module), name) for module in modules for name in _VALUES if name in vars(module)
         ]
 
     def stamp(self, x: torch.Tensor) -> tuple:

@@ -78,10 +78,12 @@ class Model(Swapped):
 
     def why_padded(self) -> str | None:
         """Why padding is kept, whatever the call; None if it needn't."""
+        return self._why_padded(self.facts())
+
+    def _why_padded(self, facts: Facts) -> str | None:
         settings = self.__dict__[ATTRIBUTE]
         if settings.keep_padding is not None:
             return settings.keep_padding
-        facts = self.facts()
         if facts.untold is not None:
             return facts.untold
         reason = facts.unfused or facts.rows_seen
@@ -91,9 +93,9 @@ class Model(Swapped):
             return "without config.pad_token_id it can't be told from tokens that are read"
         return None
 
-    def _decide(self, arguments: dict) -> Batch | None:
+    def _decide(self, arguments: dict, facts: Facts) -> Batch | None:
         """How the batch lies; None for the original code."""
-        reason = self._why_original(arguments)
+        reason = self._why_original(arguments, facts)
         if reason is not None:
             if reason:
                 warn_once(f"runs the original code: {reason}")
@@ -111,7 +113,7 @@ class Model(Swapped):
         if mask.device.type == "cpu" and tracing.can_look_at(mask) and mask.all():
             return full(x.shape[:2], x.device, buckets)
         settings = self.__dict__[ATTRIBUTE]
-        kept = self._why_kept(arguments)
+        kept = self._why_kept(arguments, facts)
         ids, padding = arguments.get("input_ids"), None
         if kept is None and ids is not None and not settings.always:
             padding = ids == self.config.pad_token_id
@@ -144,16 +146,13 @@ class Model(Swapped):
             "output_hidden_states", getattr(self.config, "output_hidden_states", False)
         )
 
-    def _why_original(self, arguments: dict) -> str | None:
+    def _why_original(self, arguments: dict, facts: Facts) -> str | None:
         """The reason for the original code, "" if it needs no telling; None if there is none."""
-        if is_disabled() or not is_converted(self):
-            return ""
         if has_global_hooks():
             return "a hook on all modules has to be called"
         config = self.config
         if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
             return "the model is a decoder"
-        facts = self.facts()
         if facts.untold is not None:
             return facts.untold
         if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
@@ -216,18 +215,18 @@ class Model(Swapped):
                 return f"the forward of its {kind} was replaced on the instance"
         return None
 
-    def _why_kept(self, arguments: dict) -> str | None:
+    def _why_kept(self, arguments: dict, facts: Facts) -> str | None:
         """Why the call's results would show that tokens moved; None if they never do."""
         if self._shows_layers(arguments):
             return "hidden states were asked for"
-        return self.why_padded()
+        return self._why_padded(facts)
 
-    def _pack(self, arguments: dict, batch: Batch) -> None:
+    def _pack(self, arguments: dict, batch: Batch, facts: Facts) -> None:
         """Replaces the padded arguments by packed ones, if the embeddings see one token at a time.
         Otherwise the encoder packs what comes out of them."""
         names = [n for n in ("input_ids", "token_type_ids", "position_ids") if n in arguments]
         given = {name: arguments[name] for name in names if arguments[name] is not None}
-        if "input_ids" not in given or not self.facts().embeddings_plain:
+        if "input_ids" not in given or not facts.embeddings_plain:
             return
         if "position_ids" not in given:
             given["position_ids"] = self.position_ids(given["input_ids"])
@@ -276,14 +275,17 @@ def _model_forward(original: Any) -> Callable:
         if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
             return original.forward(self, *args, **kwargs)  # which has an error for it
         arguments = dict(zip(names, args, strict=False), **kwargs)
-        batch = self._decide(arguments)
+        batch = None
+        if not is_disabled() and is_converted(self):
+            facts = self.facts()
+            batch = self._decide(arguments, facts)
         if batch is not None:
-            batch = for_layers(batch, self.facts(), _tokens_of(arguments).device)
+            batch = for_layers(batch, facts, _tokens_of(arguments).device)
         arguments[ARGUMENT] = batch
         if batch is not None:
             arguments["attention_mask"] = None  # the layers have it in the batch
             if batch.padded_shape is not None:
-                self._pack(arguments, batch)
+                self._pack(arguments, batch, facts)
         elif self._why_untold() is not None:
             del arguments[ARGUMENT]  # another library's encoder doesn't take it
         return original.forward(self, **arguments)

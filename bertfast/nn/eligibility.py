@@ -7,7 +7,8 @@ they depend on, which is compared in a few microseconds a layer.
 
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
-from operator import getitem
+from operator import getitem, is_
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -69,6 +70,9 @@ def facts_of(
     return facts
 
 
+_get = MappingProxyType.get
+
+
 class Watch:
     """The facts of a model without hooks, and a list of all they depend on."""
 
@@ -96,9 +100,8 @@ class Watch:
         self._values = self._read_attributes()
         classes = {base for kind in (*self._kinds, *COMMON) for base in kind.__mro__}
         self._own = all(map(has_own_forward, COMMON))
-        self._forwards = [
-            (base, vars(base)["forward"]) for base in classes if "forward" in vars(base)
-        ]
+        own = [vars(base) for base in classes if "forward" in vars(base)]
+        self._classes, self._forwards = own, [names["forward"] for names in own]
         # What has to be empty: all hooks, and the modules inside those that had none.
         self._empty = [d[name] for d in self._dicts for name in _HOOKS]
         self._empty += [names for names in children if not names]
@@ -122,7 +125,7 @@ class Watch:
             and list(map(len, self._containers)) == self._sizes
             and self._same_children()
             and self._read_attributes() == self._values
-            and all(vars(base).get("forward") is own for base, own in self._forwards)
+            and list(map(_get, self._classes, repeat("forward"))) == self._forwards
             and not has_global_hooks()
             and self._no_new_hooks()
         )
@@ -130,7 +133,7 @@ class Watch:
     def _same_children(self) -> bool:
         try:
             found = map(getitem, self._owners, self._names)
-            return all(child is own for child, own in zip(found, self._children, strict=True))
+            return all(map(is_, found, self._children))
         except KeyError:
             return False
 

@@ -12,7 +12,6 @@ where all its modules may be read and kernels run it (attention_block.py, mlp_bl
 ops, which autograd composes (composed.py).
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
@@ -186,10 +185,16 @@ def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
     all while something is traced."""
     if tracing.is_compiling():
         return batch
-    seed = draw_seed(device) if facts.numbers and any(map(_drops, facts.dropouts)) else None
+    trained = any(map(_training, facts.dropouts))
+    seed = draw_seed(device) if trained and facts.numbers and _drop(facts.dropouts) else None
     known = dict(numbers=facts.numbers, clean=facts.clean, copies=Copies(), facts=facts)
-    return dataclasses.replace(batch, seed=seed, **known)
+    return batch.told(seed=seed, **known)
 
 
-def _drops(module: nn.Module) -> bool:
-    return module.training and bool(module.p if hasattr(module, "p") else module.dropout)
+_training = attrgetter("training")
+
+
+def _drop(modules: Iterable[nn.Module]) -> bool:
+    """True if one of them drops values now."""
+    shares = (m.p if hasattr(m, "p") else m.dropout for m in modules if m.training)
+    return any(map(bool, shares))

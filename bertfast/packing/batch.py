@@ -93,6 +93,13 @@ class Batch:
             self.key_mask, self.cu_seqlens, self.max_seqlen, self.plan, self.max_seqlen or 0
         )
 
+    def told(self, **fields: Any) -> "Batch":
+        """As dataclasses.replace, which takes 5 us."""
+        made = object.__new__(Batch)
+        made.__dict__.update(self.__dict__, **fields)
+        made.__dict__.pop("sequences", None)
+        return made
+
     def check(self, x: torch.Tensor) -> None:
         """Raises unless x is of this batch: (rows, length, width), or packed (1, tokens, width)."""
         if self.packed:

@@ -47,7 +47,7 @@ class Bucket(NamedTuple):
 
     @property
     def count_at(self) -> int:
-        """Where the number of tiles stands, after the bounds, where 16 bytes begin."""
+        """Place of the number of tiles: after the bounds, at a multiple of 16 bytes."""
         return -(-(self.sequences + 1) // 4) * 4
 
     @property

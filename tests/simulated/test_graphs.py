@@ -115,7 +115,7 @@ def test_the_number_of_sequences_needs_no_bucket():
 
 
 def test_what_fills_a_bucket_may_be_anything():
-    """What it was filled with before stays where it is: a NaN of another batch must not spread."""
+    """It keeps what it was filled with before: a NaN of another batch must not spread."""
     model, inputs = captured(lengths=(40, 24))
     held = of(model)._held
     held.x.fill_(torch.nan)
