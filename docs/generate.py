@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import bertfast
-from bertfast import nn, ops, packing
+from bertfast import graphs, nn, ops, packing
 
 API = Path(__file__).with_name("api.md")
 HEAD = """# API reference
@@ -28,6 +28,7 @@ PUBLIC: dict[ModuleType, tuple[str, ...]] = {
     ops: tuple(sorted(ops.__all__)),
     packing: ("plan", "lay_out", "useful_share", "Plan"),
     nn: ("Encoder", "EncoderLayer"),
+    graphs: ("warm_up", "Limits"),
 }
 
 

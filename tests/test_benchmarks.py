@@ -261,6 +261,29 @@ def test_providers_take_turns_and_stop_in_time():
     assert order == ["a", "b"]
 
 
+def test_latencies_are_of_single_calls(monkeypatch):
+    """In turns; a slow call is seen at the 99th percentile and not in the median."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name, us):
+        def run():
+            calls.append(name)
+            now[0] += (50 * us if len(calls) % 40 == 0 else us) / 1e6
+
+        return run
+
+    found = timing.latencies({"a": call("a", 100), "b": call("b", 300)})
+    assert {name: len(times) for name, times in found.items()} == {"a": 1000, "b": 1000}
+    assert calls[:200] == ["a"] * 100 + ["b"] * 100
+    assert timing.summarize(found["a"]).median == pytest.approx(100)
+    assert timing.p99(found["a"]) == pytest.approx(5000)
+    assert timing.p99([1.0]) == 1.0
+    slow = timing.latencies({"a": call("a", 200_000)}, gpu=False)
+    assert len(slow["a"]) < 1000
+    assert len(timing.latencies({"a": call("a", 1)}, lambda: True)["a"]) == 100
+
+
 def test_the_package_measures_without_a_gpu_or_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

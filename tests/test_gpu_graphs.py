@@ -1,4 +1,5 @@
-"""Real CUDA graphs by bucket: what the simulated GPU, which calls the function again, can't show."""
+"""Real CUDA graphs by bucket, for what the simulated GPU, which calls functions again, can't show.
+"""
 
 import threading
 

@@ -70,6 +70,15 @@ def test_a_torch_encoder():
     assert names["y"].shape == (2, 4, 768) and len(bertfast.report(names["encoder"])) == 12
 
 
+def test_graphs():
+    """Without a GPU up to the place where one is needed."""
+    pytest.importorskip("transformers")
+    model = hf_models.tiny().eval()
+    with pytest.raises(ValueError, match="model must be on a GPU"):
+        run("bertfast.graphs.warm_up", model=model)
+    assert "launches CUDA graphs: 0 buckets" in str(bertfast.report(model))
+
+
 def test_from_bettertransformer(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = hf_models.tiny()

@@ -210,6 +210,9 @@ def bench(
     passes: Annotated[
         Any, _choice("--pass", PASSES, "latency: of one sequence.", several=True)
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Of single calls of a model: median and p99 of 1000.")
+    ] = False,
     dtype: Annotated[
         Any, _choice("--dtype", DTYPES, "Default: bf16 on a GPU, else fp32.", several=True)
     ] = None,
@@ -231,6 +234,7 @@ def bench(
         mix=mix,
         rows=rows,
         passes=passes,
+        latency=latency,
         dtype=dtype,
         provider=provider or (),
         csv=csv,

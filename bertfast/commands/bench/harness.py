@@ -16,13 +16,17 @@ from .floor import floor_us
 from .providers import Provider
 from .record import Recorder, Row, dtype_name
 from .timing import (
+    LATENCY_CALLS,
     Timer,
     call_timer,
     graph_timer,
     input_sets,
     interleaved,
+    latencies,
     launch_timer,
+    p99,
     process_timer,
+    summarize,
 )
 
 
@@ -75,6 +79,7 @@ class Bench:
         sets = [case.inputs(self.machine.device, seed) for seed in range(count)]
         timers: dict[str, Timer] = {}
         launches: dict[str, Timer] = {}
+        alone: dict[str, Step] = {}
         rows: dict[str, Row] = {}
         for provider in providers:
             if self.wanted is not None and provider.name not in self.wanted:
@@ -89,6 +94,9 @@ class Bench:
                 row.error = case.check(provider, runner, sets[0])
                 steps = [case.step(runner, inputs) for inputs in sets]
                 row.peak_memory_mb = self._peak_memory_mb(steps[0])
+                if case.pass_ == "latency":
+                    alone[provider.name], rows[provider.name] = steps[0], row
+                    continue
                 timer = self._timer(case, steps)
                 if self._captures(case) and cache == "warm":  # else the wall's clock sees the GPU
                     launches[provider.name] = launch_timer(steps[:1])
@@ -96,6 +104,11 @@ class Bench:
             except Exception as error:  # one provider's fault must not cost the others' numbers
                 self._refuse(row, error, provider)
         self.progress(f"{name}: timing")
+        for name, times in latencies(alone, self.out_of_time, self.gpu).items():
+            row = rows[name].timed(summarize(times))
+            row.p99_us = p99(times)
+            row.note = "" if len(times) == LATENCY_CALLS else f"{len(times)} calls"
+            self._add_rates(case, row)
         for name, sample in interleaved(timers, self.repeats, self.out_of_time).items():
             self._add_rates(case, rows[name].timed(sample))
         for name, sample in interleaved(launches, self.repeats, self.out_of_time).items():

@@ -149,6 +149,7 @@ OURS_ONE = Layer((6, 8, 13), (7, 8, 17), packed=True, in_product=(0, 4, 4))
 LAYERS = {
     "bertfast": OURS,
     "bertfast padded": OURS,
+    "bertfast graphs": OURS,
     "bertfast graph": OURS,
     "HF eager": EAGER,
     "HF SDPA": SDPA,

@@ -114,6 +114,12 @@ MAX = (
         "only torch's own compiler has this mode",
     ),
 )
+REDUCES = (*MAX, *GRAPH[1:])
+TENSORRT = (
+    gpu,
+    installed("torch_tensorrt", "Torch-TensorRT"),
+    unless(lambda case, setting: not case.training, "TensorRT has no backward"),
+)
 TRANSFORMER_ENGINE = (gpu, installed("transformer_engine", "Transformer Engine"))
 ONNX = (
     installed("onnxruntime"),
@@ -193,10 +199,16 @@ class Runner:
     to_ours: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda named: named
 
 
-def our_module(packed: bool = True, capture: bool = False, backend: str = "auto") -> Make:
+def our_module(
+    packed: bool = True, capture: bool = False, backend: str = "auto", graphs: bool = False
+) -> Make:
     def make(case: Any, inputs: Any, setting: Setting) -> Runner:
         module = copy.deepcopy(inputs.stock)
-        bertfast.optimize(module, backend=backend, packed=packed, strict=True)
+        bertfast.optimize(module, backend=backend, packed=packed, graphs=graphs, strict=True)
+        if graphs:
+            for _ in range(3):  # seen, and then captured
+                with torch.inference_mode():
+                    case.call(module, inputs.tensors)
         return Runner(lambda: case.call(module, inputs.tensors), module, capture)
 
     return make
@@ -380,8 +392,29 @@ def onnx(case: Any, inputs: Any, setting: Setting) -> Runner:
     return Runner(forward, None)
 
 
+def tensorrt(case: Any, inputs: Any, setting: Setting) -> Runner:
+    import torch_tensorrt
+
+    names = ("input_ids", "attention_mask")
+    module = case.with_attention(inputs.stock, "sdpa").eval()
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+    given = [inputs.tensors[name] for name in names]
+    compiled = torch_tensorrt.compile(
+        Hidden().eval(), ir="dynamo", inputs=given, enabled_precisions={case.dtype}
+    )
+    return Runner(lambda: compiled(*given), None)
+
+
 OP, LAYER, MODEL, BOTH = ("op",), ("layer",), ("model",), ("layer", "model")
-ALONE = "max-autotune-no-cudagraphs"
+ALONE, REDUCED = "max-autotune-no-cudagraphs", "reduce-overhead"
 COMPILES = "compiling takes a while"
 AUTOTUNES = "autotuning may take a minute a case"
 SHOWS = "on a CPU it only shows that its numbers are right"
@@ -390,6 +423,7 @@ SHOWS = "on a CPU it only shows that its numbers are right"
 TABLE = (
     Provider("bertfast", "#1257c4", BOTH, our_module()),
     Provider("bertfast padded", "#8fb5ee", MODEL, our_module(packed=False)),
+    Provider("bertfast graphs", "#2a3f9b", MODEL, our_module(graphs=True), GRAPH),
     Provider("bertfast graph", "#0a2f6b", BOTH, our_module(packed=False, capture=True), GRAPH),
     our_op("torch", "#8fb5ee", (cpu,)),
     our_op("triton", "#4a86de", (backend_works("triton"),), SHOWS),
@@ -416,7 +450,9 @@ TABLE = (
     # Not with a graph of its own: it is captured as the others are.
     Provider("torch compile max", "#3f6d44", OP, compiled_op(ALONE), MAX, patience=AUTOTUNES),
     Provider("torch compile", "#6f9f6b", BOTH, compiled_module(), (), COMPILES),
+    Provider("torch compile graphs", "#56875a", MODEL, compiled_module(REDUCED), REDUCES, COMPILES),
     Provider("torch compile max", "#3f6d44", BOTH, compiled_module("max-autotune"), MAX, COMPILES),
+    Provider("TensorRT", "#7a5c8a", MODEL, tensorrt, TENSORRT, COMPILES),
     other_op("cuBLASLt, tanh GELU", "#a58d73", (gpu, NO_BACKWARD)),
     other_op("quack", "#9a76b5", QUACK),
     other_op("Liger", "#c98aa8", (gpu, installed("liger_kernel", "Liger"))),

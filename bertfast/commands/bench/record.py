@@ -53,6 +53,7 @@ class Row:
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
+    p99_us: float | None = None  # of single calls, where latency was measured
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     tokens_per_s: float | None = None  # real tokens
@@ -86,7 +87,7 @@ COLUMNS = (
 
 
 # Columns that older files lack.
-ADDED = ("modelled_us",)
+ADDED = ("modelled_us", "p99_us")
 
 
 def _output(*command: str) -> str:

@@ -75,6 +75,7 @@ def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, 
             ratios |= {
                 id(row): f"{Ratio.of(row, stock).value:.2f}" for row in rows if row.median_us
             }
+    yield "p99", _p99(timed)
     yield "speed-up", ratios
     yield "% floor", {id(r): percent(r.percent_of_floor) for r in timed if r.percent_of_floor}
     if any(row.modelled_us for row in timed):
@@ -87,6 +88,14 @@ def _more_columns(cases: dict[Key, list[Row]]) -> Iterator[tuple[str, dict[int, 
     is_layer = any(row.op.endswith(" layer") for row in timed)
     yield ("MB", memory) if memory or is_layer else ("tokens/s", rates)
     yield "error", {id(row): f"{row.error:.1e}" for row in timed if row.error is not None}
+
+
+def _p99(timed: list[Row]) -> dict[int, str]:
+    """Of latencies, in the unit of the medians."""
+    if not any(row.p99_us for row in timed):
+        return {}
+    unit = Unit.of([row.sample.median for row in timed])
+    return {id(row): unit.text(row.p99_us) if row.p99_us else "-" for row in timed}
 
 
 def percent(share: float) -> str:

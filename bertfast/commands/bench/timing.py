@@ -91,6 +91,42 @@ def waited_for(call: Call, device: str) -> Call:
     return wait
 
 
+# Of one provider in a measurement of latency, in turns with the others; on a CPU fewer, if a turn
+# takes longer than its seconds.
+LATENCY_CALLS, LATENCY_TURNS, TURN_SECONDS = 1000, 10, 0.5
+
+
+def latencies(
+    calls: Mapping[Name, Call], out_of_time: Callable[[], bool] = lambda: False, gpu: bool = True
+) -> dict[Name, list[float]]:
+    """Microseconds of each call by itself, of calls that wait for their end."""
+
+    def turn(call: Call) -> list[float]:
+        times: list[float] = []
+        start = time.perf_counter()
+        while len(times) < LATENCY_CALLS // LATENCY_TURNS:
+            before = time.perf_counter()
+            call()
+            now = time.perf_counter()
+            times.append((now - before) * 1e6)
+            if not gpu and now - start > TURN_SECONDS:
+                break
+        return times
+
+    found: dict[Name, list[float]] = {name: [] for name in calls}
+    for _ in range(LATENCY_TURNS):
+        for name, call in calls.items():
+            found[name] += turn(call)
+        if out_of_time():
+            break
+    return found
+
+
+def p99(times: Sequence[float]) -> float:
+    ordered = sorted(times)
+    return ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
+
+
 def _repeated(
     calls: Sequence[Call],
     least_us: float,
