@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bertfast
+from bertfast import notice
 from bertfast.nn.eligibility import WATCH, Watch
 
 pytest.importorskip("transformers")
@@ -173,7 +174,8 @@ def test_a_layer_with_a_hook_is_called_for_what_hangs_there(model):
     torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
-def test_a_layer_alone_sees_a_change_too():
+def test_a_layer_alone_sees_a_change_too(monkeypatch):
+    monkeypatch.setattr(notice, "_told", set())
     layer = bertfast.optimize(tiny("BertModel")).eval().layers()[0]
     x, seen = torch.randn(2, 5, linear_in(layer).in_features), []
     with torch.no_grad():
