@@ -67,15 +67,23 @@ class Recording:
 
     def __init__(self, function: Callable[[], None], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        # cuBLAS has a workspace for each stream, which others' calls use too. One that is made
+        # within the capture belongs to the pool, and nobody else finds it afterwards.
+        _forget_workspaces()
         # Others' threads may allocate meanwhile. torch.cuda.graph would empty the caches first.
         self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             function()
         finally:
             self._graph.capture_end()
+            _forget_workspaces()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+# As torch's compiler does around its captures.
+_forget_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
 
 class Counts(NamedTuple):
@@ -106,7 +114,6 @@ class Graphs:
         self.most = limits.most(width)
         self.hits = self.captures = 0
         self.outputs: Any = None  # the class of what the encoder returns
-        self._most: int | None = None
         self._settled = False
         self._shapes: dict[tuple, Filled | None] = {}
         self._lock = threading.Lock()
@@ -328,6 +335,8 @@ class _Held:
         stream = torch.cuda.current_stream(self._device)
         if self._used is not None and self._used[0] != stream:
             stream.wait_event(self._used[1])
+            for shared in (self.x, self.numbers):  # which may be let go while this stream is at it
+                shared.record_stream(stream)
 
     def end(self) -> None:
         stream = torch.cuda.current_stream(self._device)
@@ -342,6 +351,7 @@ class _Held:
         self.numbers = torch.zeros(max(sizes), dtype=torch.int32, device=self._device)
         self.bytes = self.x.nbytes + self.numbers.nbytes
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)  # of captures
 
     def _batch(self, bucket: Bucket) -> Batch:
         """Whatever batch is in the bucket when a graph runs."""
@@ -365,7 +375,7 @@ class _Held:
         def function() -> None:
             tokens.copy_(run(tokens[None], batch)[0])
 
-        current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current, stream = torch.cuda.current_stream(self._device), self._stream
         self.begin()
         stream.wait_stream(current)
         try:

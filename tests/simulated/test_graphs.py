@@ -370,8 +370,25 @@ def test_threads(streams):
         thread.start()
     for thread in threads:
         thread.join()
-    torch.cuda.synchronize("cuda:1")
+    torch.cuda.synchronize("cuda:1")  # as the requests were another stream's
     assert not wrong and of(model).hits >= 15
+
+
+def test_graphs_go_while_another_stream_replays_one(simulated_faults):
+    model, inputs = captured()
+    expected = eager(model, inputs)
+    other = torch.cuda.Stream("cuda:1")
+    other.wait_stream(torch.cuda.current_stream("cuda:1"))
+    with torch.cuda.stream(other):
+        y = call(model, inputs)
+    before = list(model.parameters())
+    change_parameter(model)
+    call(model, inputs)  # which drops them
+    assert before  # else it were a parameter that goes too early
+    assert not (found := simulated_faults()), found
+    torch.cuda.synchronize("cuda:1")
+    assert torch.equal(y, expected)
+    torch.cuda.synchronize("cuda:1")  # as y is the other stream's
 
 
 def test_warm_up():
