@@ -276,15 +276,21 @@ class _Watched:
         layers: Any = facts.layers
         self.why_not = next(filter(None, (_why_not(layer.parts()) for layer in layers)), None)
         modules = [module for layer in layers for module in layer.modules()]
-        self._owners = [m._parameters for m in modules for name in m._parameters]
-        self._names = [name for m in modules for name in m._parameters]
+        given = [(m._parameters, name) for m in modules for name in m._parameters]
+        places = [place for place in given if getitem(*place) is not None]
+        self._owners, self._names = [where for where, _ in places], [name for _, name in places]
+        self._absent = [place for place in given if getitem(*place) is None]
         self._values = [
             (vars(module), name) for module in modules for name in _VALUES if name in vars(module)
         ]
 
     def stamp(self, x: torch.Tensor) -> tuple:
-        parameters: Any = map(getitem, self._owners, self._names)
-        addresses = [0 if p is None else p.data_ptr() for p in parameters]
+        try:
+            addresses = list(map(_address, map(getitem, self._owners, self._names)))
+        except (KeyError, TypeError):  # a parameter that is gone
+            addresses = [-1]
+        if self._absent:
+            addresses += [getitem(*place) is None for place in self._absent]
         values = [where.get(name) for where, name in self._values]
         return self, x.device, x.dtype, x.shape[-1], addresses, values
 
@@ -296,6 +302,9 @@ def _why_not(parts: Parts) -> str | None:
     if kinds - {Weights, Norm, float} or parts.approximate is None:
         return "a module of a layer has to be called"
     return None
+
+
+_address: Any = torch.Tensor.data_ptr
 
 
 class _Held:
