@@ -16,6 +16,7 @@ from bertfast.commands.bench import (
     parts,
     providers,
     record,
+    timing,
 )
 from bertfast.commands.bench.lengths import MIXES
 from bertfast.commands.errors import UserError

@@ -1,4 +1,4 @@
-"""Real CUDA graphs by bucket, for what the simulated GPU, which calls functions again, can't show."""
+"""Real CUDA graphs by bucket: what a simulated one, which calls functions again, can't show."""
 
 import threading
 
