@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,6 +159,33 @@ def test_the_package_has_few_entries_each_on_a_floor():
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
     modules = {Path(entry).stem for entry in entries - {"py.typed"}}
     assert modules == {module for listed in FLOORS for module in listed.modules.split()}
+
+
+TOP = {
+    *(
+        ".ci",
+        ".clang-format",
+        ".github",
+        ".gitignore",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    ),
+    *("MANIFEST.in", "README.md", "benchmarks", "bertfast", "bertfast-demo.png", "constraints.txt"),
+    *("csrc", "docs", "pyproject.toml", "setup.py", "tests"),
+}
+
+
+def test_the_top_level_has_nothing_else():
+    """Files that a slip of the shell left there were committed once."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode != 0:
+        pytest.skip(listed.stderr)
+    assert {name.partition("/")[0] for name in listed.stdout.split("\0") if name} == TOP
 
 
 def test_no_file_is_long():
