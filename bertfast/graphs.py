@@ -216,7 +216,7 @@ def warm_up(model: nn.Module, shapes: Iterable[tuple[int, int]] | None = None) -
     for module, graphs in found:
         if module.training:
             raise ValueError("model must be in eval, graphs are for inference")
-        if next(module.parameters()).device.type != "cuda":
+        if any(parameter.device.type != "cuda" for parameter in module.parameters()):
             raise ValueError("model must be on a GPU, graphs are CUDA's")
         for rows, length in _usual(graphs.most) if shapes is None else shapes:
             checks.check_int("rows", rows, 1)

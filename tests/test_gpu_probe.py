@@ -31,6 +31,8 @@ def gpus(monkeypatch):
         driver=Driver(),
     )
     triton_lib = pytest.importorskip("bertfast.ops.triton_lib")
+    for op in dispatch.ops():  # a kernel that is imported now would hold for good what is set below
+        dispatch.backend_module(op, "triton")
 
     def capability(device=None):
         return seen.capability[torch.device("cuda", device) if type(device) is int else device]

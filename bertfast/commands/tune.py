@@ -143,7 +143,7 @@ def _linear_decisions(
         "saving": linear_gelu.case("training", rows, *sizes, dtype),
         "backward": linear_gelu.case("backward", rows, *sizes, dtype),
     }
-    first = next(one for one in dtypes if one in linear_limits.DTYPES)
+    first = [one for one in dtypes if one in linear_limits.DTYPES][0]
     case = calls["forward"].form
     triton = dispatch.unsupported_reason("linear_gelu", "triton", device, *case) is None
     if triton and dtype == first:  # those of all 16-bit types are the same

@@ -137,8 +137,8 @@ class Model(Swapped):
     def call_with(self, rows: int, length: int) -> None:
         """The call of a batch of so many tokens without padding."""
         token = 1 if self.config.pad_token_id == 0 else 0
-        device = next(self.parameters()).device
-        self(input_ids=torch.full((rows, length), token, device=device))
+        embedding: Any = self.get_input_embeddings()
+        self(input_ids=torch.full((rows, length), token, device=embedding.weight.device))
 
     def _shows_layers(self, arguments: dict) -> bool:
         """True if each layer's output is asked for."""
@@ -315,7 +315,8 @@ class Encoder(Swapped):
 
     def width(self) -> int:
         """Of the tokens."""
-        return _unwrapped(next(self.layer.children())).parts().attention_norm.weight.shape[0]
+        first, *_ = self.layer.children()
+        return _unwrapped(first).parts().attention_norm.weight.shape[0]
 
 
 def _encoder_forward(original: Any) -> Callable:
