@@ -2,6 +2,7 @@
 
 from .attention import attention, attention_qkv
 from .bias_gelu import bias_gelu
+from .cross_entropy import linear_cross_entropy
 from .dispatch import available
 from .dropout import dropout_keep_mask
 from .layer_norm import layer_norm
@@ -15,6 +16,7 @@ __all__ = [
     "dropout_keep_mask",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_gelu",
     "linear_norm",
 ]

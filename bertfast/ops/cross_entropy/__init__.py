@@ -1,0 +1,143 @@
+"""linear_cross_entropy: the loss of a masked language model's head. Check, gather, run.
+
+Only rows with a label are projected to the vocabulary, some hundred at a time (chunks.py): logits
+of the whole batch never exist.
+"""
+
+import torch
+
+from ... import checks, tracing
+from .. import dispatch
+from ..registration import any_requires_grad
+from . import reference
+from .chunks import NOTHING, losses_and_gradients
+from .registered import LinearCrossEntropy
+
+__all__ = ["linear_cross_entropy"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    labelled: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """cross_entropy(hidden weight^T + bias, labels), as torch's for logits in float32.
+
+    hidden is (..., width), labels int64 (...), weight (vocabulary, width), bias (vocabulary,).
+    Rows whose label is ignore_index count for nothing and are never projected. The result is
+    float32, of float64 tensors float64: a number, or with reduction="none" of labels' shape.
+
+    reduction, ignore_index and label_smoothing are those of torch's cross_entropy: where no row is
+    labelled, the mean is NaN and all gradients are zero.
+
+    labelled: how many rows have a label, or more; the host then doesn't wait for a GPU to count
+    them. More labels than that are an error: on a GPU an assertion there, as for labels that are
+    out of range.
+
+    backend: "auto" or "torch"; an explicit one that can't run here raises ValueError. While
+    something is traced or transformed, all logits are made at once.
+    """
+    _check(hidden, weight, labels, bias)
+    checks.check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_number("label_smoothing", label_smoothing, 0, 1)
+    if labelled is not None:
+        checks.check_int("labelled", labelled, 0)
+    dispatch.choose("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+    cast = tracing.autocast(hidden)
+    if cast is not None:
+        hidden, weight = hidden.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    options = (ignore_index, reduction, label_smoothing)
+    if not tracing.plain_call(hidden, weight, labels, bias) or tracing.only_reference():
+        return reference.forward(hidden, weight, labels, bias, *options)
+
+    flat = labels.flatten()
+    counted = flat != ignore_index
+    _check_range(flat, counted, weight.shape[0])
+    index, count = _places(counted, labelled)
+    rows = hidden.flatten(0, -2).index_select(0, index)
+    chosen = flat.index_select(0, index)
+    if labelled is not None:
+        chosen = chosen.where(counted.index_select(0, index), -1)
+    scale = None
+    if reduction != "none":
+        scale = rows.new_ones((), dtype=_loss_dtype(hidden))
+        if reduction == "mean":
+            scale = scale / count
+    smoothing = float(label_smoothing)
+    if any_requires_grad(rows, weight, bias):
+        loss = LinearCrossEntropy.apply(rows, weight, bias, chosen, smoothing, scale)
+    else:
+        loss, _ = losses_and_gradients(rows, weight, bias, chosen, smoothing, None, NOTHING)
+        loss = loss if scale is None else loss.sum() * scale
+    if reduction != "none":
+        # 0 / 0: without labels there is nothing to take the mean of, and nothing to learn.
+        return loss if reduction == "sum" else torch.where(count > 0, loss, torch.nan)
+    everywhere = loss.new_zeros(flat.shape).index_copy(0, index, loss)
+    return everywhere.view(labels.shape)
+
+
+def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _places(counted: torch.Tensor, labelled: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that have a label, and how many there are. With `labelled` so many rows, those that
+    have one first."""
+    count = counted.sum()
+    if labelled is None:
+        return counted.nonzero().squeeze(1), count
+    most = min(labelled, counted.numel())
+    if tracing.on_host(counted):
+        if count > most:
+            raise ValueError(f"labelled must be {int(count)} or more, the labels, got {labelled}")
+    else:
+        torch._assert_async(count <= most)
+    order = torch.argsort(counted.to(torch.int8), descending=True, stable=True)
+    return order[:most], count
+
+
+def _check_range(labels: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> None:
+    wrong = counted & ((labels < 0) | (labels >= vocabulary))
+    if tracing.on_host(labels):
+        if bool(wrong.any()):
+            value = int(labels[wrong][0])
+            raise ValueError(
+                f"labels must be ignore_index or between 0 and {vocabulary - 1}, got {value}"
+            )
+    else:
+        torch._assert_async(~wrong.any())
+
+
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    checks.check_float("hidden", hidden)
+    checks.check_float("weight", weight)
+    if weight.ndim != 2 or not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must have shape [vocabulary, width] with hidden's last dimension as width, "
+            f"got {checks.shape(weight)}, and hidden has shape {checks.shape(hidden)}"
+        )
+    expected = hidden.dtype if tracing.autocast(hidden) is None else None
+    checks.check_like("weight", weight, weight.shape, hidden.device, expected)
+    if bias is not None:
+        checks.check_like("bias", bias, weight.shape[:1], hidden.device, expected)
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        kind = labels.dtype if isinstance(labels, torch.Tensor) else checks.kind(labels)
+        raise TypeError(f"labels must be an int64 tensor, got {kind}")
+    if labels.shape != hidden.shape[:-1] or labels.device != hidden.device:
+        raise ValueError(
+            f"labels must have shape {checks.sizes(hidden.shape[:-1])} on {hidden.device}, "
+            f"got {checks.shape(labels)} on {labels.device}"
+        )
