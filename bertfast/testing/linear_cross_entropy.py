@@ -32,15 +32,6 @@ class Case:
         return "-".join(words).replace(" ", "-")
 
 
-def quick_cases() -> list[Case]:
-    return [
-        Case(40, 32, 211),
-        Case(9, 24, 70, reduction="sum", smoothing=0.1),
-        Case(20, 16, 33, reduction="none", bias=False),
-        Case(33, 48, 130, share=1.0, sure=True),
-    ]
-
-
 def cases() -> list[Case]:
     """More rows than a chunk has too."""
     sizes = [Case(rows, 16, 50) for rows in (1, 2, 64, 65, 200)]
@@ -77,15 +68,15 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     }
 
 
-def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
-    """Loss and gradients by a backend. dtype=torch.float64 with "torch" is the oracle."""
+def run(inputs: dict, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
+    """Loss and gradients."""
     leaves = {
         name: inputs[name].to(device, dtype).detach().requires_grad_()
         for name in NAMES
         if inputs[name] is not None
     }
     labels = inputs["labels"].to(device)
-    loss = linear_cross_entropy(**leaves, labels=labels, backend=backend, **inputs["options"])
+    loss = linear_cross_entropy(**leaves, labels=labels, **inputs["options"])
     grads = torch.autograd.grad(loss, list(leaves.values()), inputs["dy"].to(device, loss.dtype))
     return {"loss": loss.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
@@ -167,14 +158,3 @@ def scales(inputs: dict) -> dict:
     if inputs["bias"] is not None:
         out["dbias"] = exact["dbias"].abs() + of_dz.square().sum(0).sqrt()
     return out
-
-
-def plain_torch(inputs: dict) -> dict:
-    """Results of stock torch: logits in this dtype, their loss in float32."""
-    leaves = {
-        name: inputs[name].detach().requires_grad_() for name in NAMES if inputs[name] is not None
-    }
-    logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias")).float()
-    loss = F.cross_entropy(logits, inputs["labels"], **inputs["options"])
-    grads = torch.autograd.grad(loss, list(leaves.values()), inputs["dy"])
-    return {"loss": loss.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}

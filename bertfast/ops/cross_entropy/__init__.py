@@ -7,13 +7,10 @@ of the whole batch never exist.
 import torch
 
 from ... import checks, tracing
-from .. import dispatch
 from ..registration import any_requires_grad
-from . import reference
+from . import whole
 from .chunks import NOTHING, losses_and_gradients
 from .registered import LinearCrossEntropy
-
-__all__ = ["linear_cross_entropy"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,7 +25,6 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     labelled: int | None = None,
-    backend: str = "auto",
 ) -> torch.Tensor:
     """cross_entropy(hidden weight^T + bias, labels), as torch's for logits in float32.
 
@@ -43,8 +39,8 @@ def linear_cross_entropy(
     them. More labels than that are an error: on a GPU an assertion there, as for labels that are
     out of range.
 
-    backend: "auto" or "torch"; an explicit one that can't run here raises ValueError. While
-    something is traced or transformed, all logits are made at once.
+    The products are torch's, on every device. While something is traced or transformed, all logits
+    are made at once.
     """
     _check(hidden, weight, labels, bias)
     checks.check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
@@ -52,14 +48,13 @@ def linear_cross_entropy(
     checks.check_number("label_smoothing", label_smoothing, 0, 1)
     if labelled is not None:
         checks.check_int("labelled", labelled, 0)
-    dispatch.choose("linear_cross_entropy", backend, hidden.device, hidden.dtype)
     cast = tracing.autocast(hidden)
     if cast is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
     options = (ignore_index, reduction, label_smoothing)
     if not tracing.plain_call(hidden, weight, labels, bias) or tracing.only_reference():
-        return reference.forward(hidden, weight, labels, bias, *options)
+        return whole.forward(hidden, weight, labels, bias, *options)
 
     flat = labels.flatten()
     counted = flat != ignore_index

@@ -1,7 +1,7 @@
 """loss = cross_entropy(hidden weight^T + bias, labels), in torch, with all logits. Autograd does
 the rest.
 
-Runs in float32 for 16-bit inputs; float64 stays float64, which makes it the oracle of every test.
+Runs in float32 for 16-bit inputs; float64 stays float64. It serves where something is traced.
 """
 
 import torch
