@@ -19,6 +19,20 @@ from bertfast import ops
 from bertfast.ops.linear import limits, run
 
 
+@pytest.fixture
+def backend(compiled):
+    """The compiled one in all tests but the next, as Triton's interpreter takes seconds for each
+    layer; its kernels have tests of their own."""
+    return compiled
+
+
+@pytest.mark.triton
+def test_triton_s_numbers_are_the_composed_ones(composed, nodes, need):  # noqa: F811
+    target = ("triton", "cuda" if torch.cuda.is_available() else "cpu")
+    need("linear_gelu", target, torch.bfloat16)
+    test_the_numbers_are_the_composed_ones(target, composed, nodes, "packed", 0.2)
+
+
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch):
     """As if `bertfast tune` had found it faster; yields the calls that took it."""
