@@ -145,6 +145,28 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def check_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cast: bool,
+    names: tuple[str, str, str] = ("x", "outputs", "inputs"),
+) -> None:
+    """The operands of x weight^T + bias, of which x is known to be floating-point. cast: autocast
+    will give them one dtype. names: of x, and of weight's two sizes."""
+    name, outputs, inputs = names
+    check_float("weight", weight)
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must have shape [{outputs}, {inputs}] with {name}'s last dimension as "
+            f"{inputs}, got {shape(weight)}, and {name} has shape {shape(x)}"
+        )
+    dtype = None if cast else x.dtype
+    check_like("weight", weight, weight.shape, x.device, dtype, name)
+    if bias is not None:
+        check_like("bias", bias, weight.shape[:1], x.device, dtype, name)
+
+
 def check_like(
     name: str,
     tensor: torch.Tensor,

@@ -7,8 +7,8 @@ tokens and the list of sequences, is copied to where the graph reads it.
 
 A bucket is captured when it comes the second time, all from one pool of memory, and the one that
 was used longest ago goes where there would be too many. A graph reads weights by their addresses;
-`_stamp` is all that it was captured with, and where that has changed all graphs go. One lock lets
-one call at a time use the memory that they share, and an event orders the streams.
+`_Watched.stamp` is all that it was captured with, and where that has changed all graphs go. One
+lock lets one call at a time use the memory that they share, and an event orders the streams.
 """
 
 import threading
@@ -141,8 +141,9 @@ class Graphs:
         return found
 
     def serve(self, x: torch.Tensor, batch: Batch, run: Run, finish: Finish) -> torch.Tensor | None:
-        """finish(run(x, batch)) by a graph, of tokens x (tokens, width); None where it has to be
-        run. run: the layers, for (1, tokens, width). finish: gives memory that is the caller's."""
+        """finish(run(x, batch)) by a graph, of tokens x (..., width); None where it has to be run.
+        run: the layers, for (1, tokens, width). finish: of the shape of x, gives memory that is
+        the caller's."""
         filled, facts = batch.bucket, batch.facts
         if filled is None or batch.seed is not None or not batch.clean or not may_serve(x):
             return None
@@ -169,7 +170,7 @@ class Graphs:
                 self.hits += 1
             held.begin()
             held.numbers[: filled.bucket.size].copy_(filled.numbers, non_blocking=True)
-            tokens = held.x[: x.shape[0]]
+            tokens = held.x[: x.numel() // x.shape[-1]].view(x.shape)
             tokens.copy_(x)
             recording.replay()
             y = finish(tokens)
@@ -290,7 +291,7 @@ class _Watched:
         except (KeyError, TypeError):  # a parameter that is gone
             addresses = [-1]
         if self._absent:
-            addresses += [getitem(*place) is None for place in self._absent]
+            addresses += [where.get(name) is None for where, name in self._absent]
         values = [where.get(name) for where, name in self._values]
         return self, x.device, x.dtype, x.shape[-1], addresses, values
 
@@ -322,6 +323,8 @@ class _Held:
         self._memory, self._most = owner.limits.memory, owner.most
         self._device = x.device
         self._dtype, self._width = x.dtype, x.shape[-1]
+        if self._memory is not None:  # which the tokens of the largest batch must not exceed
+            self._most = min(self._most, self._memory // (self._width * x.element_size()))
         self._used: tuple[Any, Any] | None = None  # the stream that used it last, and an event
 
     def take(self, bucket: Bucket) -> Recording | None:

@@ -218,13 +218,12 @@ class TransformerEncoder(nn.TransformerEncoder):
         return x
 
     def _by_graph(self, entered: "Entered", batch: Batch) -> torch.Tensor | None:
-        x, graphs = entered.x, self.__dict__[GRAPHS]
-
         def finish(tokens: torch.Tensor) -> torch.Tensor:
-            made = entered.leave(tokens.view(x.shape))
+            made = entered.leave(tokens)
             return made.clone() if made.data_ptr() == tokens.data_ptr() else made
 
-        return graphs.serve(x.view(-1, x.shape[-1]), batch, self._run, finish)
+        graphs: Graphs = self.__dict__[GRAPHS]
+        return graphs.serve(entered.x, batch, self._run, finish)
 
     def graphs_of_layers(self) -> Graphs | None:
         return self.__dict__.get(GRAPHS)

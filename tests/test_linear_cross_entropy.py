@@ -129,6 +129,7 @@ def test_a_label_out_of_range(label):
         (dict(labels=torch.zeros(29, dtype=torch.int64)), ValueError, r"have shape \[30\] on cpu"),
         (dict(weight=torch.zeros(50, 15)), ValueError, "weight must have shape"),
         (dict(bias=torch.zeros(49, dtype=torch.float64)), ValueError, "bias must have shape"),
+        (dict(bias=torch.zeros(50)), TypeError, r"bias must have dtype torch.float64 \(hidden's\)"),
         (dict(reduction="max"), ValueError, "reduction must be"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing must be between 0 and 1"),
         (dict(labelled=-1), ValueError, "labelled must be 0 or more"),

@@ -356,11 +356,9 @@ def _by_graph(
         return outputs.last_hidden_state
 
     def finish(tokens: torch.Tensor) -> torch.Tensor:
-        if batch.padded_shape is not None:
-            return batch.unpack(tokens[None])
-        return tokens.view(x.shape).clone()
+        return tokens.clone() if batch.padded_shape is None else batch.unpack(tokens)
 
-    y = graphs.serve(x.view(-1, x.shape[-1]), batch, run, finish)
+    y = graphs.serve(x, batch, run, finish)
     return None if y is None else graphs.outputs(last_hidden_state=y)
 
 

@@ -118,16 +118,8 @@ def _check(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     checks.check_float("hidden", hidden)
-    checks.check_float("weight", weight)
-    if weight.ndim != 2 or not hidden.ndim or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "weight must have shape [vocabulary, width] with hidden's last dimension as width, "
-            f"got {checks.shape(weight)}, and hidden has shape {checks.shape(hidden)}"
-        )
-    expected = hidden.dtype if tracing.autocast(hidden) is None else None
-    checks.check_like("weight", weight, weight.shape, hidden.device, expected)
-    if bias is not None:
-        checks.check_like("bias", bias, weight.shape[:1], hidden.device, expected)
+    cast = tracing.autocast(hidden) is not None
+    checks.check_product(hidden, weight, bias, cast, ("hidden", "vocabulary", "width"))
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         kind = labels.dtype if isinstance(labels, torch.Tensor) else checks.kind(labels)
         raise TypeError(f"labels must be an int64 tensor, got {kind}")

@@ -188,13 +188,4 @@ def linear_add(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     checks.check_float("x", x)
-    checks.check_float("weight", weight)
-    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "weight must have shape [outputs, inputs] with x's last dimension as inputs, "
-            f"got {checks.shape(weight)}, and x has shape {checks.shape(x)}"
-        )
-    expected = x.dtype if tracing.autocast(x) is None else None
-    checks.check_like("weight", weight, weight.shape, x.device, expected)
-    if bias is not None:
-        checks.check_like("bias", bias, weight.shape[:1], x.device, expected)
+    checks.check_product(x, weight, bias, tracing.autocast(x) is not None)

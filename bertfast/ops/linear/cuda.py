@@ -1,22 +1,16 @@
 """linear_gelu by csrc/kernels/linear_gelu.cu, on a GPU or compiled for the host."""
 
+from typing import Any
+
 import torch
 
 from .. import native
 from . import limits
 
 
-def unsupported_reason(
-    device: str | torch.device,
-    dtype: torch.dtype | None = None,
-    inputs: int | None = None,
-    outputs: int | None = None,
-    rows: int | None = None,
-    pass_: str | None = None,
-) -> str | None:
-    """pass_: "backward" for the other half, which has the same limits."""
-    reason = native.unsupported_reason(device)
-    return reason or limits.unsupported_reason(dtype, inputs, outputs, rows)
+def unsupported_reason(device: str | torch.device, *case: Any) -> str | None:
+    """case: as in limits.py."""
+    return native.unsupported_reason(device) or limits.unsupported_reason(*case)
 
 
 def forward(

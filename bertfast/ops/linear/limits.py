@@ -19,8 +19,13 @@ def rows_class(rows: int) -> int:
 
 
 def unsupported_reason(
-    dtype: torch.dtype | None, inputs: int | None, outputs: int | None, rows: int | None
+    dtype: torch.dtype | None = None,
+    inputs: int | None = None,
+    outputs: int | None = None,
+    rows: int | None = None,
+    pass_: str | None = None,
 ) -> str | None:
+    """pass_: "backward" for the other half, which has the same limits."""
     if dtype is not None and dtype not in DTYPES:
         return f"its tensor-core kernels take float16 and bfloat16, got {dtype}"
     for name, width in (("inputs", inputs), ("outputs", outputs)):

@@ -17,6 +17,7 @@ K (1 / BLOCK_M + 1 / BLOCK_N) values.
 """
 
 import functools
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -31,16 +32,9 @@ from .triton_descriptors import linear_gelu_tma_backward_kernel, linear_gelu_tma
 from .triton_pointers import linear_gelu_backward_kernel, linear_gelu_kernel
 
 
-def unsupported_reason(
-    device: str | torch.device,
-    dtype: torch.dtype | None = None,
-    inputs: int | None = None,
-    outputs: int | None = None,
-    rows: int | None = None,
-    pass_: str | None = None,
-) -> str | None:
-    reason = triton_lib.unsupported_reason(device)
-    return reason or limits.unsupported_reason(dtype, inputs, outputs, rows)
+def unsupported_reason(device: str | torch.device, *case: Any) -> str | None:
+    """case: as in limits.py."""
+    return triton_lib.unsupported_reason(device) or limits.unsupported_reason(*case)
 
 
 _class_of = functools.cache(architecture)
