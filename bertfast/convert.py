@@ -26,6 +26,7 @@ def optimize(
     packed: bool | Literal["always"] = True,
     recompute: bool = False,
     graphs: bool | Limits = False,
+    masked_lm_loss: Literal["fused"] | None = None,
     strict: bool = False,
 ) -> M:
     """Makes the BERT-like encoders in a model run on bertfast's kernels, in place; returns it.
@@ -56,6 +57,14 @@ def optimize(
     too. Calls that record gradients, run under autocast or are traced do without, as do layers of
     which a module has to be called. `bertfast.graphs.warm_up` captures before the first request.
 
+    masked_lm_loss: "fused" makes a masked language model's loss of the labelled tokens alone, in
+    training, with labels: the head isn't computed for the others, and `logits` (of
+    BertForPreTraining `prediction_logits`) are None. The loss is float32, of float64 models
+    float64. Calls in eval, without labels, for a tuple, or of a head of which a part has to be
+    called with all tokens run the original head. On a GPU the host waits once, for the number of
+    labels; under torch.compile and in CUDA graphs all tokens take part. ValueError if the model
+    has no such head. None leaves heads as they are.
+
     strict: raise ValueError if the model has no encoder that bertfast knows, or one of a known
     family that it can't convert. Otherwise such a model is left as it is.
 
@@ -69,14 +78,28 @@ def optimize(
     if not isinstance(graphs, (bool, Limits)):
         raise ValueError(f"graphs must be True, False or Limits, got {checks.said(graphs)}")
     limits = graphs if isinstance(graphs, Limits) else Limits() if graphs else None
+    if masked_lm_loss not in (None, "fused"):
+        raise ValueError(
+            f'masked_lm_loss must be None or "fused", got {checks.said(masked_lm_loss)}'
+        )
     checks.check_bool("strict", strict)
     _refuse_sharded(model)
+    if masked_lm_loss and not any(map(_head_class, model.modules())):
+        raise ValueError(_why_no_head(model))
     found = False
     readers = {} if packed == "always" else _readers_of_padding(model)
     module: Any  # a swapped class has methods that nn.Module lacks
     for module in model.modules():
         keep_padding = readers.get(id(module)) if packed else "packed=False"
         settings = Settings(backend, keep_padding, packed == "always", recompute)
+        if (head := _head_class(module)) is not None:
+            module.__dict__.pop(KEPT, None)
+            module.__dict__.pop(ATTRIBUTE, None)
+            if masked_lm_loss:
+                if not is_swapped(module):
+                    _swap(module, head)
+                module.__dict__[ATTRIBUTE] = settings
+            continue
         if is_swapped(module):
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()
@@ -191,6 +214,20 @@ def _swapped_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def _head_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a masked language model's head that makes its loss without logits."""
+    if not (is_swapped(module) or _is_of_transformers(type(module))):
+        return None
+    hf = _hf()
+    return None if isinstance(hf, str) else hf.head_class(module)
+
+
+def _why_no_head(model: nn.Module) -> str:
+    hf = _hf()
+    known = hf if isinstance(hf, str) else f"bertfast knows {hf.heads_known()}"
+    return f'masked_lm_loss="fused" needs a head, and {type(model).__name__} has none: {known}'
+
+
 def _is_of_transformers(kind: type) -> bool:
     return kind.__module__.startswith("transformers.")
 
@@ -286,6 +323,8 @@ def report(model: nn.Module) -> Report:
                 if reason is None and unknown.get(id(module)) is not None:
                     reason = f"fused only where there is no mask: {unknown[id(module)]}"
                 rows.append(Row(name, kind, reason))
+            if _head_class(module) is not None:
+                rows.notes.append(f"{name or kind} {module.told()}")
             if hasattr(module, "why_padded"):
                 if (reason := module.why_padded()) is not None:
                     rows.notes.append(f"{name or kind} keeps padding: {reason}")

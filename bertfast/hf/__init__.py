@@ -21,9 +21,16 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     )
 
 from ..settings import is_converted  # noqa: E402
-from . import attention, bert, distilbert, model  # noqa: E402
+from . import attention, bert, distilbert, heads, model  # noqa: E402
 
-__all__ = ["attention", "swapped_class", "why_model_unknown", "why_unknown"]
+__all__ = [
+    "attention",
+    "head_class",
+    "heads_known",
+    "swapped_class",
+    "why_model_unknown",
+    "why_unknown",
+]
 
 _BERT_LIKE = {
     "bert": "Bert",
@@ -49,15 +56,29 @@ def _table() -> dict[str, tuple[str, Any]]:
     return table
 
 
+def _heads() -> dict[str, tuple[str, Any]]:
+    """As _table, of the heads of masked language models."""
+    kinds = {"bert": heads.Bert, "electra": heads.Electra}
+    table: dict[str, tuple[str, Any]] = {}
+    for family, prefix in (*_BERT_LIKE.items(), ("distilbert", "DistilBert")):
+        module = f"transformers.models.{family}.modeling_{family}"
+        kind = heads.DistilBert if family == "distilbert" else kinds.get(family, heads.Roberta)
+        table[prefix + "ForMaskedLM"] = module, kind
+    table["BertForPreTraining"] = table["BertForMaskedLM"][0], heads.BertPreTraining
+    return table
+
+
 _TABLE = _table()
+_HEADS = _heads()
 _classes: dict[str, type] = {}
 
 
 def __getattr__(name: str) -> type:
-    if name not in _TABLE:
+    known = _TABLE.get(name) or _HEADS.get(name)
+    if known is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _classes:
-        module, mixin = _TABLE[name]
+        module, mixin = known
         original = getattr(importlib.import_module(module), name)
         # Two threads may get here: there must be one class.
         _classes.setdefault(name, mixin.subclass(original, __name__))
@@ -71,6 +92,23 @@ def swapped_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     if known is None or kind.__module__ != known[0] or why_unknown(kind) is not None:
         return None
     return __getattr__(kind.__name__)
+
+
+def head_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class for a masked language model's head: the module's own if it was swapped already;
+    None if it is no such head."""
+    kind = type(module)
+    if isinstance(module, heads.Head):
+        return kind
+    known = _HEADS.get(kind.__name__)
+    if known is None or kind.__module__ != known[0] or not heads.is_known(kind):
+        return None
+    return __getattr__(kind.__name__)
+
+
+def heads_known() -> str:
+    """The names of these heads, to be told."""
+    return ", ".join(_HEADS)
 
 
 def why_unknown(kind: Any) -> str | None:

@@ -60,7 +60,7 @@ class Model(Swapped):
             "_can_set_experts_implementation": original._can_set_experts_implementation,
         }
         made = type(original.__name__, (cls, original), body)
-        _keep_recording(original, made)
+        keep_recording(original, made)
         return made
 
     def encoder_module(self) -> nn.Module:
@@ -362,7 +362,7 @@ def _by_graph(
     return None if y is None else graphs.outputs(last_hidden_state=y)
 
 
-def _keep_recording(original: Any, made: type) -> None:
+def keep_recording(original: Any, made: type) -> None:
     """transformers looks up what a model class can record (hidden states, attentions) by the
     class's text."""
     try:

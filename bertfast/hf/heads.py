@@ -1,0 +1,338 @@
+"""Heads of masked language models, their classes swapped: in training the loss is made of the
+labelled tokens alone, and there are no logits.
+
+    h = the encoder's output at the labelled tokens
+    t = LayerNorm(act(dense(h)))                     by the head's own modules
+    loss = cross_entropy(t decoder^T + bias, labels)    ops.linear_cross_entropy
+
+Any other call runs the original code: eval, calls without labels, and heads of which a part has to
+be called with all tokens. Where the host can't look at the labels, as under torch.compile, all
+tokens take part in the three lines.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import gelu
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .. import tracing
+from ..nn.hooks import has_global_hooks, has_user_hooks, is_replaced
+from ..nn.modules import Weights, has_own_forward, is_hooked, is_spread, plain, read_linear
+from ..nn.per_token import why_rows_are_seen
+from ..notice import warn_once
+from ..ops import linear_cross_entropy
+from ..settings import KEPT, is_converted, is_disabled
+from .layer import Swapped
+from .model import keep_recording
+
+IGNORED = -100  # CrossEntropyLoss's
+
+
+class Head(Swapped):
+    """Stands in front of the original class (BertForMaskedLM, ...). A subclass names its parts."""
+
+    _original: Any
+    _containers: tuple[tuple[str, type], ...]  # from outside in: names and classes, not called
+    _own: tuple[type, ...]  # classes of the transform that act on each token alone
+    _targets: tuple[str, ...] = ("labels",)  # arguments that the model under the head isn't given
+    _moves_labels = False  # the original moves them to the logits' device
+    _cuts_by_config = True  # the original cuts logits by config.vocab_size
+
+    @classmethod
+    def subclass(cls, original: Any, module: str) -> type[nn.Module]:
+        family = sys.modules[original.__module__]
+        body = {
+            "__module__": module,
+            "__qualname__": original.__name__,
+            "__doc__": original.__doc__,
+            "_original": original,
+            **cls.of_family(family, original.__name__.partition("For")[0]),
+            # With the original's signature, by which trainers choose a dataset's columns.
+            "forward": _forward(original),
+            # transformers finds these out by reading the source around the class.
+            "_can_set_attn_implementation": original._can_set_attn_implementation,
+            "_can_set_experts_implementation": original._can_set_experts_implementation,
+        }
+        made = type(original.__name__, (cls, original), body)
+        keep_recording(original, made)
+        return made
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        """The attributes that depend on the family's module."""
+        raise NotImplementedError
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        """All that comes before the decoder, one after another."""
+        raise NotImplementedError
+
+    def decoder(self) -> Any:
+        raise NotImplementedError
+
+    def encode(self, input_ids: Any, arguments: dict) -> Any:
+        """The outputs of the model under the head, called as the original calls it."""
+        return getattr(self, self.base_model_prefix)(input_ids, **arguments)
+
+    def outputs(self, loss: torch.Tensor, encoded: Any) -> Any:
+        return MaskedLMOutput(
+            loss=loss,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def why_original(self) -> str | None:
+        """Why the original head runs, whatever the call; None if it needn't."""
+        if not has_own_forward(self._original):
+            return f"the forward of {self._original.__name__} was replaced"
+        if is_replaced(self):
+            return "its forward was replaced on the instance"
+        if has_global_hooks():
+            return "a hook on all modules has to be called"
+        module: Any = self
+        for name, kind in self._containers:
+            module = module._modules[name]
+            if (reason := _why_called(module, kind)) is not None:
+                return reason
+        for part in self.transform():
+            if isinstance(part, nn.Module):
+                if (reason := why_rows_are_seen(part, self._own)) is not None:
+                    return f"in its transform {reason}"
+        decoder = self.decoder()
+        if not isinstance(read_linear(decoder), Weights):
+            if type(decoder) is not nn.Linear:
+                return f"its decoder is a {type(decoder).__name__}, which has to be called"
+            return "a hook on its decoder, or a weight of a kind of its own, needs its call"
+        return "its modules are spread over several devices" if is_spread(self) else None
+
+    def why_original_now(self, arguments: dict, options: dict) -> str | None:
+        """Why this call runs the original head, "" if that needs no telling; None if it needn't."""
+        labels = arguments["labels"]
+        if not self.training or labels is None:
+            return ""
+        if options.get("return_dict", None) is None:
+            as_tuple = not self.config.return_dict
+        else:
+            as_tuple = not options["return_dict"]
+        if as_tuple:
+            return "return_dict=False asks for a tuple, in which logits have their place"
+        if (reason := self.why_original()) is not None:
+            return reason
+        if not isinstance(labels, torch.Tensor) or labels.is_meta:
+            return ""
+        if labels.dtype != torch.int64:
+            return f"labels are {labels.dtype}, not torch.int64"
+        weight = self.decoder().weight
+        if labels.device != weight.device and not self._moves_labels:
+            return ""  # the original has an error for it, and for the next
+        if _tokens(arguments) != labels.numel():
+            return ""
+        if self._cuts_by_config and weight.shape[0] != self.config.vocab_size:
+            return f"its decoder has {weight.shape[0]} outputs, not config.vocab_size"
+        return None
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of the labelled tokens. hidden: of all."""
+        decoder = read_linear(self.decoder())
+        if not (isinstance(decoder, Weights) and plain(decoder.weight)):
+            raise RuntimeError("the decoder's weight changed its kind during the call")
+        rows, labels, count = _labelled(hidden, labels)
+        for part in self.transform():
+            rows = part(rows)
+        return linear_cross_entropy(
+            rows, decoder.weight, labels, bias=decoder.bias, ignore_index=IGNORED, labelled=count
+        )
+
+    def told(self) -> str:
+        """For reports, after the head's name."""
+        if (reason := self.why_original()) is not None:
+            return f"runs its original head: {reason}"
+        text = "makes its loss in training without logits"
+        if (reason := self.__dict__.get(KEPT)) is not None:
+            return f"{text}; ran its original head in its last call: {reason}"
+        return text
+
+
+def _why_called(module: nn.Module, kind: type) -> str | None:
+    """Why a module that should be of this class can't be passed over."""
+    if type(module) is not kind:
+        return f"its {kind.__name__} is a {type(module).__name__}"
+    if has_user_hooks(module):
+        return f"a hook on its {kind.__name__} has to be called"
+    return None if has_own_forward(kind) else f"the forward of {kind.__name__} was replaced"
+
+
+def is_known(kind: Any) -> bool:
+    """True if a head's forward makes its loss by CrossEntropyLoss, as all do up to 5.23."""
+    if not has_own_forward(kind):
+        return True  # somebody replaced it, which why_original tells
+    names = inspect.unwrap(kind.forward).__code__.co_names
+    return "loss_function" not in names and not {"CrossEntropyLoss", "mlm_loss_fct"}.isdisjoint(
+        names
+    )
+
+
+def _tokens(arguments: dict) -> int | None:
+    for name, dims in (("input_ids", None), ("inputs_embeds", -1)):
+        given = arguments.get(name)
+        if isinstance(given, torch.Tensor):
+            return given.shape[:dims].numel()
+    return None
+
+
+def _labelled(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The rows of labelled tokens, their labels, and how many there are at most."""
+    rows, labels = hidden.flatten(0, -2), labels.reshape(-1)
+    device = hidden.device
+    if tracing.can_look_at(labels):
+        index = (labels != IGNORED).nonzero().squeeze(1)
+        labels = labels.index_select(0, index)
+        rows = rows.index_select(0, index.to(device, non_blocking=True))
+    return rows, labels.to(device, non_blocking=True), labels.numel()
+
+
+def _forward(original: Any) -> Callable:
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.name in names}
+
+    @functools.wraps(original.forward)
+    def forward(self: Head, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not is_converted(self)
+            or is_disabled()
+            or len(args) > len(names)
+            or any(name in kwargs for name in names[: len(args)])  # the original has an error
+        ):
+            return original.forward(self, *args, **kwargs)
+        arguments = dict(zip(names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in defaults}
+        arguments = {**defaults, **kwargs, **arguments}
+        reason = self.why_original_now(arguments, options)
+        if reason and not tracing.is_compiling():
+            warn_once(f"runs the original head of a {original.__name__}: {reason}")
+        if arguments["labels"] is not None and not tracing.is_compiling() and self.training:
+            self.__dict__[KEPT] = reason or None
+        if reason is not None:
+            return original.forward(self, *args, **kwargs)
+        arguments["return_dict"] = True
+        targets = [arguments.pop(name) for name in self._targets]
+        encoded = self.encode(arguments.pop("input_ids"), arguments)
+        return self.outputs(self.loss(encoded[0], targets[0]), encoded, *targets[1:])
+
+    return forward
+
+
+class Bert(Head):
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {
+            "_containers": (
+                ("cls", family.BertOnlyMLMHead),
+                ("predictions", family.BertLMPredictionHead),
+            ),
+            "_own": (family.BertPredictionHeadTransform,),
+        }
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        return (self.cls.predictions.transform,)
+
+    def decoder(self) -> Any:
+        return self.cls.predictions.decoder
+
+
+class BertPreTraining(Bert):
+    """With the loss of the next sentence, which is made as it was."""
+
+    _output: Any
+    _targets = "labels", "next_sentence_label"
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        found = super().of_family(family, prefix)
+        _, predictions = found["_containers"]
+        return found | {
+            "_containers": (("cls", family.BertPreTrainingHeads), predictions),
+            "_output": family.BertForPreTrainingOutput,
+        }
+
+    def why_original_now(self, arguments: dict, options: dict) -> str | None:
+        if arguments["next_sentence_label"] is None:
+            return ""  # the original makes no loss either
+        return super().why_original_now(arguments, options)
+
+    def outputs(self, loss: torch.Tensor, encoded: Any, *more: Any) -> Any:
+        (not_next,) = more
+        scores = self.cls.seq_relationship(encoded[1])
+        return type(self)._output(
+            loss=loss + F.cross_entropy(scores.view(-1, 2), not_next.view(-1)),
+            seq_relationship_logits=scores,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+class Roberta(Head):
+    """RoBERTa, XLM-RoBERTa and CamemBERT."""
+
+    _own = ()
+    _moves_labels = True
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {"_containers": (("lm_head", getattr(family, prefix + "LMHead")),)}
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        head = self.lm_head
+        return head.dense, gelu, head.layer_norm
+
+    def decoder(self) -> Any:
+        return self.lm_head.decoder
+
+
+class Electra(Head):
+    """The generator's. ElectraForPreTraining is the discriminator: it has no vocabulary."""
+
+    _containers = ()
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {"_own": (family.ElectraGeneratorPredictions,)}
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        return (self.generator_predictions,)
+
+    def decoder(self) -> Any:
+        return self.generator_lm_head
+
+
+class DistilBert(Head):
+    _containers = ()
+    _own = ()
+    _cuts_by_config = False
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {}
+
+    def encode(self, input_ids: Any, arguments: dict) -> Any:
+        return self.distilbert(input_ids=input_ids, **arguments)
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        return self.vocab_transform, self.activation, self.vocab_layer_norm
+
+    def decoder(self) -> Any:
+        return self.vocab_projector
+
+    def why_original(self) -> str | None:
+        loss = self.mlm_loss_fct
+        form = (type(loss), loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+        if form != (nn.CrossEntropyLoss, None, IGNORED, "mean", 0.0) or is_hooked(loss):
+            return "its mlm_loss_fct isn't CrossEntropyLoss as it was"
+        return super().why_original()
