@@ -1,0 +1,437 @@
+"""Text to shards of tokens, in one pass that goes on where it was interrupted.
+
+The steps: find the files; train the vocabulary or load the tokenizer; read documents, cut them into
+sentences, tokenise these in batches (on all cores, by the tokenizers library), write shards. After
+each shard `progress.json` tells how far it came; what is written after that is written again in the
+same way. `index.json` comes last, and a folder without it isn't read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ... import checks
+from . import documents, shards
+from .documents import Document, Source
+from .sentences import sentences
+from .shards import Shards, ShardWriter
+from .vocabulary import SPECIAL, describe, encoder, load, train
+
+LOCK = ".lock"
+BATCH = 2**20  # characters tokenised at once
+
+
+def prepare(
+    inputs: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocabulary: int = 30522,
+    lowercase: bool = True,
+    column: str = "text",
+    held_out: float = 0.01,
+    seed: int = 0,
+    shard_tokens: int = 2**27,
+    vocabulary_characters: int = 10**9,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Shards:
+    """Text files to a folder of memory-mapped tokens, which `Batches` reads.
+
+    Called again with the same inputs and options, it goes on after the last finished shard, or
+    returns at once if all is done. With others it raises, unless overwrite is set.
+
+    Args:
+        inputs: files or folders of text, JSON lines or Parquet, or folders that `save_to_disk` of
+            Hugging Face's datasets wrote (`documents.py` says more).
+        out: the folder to write, made if need be.
+        tokenizer: a folder with a transformers tokenizer. None: WordPiece is trained on the text.
+        vocabulary: tokens of the vocabulary that is trained, special tokens included.
+        lowercase: the vocabulary that is trained takes capitals for small letters, and no accents.
+        column: of JSON lines, Parquet and saved datasets: which holds the text.
+        held_out: the share of documents that are kept for evaluation; one of each 1 / held_out,
+            drawn by seed. Of the first eight documents it is two, so that small texts have some.
+        seed: of that draw.
+        shard_tokens: the most tokens of a shard; a document that is longer has one by itself.
+        vocabulary_characters: about how much text the vocabulary is trained on: where there is
+            more, documents are drawn.
+        overwrite: removes what an earlier call made in `out` of other inputs or options.
+        progress: shows a progress bar.
+
+    Raises:
+        ValueError, TypeError: an argument or a file is wrong; the message names it and the line.
+        OSError: a file can't be read, or the disk is full.
+    """
+    checks.check_int("vocabulary", vocabulary, len(SPECIAL) + 1, 2**31 - 1)
+    checks.check_number("held_out", held_out, 0, 0.5)
+    checks.check_int("seed", seed, 0, 2**63 - 1)
+    checks.check_int("shard_tokens", shard_tokens, 1, 2**31)
+    checks.check_int("vocabulary_characters", vocabulary_characters, 1)
+    for name, value in dict(lowercase=lowercase, overwrite=overwrite, progress=progress).items():
+        checks.check_bool(name, value)
+    found = documents.find(inputs)
+    if found.passed_over:
+        names = ", ".join(map(str, found.passed_over[:5]))
+        more = ", ..." if len(found.passed_over) > 5 else ""
+        warnings.warn(
+            f"{len(found.passed_over)} files of other kinds were passed over: {names}{more}",
+            stacklevel=2,
+        )
+    options = Options(
+        _told(tokenizer) if tokenizer is not None else None,
+        vocabulary if tokenizer is None else None,
+        lowercase if tokenizer is None else None,
+        vocabulary_characters if tokenizer is None else None,
+        column,
+        float(held_out),
+        seed,
+        shard_tokens,
+    )
+    out = Path(out)
+    with _locked(out), _room(out):
+        run = _Run(found.files, out, options, progress)
+        state = run.begin(overwrite)
+        if state is not None:
+            if not state["tokenizer"]:
+                made = run.train() if tokenizer is None else load(tokenizer)
+                run.keep_tokenizer(state, made)
+            run.tokenise(state)
+            run.finish(state)
+    return Shards(out)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Beside the files all that decides the folder's bytes."""
+
+    tokenizer: list[str] | None
+    vocabulary: int | None
+    lowercase: bool | None
+    vocabulary_characters: int | None
+    column: str
+    held_out: float
+    seed: int
+    shard_tokens: int
+
+
+def is_held_out(number: int, share: float, seed: int) -> bool:
+    """True for a document that is kept for evaluation, by its number in the order of reading."""
+    if share == 0:
+        return False
+    usual = round(1 / share)
+    small = min(4, usual)
+    if number < 2 * small:
+        stretch, length = number // small, small
+        place = number % small
+    else:
+        stretch, length = 2 + (number - 2 * small) // usual, usual
+        place = (number - 2 * small) % usual
+    drawn = hashlib.blake2b(f"{seed} {stretch}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn, "little") % length == place
+
+
+class _Small(OSError):
+    """The disk is too small, as can be told before."""
+
+
+class _Tokenised(NamedTuple):
+    document: Document
+    file: int
+    within: int  # documents of that file before this one
+    number: int  # documents before this one
+    tokens: np.ndarray
+    lengths: np.ndarray  # of its sentences
+
+
+class _Run:
+    def __init__(self, files: list[Source], out: Path, options: Options, progress: bool) -> None:
+        self.files, self.out, self.options, self.progress = files, out, options, progress
+        self.dtype = np.dtype("<u2")
+
+    # States.
+
+    def begin(self, overwrite: bool) -> dict[str, Any] | None:
+        """The state of the work; None if all is done."""
+        made_of = {
+            "options": asdict(self.options),
+            "inputs": [
+                [str(file.path), file.size, file.path.stat().st_mtime_ns] for file in self.files
+            ],
+        }
+        for name in (shards.INDEX, shards.PROGRESS):
+            path = self.out / name
+            if not path.exists():
+                continue
+            if overwrite:
+                self._remove()
+                break
+            try:
+                state = json.loads(path.read_bytes())
+                changed = _changes(state["made_of"], made_of)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} isn't bertfast's, or is damaged: {error!r}") from error
+            if changed:
+                raise ValueError(
+                    f"{self.out} was prepared of other inputs or with other options: "
+                    f"{'; '.join(changed)}. Give overwrite (--overwrite), or another folder"
+                )
+            return None if name == shards.INDEX else state
+        self._check_space()
+        state = {
+            "made_of": made_of,
+            "tokenizer": False,
+            "splits": {name: [] for name in shards.SPLITS},
+            "next": [0, 0],  # a file, and documents of it that are done
+            "documents": 0,
+        }
+        self._save(state)
+        return state
+
+    def _save(self, state: dict[str, Any]) -> None:
+        shards.write_json(self.out / shards.PROGRESS, state)
+
+    def _remove(self) -> None:
+        """Removes what an earlier call made, and nothing else. The index goes first."""
+        for name in (shards.INDEX, shards.PROGRESS, shards.CONTINUES):
+            (self.out / name).unlink(missing_ok=True)
+        for split in shards.SPLITS:
+            for part in shards.PARTS:
+                for path in self.out.glob(f"{split}-[0-9]*.{part}.bin*"):
+                    path.unlink()
+        for name in (shards.TOKENIZER, shards.TOKENIZER + ".part"):
+            if (self.out / name).exists():
+                shutil.rmtree(self.out / name)
+
+    def _check_space(self) -> None:
+        """Against what is needed at least: 2 bytes for each 6 of text that isn't compressed."""
+        plain = [file for file in self.files if file.kind == "text" and not file.compressed]
+        needed = sum(file.size for file in plain) // 3
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise _Small(
+                errno.ENOSPC,
+                f"{self.out} needs at least {needed / 2**30:.1f} GiB for this text, and "
+                f"{free / 2**30:.1f} GiB are free",
+            )
+
+    # The tokenizer.
+
+    def train(self) -> Any:
+        options = self.options
+        assert options.vocabulary and options.vocabulary_characters
+        assert options.lowercase is not None
+        share = min(1.0, options.vocabulary_characters / sum(file.size for file in self.files))
+        with self._bar("vocabulary") as bar:
+            return train(
+                self._sample(share, bar),
+                options.vocabulary,
+                lowercase=options.lowercase,
+                progress=self.progress,
+            )
+
+    def _sample(self, share: float, bar: Any) -> Iterator[str]:
+        """The text of documents of training, some of them if share is less than 1."""
+        drawn = np.random.Philox(key=self.options.seed).random_raw
+        for number, (_, _, document) in enumerate(self._read([0, 0], bar)):
+            if not is_held_out(number, self.options.held_out, self.options.seed):
+                if drawn() < share * 2**64:
+                    yield document.text
+
+    def keep_tokenizer(self, state: dict[str, Any], tokenizer: Any) -> None:
+        described = describe(tokenizer)
+        aside = self.out / (shards.TOKENIZER + ".part")
+        for old in (aside, self.out / shards.TOKENIZER):
+            if old.exists():
+                shutil.rmtree(old)
+        tokenizer.save_pretrained(aside)
+        os.replace(aside, self.out / shards.TOKENIZER)
+        if described.continues is not None:
+            data = np.array(described.continues, np.uint8).tobytes()
+            shards.write_aside(self.out / shards.CONTINUES, data)
+        state["tokenizer"] = True
+        self._save(state)
+
+    # Tokens.
+
+    def tokenise(self, state: dict[str, Any]) -> None:
+        """Writes all shards that are missing."""
+        tokenizer = load(self.out / shards.TOKENIZER)
+        self.dtype = shards.token_type(describe(tokenizer).size)
+        writers: dict[str, ShardWriter] = {}
+        options = self.options
+        try:
+            with self._bar("tokens") as bar:
+                for done in self._tokenised(encoder(tokenizer), state, bar):
+                    held_out = is_held_out(done.number, options.held_out, options.seed)
+                    split = shards.SPLITS[held_out]
+                    writer = writers.get(split)
+                    if writer and writer.tokens + len(done.tokens) > options.shard_tokens:
+                        self._close(writers, state, [done.file, done.within], done.number)
+                    if split not in writers:
+                        name = f"{split}-{len(state['splits'][split]):05d}"
+                        writers[split] = ShardWriter(self.out, name, self.dtype)
+                    writers[split].add(done.tokens, done.lengths)
+                self._close(writers, state, [len(self.files), 0], -1)
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+    def _close(
+        self,
+        writers: dict[str, ShardWriter],
+        state: dict[str, Any],
+        following: list[int],
+        number: int,
+    ) -> None:
+        """Both splits' shards at once, so that one place says where to go on."""
+        entries = {split: writer.close() for split, writer in writers.items()}
+        writers.clear()
+        for split, entry in entries.items():
+            state["splits"][split].append(entry)
+        state["next"], state["documents"] = following, number
+        self._save(state)
+
+    def _tokenised(self, tokenizer: Any, state: dict[str, Any], bar: Any) -> Iterator[_Tokenised]:
+        """Documents with at least one token, from where the state says."""
+        held: list[tuple[int, int, Document]] = []
+        characters = 0
+        number = state["documents"]
+        for item in self._read(state["next"], bar):
+            held.append(item)
+            characters += len(item[2].text)
+            if characters >= BATCH:
+                yield from _encode(tokenizer, held, number)
+                number += len(held)
+                held, characters = [], 0
+        yield from _encode(tokenizer, held, number)
+
+    def _read(self, start: Sequence[int], bar: Any) -> Iterator[tuple[int, int, Document]]:
+        """Documents with their file's number and their own number in it."""
+        before = sum(file.size for file in self.files[: start[0]])
+        for number in range(start[0], len(self.files)):
+            file = self.files[number]
+            skipped = start[1] if number == start[0] else 0
+            for within, document in enumerate(documents.read(file, self.options.column)):
+                bar.update(before + int(document.done * file.size) - bar.n)
+                if within >= skipped:
+                    yield number, within, document
+            before += file.size
+            bar.update(before - bar.n)
+
+    def _bar(self, what: str) -> Any:
+        from tqdm import tqdm
+
+        total = sum(file.size for file in self.files)
+        return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not self.progress)
+
+    # The end.
+
+    def finish(self, state: dict[str, Any]) -> None:
+        if not any(state["splits"].values()):
+            raise ValueError(
+                f"the text must have tokens, and all {state['documents']} documents of inputs are "
+                "empty for this tokenizer"
+            )
+        described = describe(load(self.out / shards.TOKENIZER))
+        files = {}
+        for path in sorted((self.out / shards.TOKENIZER).iterdir()):
+            files[f"{shards.TOKENIZER}/{path.name}"] = shards.described(path.read_bytes())
+        if described.continues is not None:
+            data = (self.out / shards.CONTINUES).read_bytes()
+            files[shards.CONTINUES] = shards.described(data)
+        index = {
+            "format": shards.FORMAT,
+            "version": shards.VERSION,
+            "vocabulary": described.size,
+            "special": described.special,
+            "reserved": described.reserved,
+            "block": shards.BLOCK,
+            "files": files,
+            "splits": state["splits"],
+            "made_of": state["made_of"],
+        }
+        index["checksum"] = shards.checksum(index)
+        shards.write_json(self.out / shards.INDEX, index)
+        (self.out / shards.PROGRESS).unlink(missing_ok=True)
+
+
+def _encode(
+    tokenizer: Any, held: list[tuple[int, int, Document]], number: int
+) -> Iterator[_Tokenised]:
+    cut = [list(sentences(document.text)) for _, _, document in held]
+    encoded = tokenizer.encode_batch_fast(
+        list(itertools.chain.from_iterable(cut)), add_special_tokens=False
+    )
+    ids = [one.ids for one in encoded]
+    at = 0
+    for count, (file, within, document), texts in zip(itertools.count(), held, cut):
+        these = ids[at : at + len(texts)]
+        at += len(texts)
+        lengths = np.fromiter(map(len, these), np.int64, len(these))
+        tokens = np.fromiter(itertools.chain.from_iterable(these), np.int64, int(lengths.sum()))
+        if len(tokens):
+            yield _Tokenised(document, file, within, number + count, tokens, lengths[lengths > 0])
+
+
+def _told(tokenizer: str | Path) -> list[str]:
+    """A tokenizer's name, and the checksum of its file."""
+    path = Path(tokenizer) / "tokenizer.json"
+    return [str(tokenizer), hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""]
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = [
+        f"{name} was {before['options'].get(name)}, now {value}"
+        for name, value in now["options"].items()
+        if before["options"].get(name) != value
+    ]
+    old, new = ({path: rest for path, *rest in told["inputs"]} for told in (before, now))
+    for path in {**old, **new}:
+        if path not in new:
+            changed.append(f"{path} was among the inputs")
+        elif path not in old:
+            changed.append(f"{path} is new among the inputs")
+        elif old[path] != new[path]:
+            changed.append(f"{path} has changed")
+    if not changed and list(old) != list(new):
+        changed.append("the inputs are in another order")
+    return changed[:5] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One call at a time writes in a folder. A process that ends lets go of it, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"another run is preparing text in {folder}") from error
+        yield
+
+
+@contextlib.contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, _Small):
+            raise OSError(
+                error.errno,
+                f"no space is left to write to {folder}: finished shards are kept; make room and "
+                "call prepare again",
+            ) from error
+        raise
