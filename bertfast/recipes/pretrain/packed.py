@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,8 +29,18 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            and field.name != "cu_seqlens"
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pinned(self) -> "PackedBatch":
+        """In memory of the host that a GPU can copy from while the host goes on."""
+        moved: dict[str, Any] = {
+            field.name: value.pin_memory()
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
             and field.name != "cu_seqlens"
