@@ -6,6 +6,8 @@
 - A folder that `Dataset.save_to_disk` wrote: as Parquet. Of several splits it is `train`.
 - Another folder: its files of these kinds, in the order of their names, also in folders within.
 
+A file that is named itself may have another ending, as .md: it is text.
+
 Text and JSON lines may be compressed (.gz). Every error names the file and the line or row.
 """
 
@@ -27,6 +29,10 @@ KINDS = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+OTHERS = frozenset(
+    (".csv", ".tsv", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".lz4")
+    + (".html", ".htm", ".xml", ".pdf", ".epub", ".doc", ".docx", ".npy", ".bin", ".pt")
+)
 LONGEST = 2**24  # characters of a document; a longer one is cut, so that memory is bounded
 
 
@@ -56,8 +62,8 @@ class Sources(NamedTuple):
     passed_over: list[Path]  # files in folders, of other kinds
 
 
-def find(inputs: Sequence[str | Path] | str | Path) -> Sources:
-    """The files of some files and folders."""
+def find(inputs: Sequence[str | Path] | str | Path, without: Path | None = None) -> Sources:
+    """The files of some files and folders, but for a folder within them."""
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     if not inputs:
@@ -67,7 +73,7 @@ def find(inputs: Sequence[str | Path] | str | Path) -> Sources:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            found, others = _folder(path)
+            found, others = _folder(path, without)
             if not found:
                 names = ", ".join(other.name for other in others[:5]) or "no files"
                 raise ValueError(
@@ -77,7 +83,7 @@ def find(inputs: Sequence[str | Path] | str | Path) -> Sources:
             files += found
             passed_over += others
         elif path.exists():
-            files.append(Source(path, _kind(path) or "text"))
+            files.append(Source(path, _kind_of_named(path)))
         else:
             raise FileNotFoundError(f"{path}, of inputs, doesn't exist")
     seen: set[Path] = set()
@@ -96,16 +102,28 @@ def _kind(path: Path) -> str | None:
     return None if path.suffix == ".gz" and kind == "parquet" else kind
 
 
-def _folder(folder: Path) -> tuple[list[Source], list[Path]]:
+def _kind_of_named(path: Path) -> str:
+    """Of a file that is named itself, whatever its ending is, if that may be one of text."""
+    if path.suffix.lower() == ".json":
+        return "jsonl"
+    if path.suffix.lower() in OTHERS:
+        raise ValueError(
+            f"{path} must be text, JSON lines or Parquet (.gz at most around the former two), got "
+            f"a file that ends in {path.suffix}"
+        )
+    return _kind(path) or "text"
+
+
+def _folder(folder: Path, without: Path | None) -> tuple[list[Source], list[Path]]:
     if (folder / "dataset_dict.json").exists():
         return _dataset_of(folder), []
     if (folder / "state.json").exists():
         return _dataset(folder), []
     files, others = [], []
+    left_out = None if without is None else without.resolve()
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or any(
-            part.startswith(".") for part in path.relative_to(folder).parts
-        ):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file() or left_out in path.resolve().parents:
             continue
         kind = _kind(path)
         if kind is None:
@@ -169,15 +187,15 @@ def read(source: Source, column: str = "text") -> Iterator[Document]:
 
 def _lines(source: Source) -> Iterator[tuple[int, str, float]]:
     """Each line's number, its text, and the share that was read."""
-    size = source.size
+    size, compressed = source.size, source.compressed
     number = 0
     with open(source.path, "rb") as raw:
-        file: IO[bytes] = gzip.open(raw) if source.compressed else raw  # type: ignore[assignment]
+        file: IO[bytes] = gzip.open(raw) if compressed else raw  # type: ignore[assignment]
         read = 0
         try:
             for number, line in enumerate(file, 1):
                 read += len(line)
-                done = raw.tell() if source.compressed else read
+                done = raw.tell() if compressed else read
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text, done / size
         except UnicodeDecodeError as error:

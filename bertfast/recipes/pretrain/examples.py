@@ -10,8 +10,8 @@ probability `short` a sequence is to have a random, smaller length. Four things 
 
 - The label is a fair coin for each pair. There, a last sentence by itself always had a random B;
   here the sentence before it comes once more, so that a document ends with a true pair.
-- A sentence of more than half a sequence counts as several, and the only sentence of a document as
-  two. There, what didn't fit was lost.
+- A sentence of more than half a sequence counts as several, of an eighth each, and the only one of
+  a document as two. There, what didn't fit was lost.
 - The smaller length is drawn for each sequence and not for each document.
 - Another document is one of the same window.
 
@@ -112,8 +112,8 @@ def pairs(window: Window, room: int, short: float, draws: Draws) -> Examples:
 def _finer(sentences: np.ndarray, pieces: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Bounds with more of them in sentences that are long or alone."""
     lengths = np.diff(sentences)
-    half = room // 2
-    parts = -(-lengths // half)
+    # Parts are small, as a pair that is too long by a part of one loses that.
+    parts = np.where(lengths > room // 2, -(-lengths // max(room // 8, 1)), 1)
     alone = pieces[:-1][np.diff(pieces) == 1]
     parts[alone] = np.maximum(parts[alone], np.minimum(lengths[alone], 2))
     if (parts == 1).all():

@@ -43,7 +43,7 @@ def prepare(
     held_out: float = 0.01,
     seed: int = 0,
     shard_tokens: int = 2**27,
-    vocabulary_characters: int = 10**9,
+    vocabulary_characters: int = 2 * 10**8,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Shards:
@@ -60,8 +60,8 @@ def prepare(
         vocabulary: tokens of the vocabulary that is trained, special tokens included.
         lowercase: the vocabulary that is trained takes capitals for small letters, and no accents.
         column: of JSON lines, Parquet and saved datasets: which holds the text.
-        held_out: the share of documents that are kept for evaluation; one of each 1 / held_out,
-            drawn by seed. Of the first eight documents it is two, so that small texts have some.
+        held_out: the share of documents that are kept for evaluation: one of each 1 / held_out,
+            drawn by seed, after the fourth and the eighth, so that small texts have some too.
         seed: of that draw.
         shard_tokens: the most tokens of a shard; a document that is longer has one by itself.
         vocabulary_characters: about how much text the vocabulary is trained on: where there is
@@ -73,14 +73,17 @@ def prepare(
         ValueError, TypeError: an argument or a file is wrong; the message names it and the line.
         OSError: a file can't be read, or the disk is full.
     """
+    out = Path(out)
     checks.check_int("vocabulary", vocabulary, len(SPECIAL) + 1, 2**31 - 1)
     checks.check_number("held_out", held_out, 0, 0.5)
     checks.check_int("seed", seed, 0, 2**63 - 1)
     checks.check_int("shard_tokens", shard_tokens, 1, 2**31)
     checks.check_int("vocabulary_characters", vocabulary_characters, 1)
+    if not isinstance(column, str):
+        raise TypeError(f"column must be a str, got {checks.kind(column)}")
     for name, value in dict(lowercase=lowercase, overwrite=overwrite, progress=progress).items():
         checks.check_bool(name, value)
-    found = documents.find(inputs)
+    found = documents.find(inputs, without=out)
     if found.passed_over:
         names = ", ".join(map(str, found.passed_over[:5]))
         more = ", ..." if len(found.passed_over) > 5 else ""
@@ -98,7 +101,6 @@ def prepare(
         seed,
         shard_tokens,
     )
-    out = Path(out)
     with _locked(out), _room(out):
         run = _Run(found.files, out, options, progress)
         state = run.begin(overwrite)
@@ -129,14 +131,10 @@ def is_held_out(number: int, share: float, seed: int) -> bool:
     """True for a document that is kept for evaluation, by its number in the order of reading."""
     if share == 0:
         return False
-    usual = round(1 / share)
-    small = min(4, usual)
-    if number < 2 * small:
-        stretch, length = number // small, small
-        place = number % small
-    else:
-        stretch, length = 2 + (number - 2 * small) // usual, usual
-        place = (number - 2 * small) % usual
+    if number < 8:
+        return number in (3, 7)
+    length = round(1 / share)
+    stretch, place = divmod(number - 8, length)
     drawn = hashlib.blake2b(f"{seed} {stretch}".encode(), digest_size=8).digest()
     return int.from_bytes(drawn, "little") % length == place
 
@@ -181,6 +179,8 @@ class _Run:
                 changed = _changes(state["made_of"], made_of)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} isn't bertfast's, or is damaged: {error!r}") from error
+            if changed and name == shards.PROGRESS and not state["tokenizer"]:
+                break  # nothing was made of the others yet
             if changed:
                 raise ValueError(
                     f"{self.out} was prepared of other inputs or with other options: "
@@ -232,21 +232,21 @@ class _Run:
         assert options.vocabulary and options.vocabulary_characters
         assert options.lowercase is not None
         share = min(1.0, options.vocabulary_characters / sum(file.size for file in self.files))
-        with self._bar("vocabulary") as bar:
-            return train(
-                self._sample(share, bar),
-                options.vocabulary,
-                lowercase=options.lowercase,
-                progress=self.progress,
-            )
+        return train(
+            lambda: self._sample(share),
+            options.vocabulary,
+            lowercase=options.lowercase,
+            progress=self.progress,
+        )
 
-    def _sample(self, share: float, bar: Any) -> Iterator[str]:
+    def _sample(self, share: float) -> Iterator[str]:
         """The text of documents of training, some of them if share is less than 1."""
         drawn = np.random.Philox(key=self.options.seed).random_raw
-        for number, (_, _, document) in enumerate(self._read([0, 0], bar)):
-            if not is_held_out(number, self.options.held_out, self.options.seed):
-                if drawn() < share * 2**64:
-                    yield document.text
+        with self._bar("vocabulary") as bar:
+            for number, (_, _, document) in enumerate(self._read([0, 0], bar)):
+                if not is_held_out(number, self.options.held_out, self.options.seed):
+                    if share == 1 or drawn() < share * 2**64:
+                        yield document.text
 
     def keep_tokenizer(self, state: dict[str, Any], tokenizer: Any) -> None:
         described = describe(tokenizer)

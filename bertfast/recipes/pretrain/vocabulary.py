@@ -1,11 +1,13 @@
 """The tokenizer: WordPiece trained on the text by the tokenizers library, or one that is given."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Of "[PAD]" and so on the ids are 0 to 4.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ALPHABET = 1000  # characters, the most frequent; BERT's number
+ALPHABET = 1000  # characters at most, the most frequent
 
 
 class Vocabulary(NamedTuple):
@@ -27,36 +29,78 @@ def _transformers() -> Any:
     return transformers
 
 
-def train(texts: Iterable[str], size: int, *, lowercase: bool = True, progress: bool = True) -> Any:
-    """A BERT tokenizer of transformers, whose WordPiece vocabulary has exactly `size` tokens."""
-    transformers = _transformers()
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+def train(
+    texts: Callable[[], Iterable[str]], size: int, *, lowercase: bool = True, progress: bool = True
+) -> Any:
+    """A BERT tokenizer of transformers, whose WordPiece vocabulary has exactly `size` tokens.
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    The same text gives the same tokens in the same order, as the trainer alone doesn't: where two
+    pieces are as frequent it goes by their ids, and it numbers characters as a hash table has them.
+    So these are found and sorted in a pass before, and `texts` is called twice.
+    """
+    transformers = _transformers()
+    alphabet = _alphabet(texts(), lowercase)
+    first = [*SPECIAL, *alphabet]
+    letters = [token for token in alphabet if len(token) == 1]
+    if len(first) > size:
+        raise ValueError(
+            f"vocabulary must be {len(first)} or more for this text: it has {len(letters)} "
+            f"characters, {len(alphabet) - len(letters)} of them within words too, beside "
+            f"{len(SPECIAL)} special tokens; got {size}"
+        )
+    tokens = _trained(
+        texts(),
+        lowercase,
         vocab_size=size,
         min_frequency=2,
-        limit_alphabet=ALPHABET,
-        special_tokens=list(SPECIAL),
+        initial_alphabet=letters,
+        limit_alphabet=max(len(letters), 1),
+        special_tokens=first,
         show_progress=progress,
     )
-    tokenizer.train_from_iterator(_some(texts), trainer)
-    vocabulary = tokenizer.get_vocab()
-    letters = sum(len(token.removeprefix("##")) == 1 for token in vocabulary)
-    if len(vocabulary) > size:
+    if len(tokens) < size:
         raise ValueError(
-            f"vocabulary must be {len(vocabulary)} or more for this text, which has {letters} "
-            f"characters (as a word's first and as one of the others) beside {len(SPECIAL)} "
-            f"special tokens, got {size}"
+            f"vocabulary must be {len(tokens)} or less for this text, which has no more pieces of "
+            f"words that come twice; got {size}"
         )
-    if len(vocabulary) < size:
-        raise ValueError(
-            f"vocabulary must be {len(vocabulary)} or less for this text, which has no more pieces "
-            f"of words that come twice, got {size}"
-        )
-    return transformers.BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase)
+    return transformers.BertTokenizerFast(vocab=tokens, do_lower_case=lowercase)
+
+
+def _alphabet(texts: Iterable[str], lowercase: bool) -> list[str]:
+    """Characters as they are at the start of a word, and as they are within words, sorted."""
+    counts: Counter[str] = Counter()
+
+    def counted() -> Iterator[str]:
+        for text in texts:
+            counts.update(text)
+            yield text
+
+    found = _trained(counted(), lowercase, vocab_size=0, special_tokens=[], show_progress=False)
+    normal = _normalizer(lowercase)
+    frequency: Counter[str] = Counter()
+    for character, count in counts.items():
+        for made in normal.normalize_str(character):
+            frequency[made] += count
+    letters = sorted((c for c in found if len(c) == 1), key=lambda c: (-frequency[c], c))
+    letters = sorted(letters[:ALPHABET])
+    return letters + [f"##{letter}" for letter in letters if f"##{letter}" in found]
+
+
+def _normalizer(lowercase: bool) -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.BertNormalizer(lowercase=lowercase)
+
+
+def _trained(texts: Iterable[str], lowercase: bool, **options: Any) -> dict[str, int]:
+    """The tokens, by their ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = _normalizer(lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(_some(texts), trainers.WordPieceTrainer(**options))
+    return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
 def _some(texts: Iterable[str]) -> Iterator[list[str]]:
