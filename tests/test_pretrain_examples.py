@@ -168,6 +168,28 @@ def test_second_segments_come_from_all_other_documents_alike():
         assert abs(count - len(found) / 4) < 5 * (len(found) * 3 / 16) ** 0.5
 
 
+def told_by_lengths(made):
+    """The share of labels that are guessed right from both lengths: of every second pair, as was
+    most frequent among the others."""
+    lengths = made.first_length // 16 * 100 + made.second_length // 16
+    learn = np.arange(len(lengths)) % 2 == 0
+    counts = np.zeros((2, lengths.max() + 1))
+    np.add.at(counts, (made.not_next[learn], lengths[learn]), 1)
+    guess = counts[1] > counts[0]
+    return (guess[lengths[~learn]] == made.not_next[~learn]).mean()
+
+
+def test_lengths_tell_nothing_of_the_label():
+    """They would if a random B always filled its sequence."""
+    for room in (61, 253):
+        made = pairs(window(some(3000, (1, 40), (3, 35))), room, 0.1, draws())
+        assert told_by_lengths(made) < 0.54
+    full = made._replace(
+        second_length=np.where(made.not_next == 1, 253 - made.first_length, made.second_length)
+    )
+    assert told_by_lengths(full) > 0.58
+
+
 def truncated(a, b, room):
     """BERT's truncate_seq_pair, by lengths."""
     while a + b > room:
