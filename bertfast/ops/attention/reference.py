@@ -93,10 +93,12 @@ def _by_runs(
 ) -> torch.Tensor:
     """Sequences of one length that are neighbours are one padded batch without padding."""
     outs = []
-    for run in runs:
-        rows = slice(run.token, run.token + run.count * run.length)
+    # Not by slices: the backward of each would fill a gradient of all tokens.
+    sizes = [run.count * run.length for run in runs]
+    parts = zip(*(tensor.split(sizes) for tensor in (q, k, v)), strict=True) if runs else ()
+    for run, part in zip(runs, parts, strict=True):
         shape = (run.count, run.length)
-        q_run, k_run, v_run = (tensor[rows].unflatten(0, shape) for tensor in (q, k, v))
+        q_run, k_run, v_run = (tensor.unflatten(0, shape) for tensor in part)
         out = _padded(q_run, k_run, v_run, None, scale, drop, run.sequence)
         outs.append(out.flatten(0, 1))
     if not outs:
