@@ -60,7 +60,7 @@ def test_help_lists_the_commands(run, flag):
 
 def test_help_lists_the_values_of_options(run):
     for name, values in (
-        ("verify", "|".join(dispatch.ops())),
+        ("verify", ", ".join(dispatch.ops())),
         ("verify", "|".join(dispatch.BACKENDS)),
         ("kernels", "|".join(rows.aot_names())),
         ("bench", "|".join(MIXES)),
@@ -70,7 +70,7 @@ def test_help_lists_the_values_of_options(run):
         ("bench", "|".join(WHAT)),
     ):
         code, out, _ = run(name, "-h")
-        assert code == 0 and values in out
+        assert code == 0 and values in " ".join(out.split())
         assert max(map(len, out.splitlines())) <= 80
 
 
@@ -233,7 +233,7 @@ def test_env_says_each_reason_once(run, monkeypatch):
     assert code == 0
     assert out.count("no [interpreter]") == 1
     assert "  torch   yes\n" in out
-    others = "attention_qkv, bias_gelu, layer_norm, linear_gelu: yes, as a build for the host"
+    others = "attention_qkv, bias_gelu, linear_cross_entropy, layer_norm, linear_gelu: yes, as"
     assert others in " ".join(out.split())
     assert "attention: no: no attention" in out and "emulation" in out
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out

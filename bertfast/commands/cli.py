@@ -37,9 +37,12 @@ def _choice(option: str, known: Iterable[str], help: str, several: bool = False)
     several can be given, separated by commas, the command gets a list."""
     names = list(known)
     check = some_of if several else one_of
+    metavar = f"[{'|'.join(names)}]{',...' if several else ''}"
+    if len(option) + len(metavar) > 76:  # a line of a terminal, where it can't be broken
+        metavar, help = "NAME", f"{help} One of: {', '.join(names)}."
     return typer.Option(
         option,
-        metavar=f"[{'|'.join(names)}]{',...' if several else ''}",
+        metavar=metavar,
         parser=lambda given: given if isinstance(given, list) else check(option, given, names),
         autocompletion=lambda incomplete: [n for n in names if n.startswith(incomplete)],
         help=help,

@@ -32,6 +32,17 @@ class Case:
         return "-".join(words).replace(" ", "-")
 
 
+def quick_cases() -> list[Case]:
+    """The cases of `bertfast verify`. A vocabulary of one word; some that end within a tile."""
+    return [
+        Case(40, 48, 90, share=0.5),
+        Case(5, 8, 1, reduction="sum"),
+        Case(9, 24, 3001, share=1.0, reduction="none", smoothing=0.1),
+        Case(30, 32, 400, bias=False, smoothing=0.1),
+        Case(20, 32, 400, sure=True),
+    ]
+
+
 def cases() -> list[Case]:
     """More rows than a chunk has too."""
     sizes = [Case(rows, 16, 50) for rows in (1, 2, 64, 65, 200)]
@@ -68,15 +79,21 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     }
 
 
-def run(inputs: dict, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
-    """Loss and gradients."""
+def run(
+    inputs: dict,
+    backend: str = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict:
+    """Loss and gradients by a backend."""
     leaves = {
         name: inputs[name].to(device, dtype).detach().requires_grad_()
         for name in NAMES
         if inputs[name] is not None
     }
     labels = inputs["labels"].to(device)
-    loss = linear_cross_entropy(**leaves, labels=labels, **inputs["options"])
+    options = inputs["options"] | {"backend": backend}
+    loss = linear_cross_entropy(**leaves, labels=labels, **options)
     grads = torch.autograd.grad(loss, list(leaves.values()), inputs["dy"].to(device, loss.dtype))
     return {"loss": loss.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
@@ -86,7 +103,12 @@ def oracle(inputs: dict) -> dict:
     return _by_autograd(inputs, torch.float64)
 
 
-def _by_autograd(inputs: dict, dtype: torch.dtype) -> dict:
+def plain_torch(inputs: dict) -> dict:
+    """Results of stock torch in this dtype, with logits in it."""
+    return _by_autograd(inputs, None)
+
+
+def _by_autograd(inputs: dict, dtype: torch.dtype | None) -> dict:
     leaves = {
         name: inputs[name].to(dtype).detach().requires_grad_()
         for name in NAMES

@@ -456,6 +456,7 @@ TABLE = (
     other_op("cuBLASLt, tanh GELU", "#a58d73", (gpu, NO_BACKWARD)),
     other_op("quack", "#9a76b5", QUACK),
     other_op("Liger", "#c98aa8", (gpu, installed("liger_kernel", "Liger"))),
+    other_op("cut-cross-entropy", "#d9a54a", (gpu, installed("cut_cross_entropy"))),
 )
 
 

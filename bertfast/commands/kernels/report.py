@@ -25,7 +25,7 @@ class Summary:
                 Column("source", left=True),
                 Column("arch", left=True, width=max(map(len, archs))),
                 Column("kernels"),
-                Column("registers"),
+                Column("regs"),
                 Column("spills"),
                 Column("per element", width=14),
                 Column("verdict", left=True),
@@ -56,7 +56,7 @@ class Summary:
 
 
 NOTE = (
-    "registers: the most that a thread has. spills: kernels that keep a thread's values in "
+    "regs: the most registers of a thread. spills: kernels that keep a thread's values in "
     "memory. per element: the instructions of the kernel that is nearest to its budget, and that "
     "budget; in attention per score, on the path of a block in which every score counts. --all "
     "shows every kernel, --peers the counts of other libraries, --model speeds by a model."

@@ -1,16 +1,21 @@
 """linear_cross_entropy: the loss of a masked language model's head. Check, gather, run.
 
 Only rows with a label are projected to the vocabulary, some hundred at a time (chunks.py): logits
-of the whole batch never exist.
+of the whole batch never exist. Products are torch's; a backend does what stands between them.
 """
+
+import operator
 
 import torch
 
 from ... import checks, tracing
+from .. import dispatch
 from ..registration import any_requires_grad
-from . import whole
+from . import reference
 from .chunks import NOTHING, losses_and_gradients
 from .registered import LinearCrossEntropy
+
+__all__ = ["linear_cross_entropy"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -25,6 +30,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     labelled: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """cross_entropy(hidden weight^T + bias, labels), as torch's for logits in float32.
 
@@ -39,8 +45,9 @@ def linear_cross_entropy(
     them. More labels than that are an error: on a GPU an assertion there, as for labels that are
     out of range.
 
-    The products are torch's, on every device. While something is traced or transformed, all logits
-    are made at once.
+    backend: "auto", "torch" or "triton", which has kernels for what stands between the products; an
+    explicit one that can't run here raises ValueError. The products are torch's, on every device.
+    While something is traced or transformed, all logits are made at once, by torch.
     """
     _check(hidden, weight, labels, bias)
     checks.check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1)
@@ -52,38 +59,39 @@ def linear_cross_entropy(
     if cast is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
+    vocabulary = operator.index(weight.shape[0])
+    backend = dispatch.choose(
+        "linear_cross_entropy", backend, hidden.device, hidden.dtype, vocabulary
+    )
     options = (ignore_index, reduction, label_smoothing)
     if not tracing.plain_call(hidden, weight, labels, bias) or tracing.only_reference():
-        return whole.forward(hidden, weight, labels, bias, *options)
+        return reference.forward(hidden, weight, labels, bias, *options)
 
     flat = labels.flatten()
     counted = flat != ignore_index
-    _check_range(flat, counted, weight.shape[0])
+    _check_range(flat, counted, vocabulary)
     index, count = _places(counted, labelled)
     rows = hidden.flatten(0, -2).index_select(0, index)
     chosen = flat.index_select(0, index)
     if labelled is not None:
-        chosen = chosen.where(counted.index_select(0, index), -1)
-    scale = None
-    if reduction != "none":
-        scale = rows.new_ones((), dtype=_loss_dtype(hidden))
-        if reduction == "mean":
-            scale = scale / count
-    smoothing = float(label_smoothing)
+        kept = counted.index_select(0, index)
+        chosen = chosen.where(kept, -1)
+        # A NaN of a row without a label would reach the products' sums: 0 * NaN.
+        rows = torch.where(kept[:, None], rows, 0)
+    arguments = (rows, weight, bias, chosen, float(label_smoothing))
+    apart = reduction == "none"
     if any_requires_grad(rows, weight, bias):
-        loss = LinearCrossEntropy.apply(rows, weight, bias, chosen, smoothing, scale)
+        loss = LinearCrossEntropy.apply(*arguments, apart, backend)
     else:
-        loss, _ = losses_and_gradients(rows, weight, bias, chosen, smoothing, None, NOTHING)
-        loss = loss if scale is None else loss.sum() * scale
-    if reduction != "none":
-        # 0 / 0: without labels there is nothing to take the mean of, and nothing to learn.
-        return loss if reduction == "sum" else torch.where(count > 0, loss, torch.nan)
-    everywhere = loss.new_zeros(flat.shape).index_copy(0, index, loss)
-    return everywhere.view(labels.shape)
-
-
-def _loss_dtype(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss, _ = losses_and_gradients(*arguments, None, NOTHING, backend)
+        loss = loss if apart else loss.sum()
+    if apart:
+        everywhere = loss.new_zeros(flat.shape).index_copy(0, index, loss)
+        return everywhere.view(labels.shape)
+    if reduction == "sum":
+        return loss
+    # 0 / 0: without labels there is nothing to take the mean of, and nothing to learn.
+    return torch.where(count > 0, loss / count.clamp(min=1), torch.nan)
 
 
 def _places(counted: torch.Tensor, labelled: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +105,7 @@ def _places(counted: torch.Tensor, labelled: int | None) -> tuple[torch.Tensor, 
         if count > most:
             raise ValueError(f"labelled must be {int(count)} or more, the labels, got {labelled}")
     else:
-        torch._assert_async(count <= most)
+        torch._assert_async(count <= most, "there are more labels than `labelled` says")
     order = torch.argsort(counted.to(torch.int8), descending=True, stable=True)
     return order[:most], count
 
@@ -111,7 +119,8 @@ def _check_range(labels: torch.Tensor, counted: torch.Tensor, vocabulary: int) -
                 f"labels must be ignore_index or between 0 and {vocabulary - 1}, got {value}"
             )
     else:
-        torch._assert_async(~wrong.any())
+        text = f"labels must be ignore_index or between 0 and {vocabulary - 1}"
+        torch._assert_async(~wrong.any(), text)
 
 
 def _check(

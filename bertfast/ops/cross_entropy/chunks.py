@@ -1,24 +1,35 @@
 """Losses and gradients of labelled rows, so many rows at a time that their logits stay small.
 
-    z = h W^T + b,  lse = log sum exp z                         for each row, over the vocabulary
-    loss = lse - (1 - s) z[label] - s mean(z)
-    dz = scale (softmax(z) - (1 - s) onehot(label) - s / V)
-    dh = dz W,  dW = sum of dz^T h,  db = sum of dz             s: label smoothing
+    z = h W^T + b,  loss = cross_entropy(z, label)              for each row
+    dz = dloss / dz                                             triton.py, reference_rows.py
+    dh = dz W,  dW = sum of dz^T h,  db = sum of dz
 
-The gradients are made beside the losses, while a chunk's logits are there: scale is what each row's
-loss counts. Where that is known only in the backward (no reduction), the logits are made again.
+The gradients are made beside the losses, while a chunk's logits are there. They are those of the
+losses' sum: its own derivative, by which they are multiplied, comes in the backward. Thus dz is
+between -1 and 1, and nothing of it vanishes in float16 because the loss is divided by thousands
+of rows, or before a gradient scaler has multiplied it. Without a reduction each row has a
+derivative of its own, known in the backward only: there the logits are made again.
 
 Logits, losses and sums are float32 (float64 stays so). On a GPU 16-bit products add up in float32
 and dz is rounded for the products that follow; on a CPU, whose 16-bit products round their results,
-all of it is float32.
+operands are float32.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-# Logits of one chunk: a few dozen MB, and of some hundred rows, so that products are efficient.
+from .. import dispatch
+from . import limits, reference_rows
+
+OP = "linear_cross_entropy"
+
+# Logits of one chunk: a few dozen MB on a CPU, and of some hundred rows, so that products are
+# efficient. On a GPU more: each chunk reads and writes the float32 sum of the weight's gradient, 94
+# MB for BERT-base, which then is a third of what its logits move and not more than all of it.
 CHUNK_BYTES = 64 << 20
+TIMES_ON_GPU = 4
 LEAST_ROWS = 64
 
 
@@ -34,13 +45,16 @@ NOTHING = Wanted(False, False, False)
 
 
 class Gradients(NamedTuple):
+    """In float32, or float64."""
+
     hidden: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
 
-def chunk_rows(vocabulary: int) -> int:
-    return max(LEAST_ROWS, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(wide: int, on_gpu: bool) -> int:
+    """wide: the vocabulary, or its room in memory."""
+    return max(LEAST_ROWS, CHUNK_BYTES * (TIMES_ON_GPU if on_gpu else 1) // (4 * wide))
 
 
 def losses_and_gradients(
@@ -51,11 +65,12 @@ def losses_and_gradients(
     smoothing: float,
     scale: torch.Tensor | None,
     wanted: Wanted,
+    backend: str,
 ) -> tuple[torch.Tensor, Gradients]:
-    """hidden (rows, width), labels (rows,), with -1 for rows that don't count. scale: a number, or
-    one for each row; None: no gradients. All tensors are without a history."""
+    """hidden (rows, width), labels (rows,), with -1 for rows that don't count. scale: a number for
+    each row, by which its derivative is multiplied; None: 1. All tensors are without a history."""
     with torch.autocast(hidden.device.type, enabled=False):  # dtypes are what they shall be
-        return _walk(hidden, weight, bias, labels, smoothing, scale, wanted)
+        return _walk(hidden, weight, bias, labels, smoothing, scale, wanted, backend)
 
 
 def _walk(
@@ -66,61 +81,63 @@ def _walk(
     smoothing: float,
     scale: torch.Tensor | None,
     wanted: Wanted,
+    backend: str,
 ) -> tuple[torch.Tensor, Gradients]:
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    losses = torch.empty(rows, dtype=compute, device=hidden.device)
-    wanted = NOTHING if scale is None else wanted
-    dhidden = torch.empty_like(hidden) if wanted.hidden else None
+    on_gpu, by_kernels = weight.is_cuda, backend != "torch"
+    module = dispatch.backend_module(OP, backend) if by_kernels else reference_rows
+    wide = -(-vocabulary // limits.MULTIPLE) * limits.MULTIPLE if by_kernels else vocabulary
+    losses = hidden.new_empty(rows, dtype=compute)
+    dhidden = hidden.new_empty(hidden.shape, dtype=compute) if wanted.hidden else None
     dweight = weight.new_zeros(weight.shape, dtype=compute) if wanted.weight else None
-    dbias = weight.new_zeros(vocabulary, dtype=compute) if wanted.bias else None
-    # On a CPU once for all chunks.
-    factor = weight if weight.is_cuda else weight.to(compute)
-    step = chunk_rows(vocabulary)
+    dbias = weight.new_zeros(wide, dtype=compute) if wanted.bias else None
+
+    # Memory for a chunk, used again by the next. dz has another dtype where it is rounded: for a
+    # GPU's products, and by kernels that run on a CPU as they do on a GPU.
+    step = chunk_rows(max(1, wide), on_gpu)
+    room = hidden.new_empty((min(step, rows), wide), dtype=compute)
+    room[:, vocabulary:] = 0
+    rounds = (on_gpu or by_kernels) and hidden.dtype != compute
+    rounded = torch.empty_like(room, dtype=hidden.dtype) if rounds and any(wanted) else None
+    factor = weight if on_gpu else weight.to(compute)  # on a CPU once for all chunks
+    if bias is not None and wide != vocabulary:
+        bias = F.pad(bias, (0, wide - vocabulary))
+    elif bias is not None:
+        bias = bias.contiguous()
+
     for first in range(0, rows, step):
         # 1. logits
         part = slice(first, first + step)
-        h = hidden[part] if weight.is_cuda else hidden[part].to(compute)
-        z = _product(h, factor.t(), compute)
-        if bias is not None:
-            z += bias
+        h = hidden[part] if on_gpu else hidden[part].to(compute)
+        z = room[: len(h), :vocabulary]
+        _product(h, factor.t(), z)
 
-        # 2. losses
-        counted = labels[part] >= 0
-        label = labels[part].clamp(min=0)[:, None]
-        lse = torch.logsumexp(z, 1)
-        loss = lse - (1 - smoothing) * z.gather(1, label).squeeze(1)
-        if smoothing:
-            loss -= smoothing * z.mean(1)
-        losses[part] = torch.where(counted, loss, 0.0)
-        if not any(wanted) or scale is None:
+        # 2. losses, and dz in the place of the logits
+        dz = None
+        if any(wanted):
+            dz = z if rounded is None else rounded[: len(h), :vocabulary]
+        weighting = None if scale is None else scale[part]
+        module.forward(z, bias, labels[part], smoothing, losses[part], weighting, dz, dbias)
+        if dz is None:
             continue
 
-        # 3. dz, in the place of the logits
-        dz = z.sub_(lse[:, None]).exp_()
-        if smoothing:
-            dz -= smoothing / vocabulary
-        dz.scatter_add_(1, label, dz.new_full((1, 1), smoothing - 1).expand(label.shape))
-        dz *= torch.where(counted, scale[part] if scale.ndim else scale, 0.0)[:, None]
-
-        # 4. the gradients
-        if dbias is not None:
-            dbias += dz.sum(0)
-        dz = dz.to(factor.dtype)
+        # 3. the gradients
+        if not on_gpu:
+            dz = dz.to(compute)
         if dhidden is not None:
-            dhidden[part] = _product(dz, factor, compute).to(dhidden.dtype)
+            _product(dz, factor, dhidden[part])
         if dweight is not None:
             _add_product(dweight, dz.t(), h)
-    if dweight is not None:
-        dweight = dweight.to(weight.dtype)
-    if dbias is not None and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    return losses, Gradients(dhidden, dweight, dbias)
+    return losses, Gradients(dhidden, dweight, None if dbias is None else dbias[:vocabulary])
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a b, with results of a dtype that may be wider than the operands'."""
-    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """a b, whose dtype may be wider than the operands'."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_product(sum_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -6,11 +6,11 @@ import torch
 
 from .. import derivatives
 from ..derivatives import Context
-from .chunks import Gradients, Wanted, losses_and_gradients
+from .chunks import NOTHING, Gradients, Wanted, losses_and_gradients
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The losses of rows, or their sum times `scale`. labels: -1 where a row doesn't count."""
+    """The losses of rows, or their sum. labels: -1 where a row doesn't count."""
 
     @staticmethod
     def forward(
@@ -20,26 +20,36 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         smoothing: float,
-        scale: torch.Tensor | None,
+        apart: bool,
+        backend: str,
     ) -> torch.Tensor:
-        """scale: of the sum; None: the losses are not summed."""
+        """apart: the losses are not summed."""
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        losses, made = losses_and_gradients(hidden, weight, bias, labels, smoothing, scale, wanted)
-        ctx.constants = smoothing, wanted, scale is None
+        now = NOTHING if apart else wanted
+        losses, made = losses_and_gradients(
+            hidden, weight, bias, labels, smoothing, None, now, backend
+        )
+        ctx.constants = smoothing, wanted, apart, backend
         # The inputs are saved in either case: by them a second derivative is found, and refused.
         ctx.save_for_backward(hidden, weight, bias, labels, *made)
-        return losses if scale is None else losses.sum() * scale
+        return losses if apart else losses.sum()
 
     @staticmethod
     @derivatives.first_only
     def backward(
         ctx: Context, saved: list[Any], dloss: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, labels, *made = saved
-        smoothing, wanted, apart = ctx.constants
+        hidden, weight, bias, labels, dhidden, dweight, dbias = saved
+        smoothing, wanted, apart, backend = ctx.constants
+        grads = Gradients(dhidden, dweight, dbias)
         if apart:
-            rows = dloss.contiguous()
-            _, grads = losses_and_gradients(hidden, weight, bias, labels, smoothing, rows, wanted)
-        else:
-            grads = Gradients(*(None if g is None else g * dloss.to(g.dtype) for g in made))
-        return *grads, None, None, None
+            scale = dloss.contiguous()
+            _, grads = losses_and_gradients(
+                hidden, weight, bias, labels, smoothing, scale, wanted, backend
+            )
+        found: list[torch.Tensor | None] = []
+        for grad, given in zip(grads, (hidden, weight, bias), strict=True):
+            if grad is not None:  # the sum's, unrounded: what the loss is divided by comes now
+                grad = (grad if apart else grad * dloss).to(given.dtype)
+            found.append(grad)
+        return *found, None, None, None, None
