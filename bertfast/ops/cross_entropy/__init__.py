@@ -71,10 +71,11 @@ def linear_cross_entropy(
     counted = flat != ignore_index
     _check_range(flat, counted, vocabulary)
     index, count = _places(counted, labelled)
-    rows = hidden.flatten(0, -2).index_select(0, index)
-    chosen = flat.index_select(0, index)
+    rows, chosen = hidden.flatten(0, -2), flat
+    if index is not None:
+        rows, chosen = rows.index_select(0, index), flat.index_select(0, index)
     if labelled is not None:
-        kept = counted.index_select(0, index)
+        kept = chosen != ignore_index
         chosen = chosen.where(kept, -1)
         # A NaN of a row without a label would reach the products' sums: 0 * NaN.
         rows = torch.where(kept[:, None], rows, 0)
@@ -86,28 +87,32 @@ def linear_cross_entropy(
         loss, _ = losses_and_gradients(*arguments, None, NOTHING, backend)
         loss = loss if apart else loss.sum()
     if apart:
-        everywhere = loss.new_zeros(flat.shape).index_copy(0, index, loss)
-        return everywhere.view(labels.shape)
+        if index is not None:
+            loss = loss.new_zeros(flat.shape).index_copy(0, index, loss)
+        return loss.view(labels.shape)
     if reduction == "sum":
         return loss
     # 0 / 0: without labels there is nothing to take the mean of, and nothing to learn.
     return torch.where(count > 0, loss / count.clamp(min=1), torch.nan)
 
 
-def _places(counted: torch.Tensor, labelled: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(
+    counted: torch.Tensor, labelled: int | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The rows that have a label, and how many there are. With `labelled` so many rows, those that
-    have one first."""
+    have one first. None: all rows."""
     count = counted.sum()
     if labelled is None:
         return counted.nonzero().squeeze(1), count
-    most = min(labelled, counted.numel())
+    if labelled >= counted.numel():
+        return None, count
     if tracing.on_host(counted):
-        if count > most:
+        if count > labelled:
             raise ValueError(f"labelled must be {int(count)} or more, the labels, got {labelled}")
     else:
-        torch._assert_async(count <= most, "there are more labels than `labelled` says")
+        torch._assert_async(count <= labelled, "there are more labels than `labelled` says")
     order = torch.argsort(counted.to(torch.int8), descending=True, stable=True)
-    return order[:most], count
+    return order[:labelled], count
 
 
 def _check_range(labels: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> None:
