@@ -241,6 +241,8 @@ def test_errors_of_batches(folder, tmp_path, texts):
         Batches(folder, OPTIONS, rank=2, world=2)
     with pytest.raises(ValueError, match="whole_words must be False"):
         Batches(folder, DataOptions(whole_words=True))
+    with pytest.raises(ValueError, match="start must be a place in this text.* got Place"):
+        Batches(folder, OPTIONS, start=Place(0, 50, 0, 3))
     prepared_text.write(tmp_path / "one", texts[:1])
     with pytest.raises(ValueError, match="must have 2 or more documents in its split 'train'"):
         Batches(tmp_path / "one", OPTIONS)

@@ -196,7 +196,7 @@ def test_other_options_or_inputs_are_told(files, done, tmp_path):
         prepare(files, out, **{**SMALL, "vocabulary": 90})
     with pytest.raises(ValueError, match="b.jsonl was among the inputs"):
         prepare(files[:1], out, **SMALL)
-    with pytest.raises(ValueError, match="inputs are in another order"):
+    with pytest.raises(ValueError, match="inputs were in another order"):
         prepare(files[::-1], out, **SMALL)
     copy = shutil.copy(files[0], tmp_path / "a.txt")
     with pytest.raises(ValueError, match="a.txt is new among the inputs"):
@@ -213,6 +213,12 @@ def test_other_options_or_inputs_are_told(files, done, tmp_path):
     prepare([copy], fresh, **SMALL)
     (out / "mine.txt").unlink()
     assert contents(out) == contents(fresh)
+    # The same text elsewhere gives the same data.
+    other = shutil.copy(copy, tmp_path / "renamed.txt")
+    assert prepare([other], tmp_path / "other", **SMALL).checksum == Shards(fresh).checksum
+    (out / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="isn't a folder of prepared text, or is damaged"):
+        prepare([copy], out, **SMALL)
 
 
 def test_a_tokenizer_that_is_given(files, done, tmp_path):

@@ -141,6 +141,11 @@ class Batches:
         self._masking = _masking(self.shards, options)
         size = max(WINDOW, FULL * options.tokens) // self.shards.block
         self.windows = -(-self.text.blocks // size)  # of an epoch
+        if self.start.window >= self.windows:
+            raise ValueError(
+                f"start must be a place in this text, whose epochs have {self.windows} windows, "
+                f"got {self.start}"
+            )
 
     @property
     def identity(self) -> str:

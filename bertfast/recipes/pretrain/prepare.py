@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ import numpy as np
 from ... import checks
 from . import documents, shards
 from .documents import Document, Source
+from .prefetch import Prefetch
 from .sentences import sentences
 from .shards import Shards, ShardWriter
 from .vocabulary import SPECIAL, describe, encoder, load, train
 
 LOCK = ".lock"
+INPUTS = "inputs.json"  # the files, with their sizes and times
 BATCH = 2**20  # characters tokenised at once
 
 
@@ -143,11 +145,19 @@ class _Small(OSError):
     """The disk is too small, as can be told before."""
 
 
-class _Tokenised(NamedTuple):
-    document: Document
+class _Cut(NamedTuple):
+    """A document as sentences."""
+
     file: int
     within: int  # documents of that file before this one
     number: int  # documents before this one
+    sentences: list[str]
+
+
+class _Tokenised(NamedTuple):
+    file: int
+    within: int
+    number: int
     tokens: np.ndarray
     lengths: np.ndarray  # of its sentences
 
@@ -161,11 +171,11 @@ class _Run:
 
     def begin(self, overwrite: bool) -> dict[str, Any] | None:
         """The state of the work; None if all is done."""
-        made_of = {
+        inputs = [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in self.files]
+        listed = json.dumps(inputs, indent=0).encode()
+        made_of: dict[str, Any] = {
             "options": asdict(self.options),
-            "inputs": [
-                [str(file.path), file.size, file.path.stat().st_mtime_ns] for file in self.files
-            ],
+            "inputs": hashlib.sha256(listed).hexdigest(),
         }
         for name in (shards.INDEX, shards.PROGRESS):
             path = self.out / name
@@ -176,9 +186,15 @@ class _Run:
                 break
             try:
                 state = json.loads(path.read_bytes())
-                changed = _changes(state["made_of"], made_of)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} isn't bertfast's, or is damaged: {error!r}") from error
+                changed = _changed_options(state["made_of"]["options"], made_of["options"])
+                if state["made_of"]["inputs"] != made_of["inputs"]:
+                    before = json.loads((self.out / INPUTS).read_bytes())
+                    changed += _changed_inputs(before, inputs)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.out} isn't a folder of prepared text, or is damaged: {error!r}. Give "
+                    "overwrite (--overwrite), or another folder"
+                ) from error
             if changed and name == shards.PROGRESS and not state["tokenizer"]:
                 break  # nothing was made of the others yet
             if changed:
@@ -188,6 +204,7 @@ class _Run:
                 )
             return None if name == shards.INDEX else state
         self._check_space()
+        shards.write_aside(self.out / INPUTS, listed)
         state = {
             "made_of": made_of,
             "tokenizer": False,
@@ -203,7 +220,7 @@ class _Run:
 
     def _remove(self) -> None:
         """Removes what an earlier call made, and nothing else. The index goes first."""
-        for name in (shards.INDEX, shards.PROGRESS, shards.CONTINUES):
+        for name in (shards.INDEX, shards.PROGRESS, shards.CONTINUES, INPUTS):
             (self.out / name).unlink(missing_ok=True)
         for split in shards.SPLITS:
             for part in shards.PARTS:
@@ -271,17 +288,21 @@ class _Run:
         writers: dict[str, ShardWriter] = {}
         options = self.options
         try:
-            with self._bar("tokens") as bar:
-                for done in self._tokenised(encoder(tokenizer), state, bar):
-                    held_out = is_held_out(done.number, options.held_out, options.seed)
+            with (
+                self._bar("tokens") as bar,
+                contextlib.closing(self._tokenised(encoder(tokenizer), state, bar)) as found,
+            ):
+                for document in found:
+                    held_out = is_held_out(document.number, options.held_out, options.seed)
                     split = shards.SPLITS[held_out]
                     writer = writers.get(split)
-                    if writer and writer.tokens + len(done.tokens) > options.shard_tokens:
-                        self._close(writers, state, [done.file, done.within], done.number)
+                    if writer and writer.tokens + len(document.tokens) > options.shard_tokens:
+                        here = [document.file, document.within]
+                        self._close(writers, state, here, document.number)
                     if split not in writers:
                         name = f"{split}-{len(state['splits'][split]):05d}"
                         writers[split] = ShardWriter(self.out, name, self.dtype)
-                    writers[split].add(done.tokens, done.lengths)
+                    writers[split].add(document.tokens, document.lengths)
                 self._close(writers, state, [len(self.files), 0], -1)
         finally:
             for writer in writers.values():
@@ -302,19 +323,31 @@ class _Run:
         state["next"], state["documents"] = following, number
         self._save(state)
 
-    def _tokenised(self, tokenizer: Any, state: dict[str, Any], bar: Any) -> Iterator[_Tokenised]:
-        """Documents with at least one token, from where the state says."""
-        held: list[tuple[int, int, Document]] = []
+    def _tokenised(
+        self, tokenizer: Any, state: dict[str, Any], bar: Any
+    ) -> Generator[_Tokenised, None, None]:
+        """Documents with at least one token, from where the state says. The next ones are read and
+        cut into sentences meanwhile."""
+        ahead = Prefetch(self._cut(state, bar), 2)
+        try:
+            for held in ahead:
+                yield from _encode(tokenizer, held)
+        finally:
+            ahead.close()
+
+    def _cut(self, state: dict[str, Any], bar: Any) -> Iterator[list[_Cut]]:
+        """Documents as sentences, in lists of some characters."""
+        held: list[_Cut] = []
         characters = 0
-        number = state["documents"]
-        for item in self._read(state["next"], bar):
-            held.append(item)
-            characters += len(item[2].text)
+        for number, (file, within, document) in enumerate(
+            self._read(state["next"], bar), state["documents"]
+        ):
+            held.append(_Cut(file, within, number, list(sentences(document.text))))
+            characters += len(document.text)
             if characters >= BATCH:
-                yield from _encode(tokenizer, held, number)
-                number += len(held)
+                yield held
                 held, characters = [], 0
-        yield from _encode(tokenizer, held, number)
+        yield held
 
     def _read(self, start: Sequence[int], bar: Any) -> Iterator[tuple[int, int, Document]]:
         """Documents with their file's number and their own number in it."""
@@ -340,8 +373,7 @@ class _Run:
     def finish(self, state: dict[str, Any]) -> None:
         if not any(state["splits"].values()):
             raise ValueError(
-                f"the text must have tokens, and all {state['documents']} documents of inputs are "
-                "empty for this tokenizer"
+                "the text of inputs must have tokens, and for this tokenizer all of it is empty"
             )
         described = describe(load(self.out / shards.TOKENIZER))
         files = {}
@@ -366,22 +398,16 @@ class _Run:
         (self.out / shards.PROGRESS).unlink(missing_ok=True)
 
 
-def _encode(
-    tokenizer: Any, held: list[tuple[int, int, Document]], number: int
-) -> Iterator[_Tokenised]:
-    cut = [list(sentences(document.text)) for _, _, document in held]
-    encoded = tokenizer.encode_batch_fast(
-        list(itertools.chain.from_iterable(cut)), add_special_tokens=False
-    )
-    ids = [one.ids for one in encoded]
-    at = 0
-    for count, (file, within, document), texts in zip(itertools.count(), held, cut):
-        these = ids[at : at + len(texts)]
-        at += len(texts)
+def _encode(tokenizer: Any, held: list[_Cut]) -> Iterator[_Tokenised]:
+    texts = list(itertools.chain.from_iterable(cut.sentences for cut in held))
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = (one.ids for one in encoded)
+    for cut in held:
+        these = list(itertools.islice(ids, len(cut.sentences)))
         lengths = np.fromiter(map(len, these), np.int64, len(these))
         tokens = np.fromiter(itertools.chain.from_iterable(these), np.int64, int(lengths.sum()))
         if len(tokens):
-            yield _Tokenised(document, file, within, number + count, tokens, lengths[lengths > 0])
+            yield _Tokenised(cut.file, cut.within, cut.number, tokens, lengths[lengths > 0])
 
 
 def _told(tokenizer: str | Path) -> list[str]:
@@ -390,13 +416,17 @@ def _told(tokenizer: str | Path) -> list[str]:
     return [str(tokenizer), hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""]
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changed = [
-        f"{name} was {before['options'].get(name)}, now {value}"
-        for name, value in now["options"].items()
-        if before["options"].get(name) != value
+def _changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
-    old, new = ({path: rest for path, *rest in told["inputs"]} for told in (before, now))
+
+
+def _changed_inputs(before: list[list], now: list[list]) -> list[str]:
+    old, new = ({path: rest for path, *rest in listed} for listed in (before, now))
+    changed = []
     for path in {**old, **new}:
         if path not in new:
             changed.append(f"{path} was among the inputs")
@@ -404,8 +434,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             changed.append(f"{path} is new among the inputs")
         elif old[path] != new[path]:
             changed.append(f"{path} has changed")
-    if not changed and list(old) != list(new):
-        changed.append("the inputs are in another order")
+    if not changed:
+        return ["the inputs were in another order"]
     return changed[:5] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
 
 

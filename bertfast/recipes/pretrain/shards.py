@@ -28,6 +28,7 @@ INDEX, PROGRESS, TOKENIZER, CONTINUES = "index.json", "progress.json", "tokenize
 SPLITS = ("train", "held-out")
 PARTS = ("tokens", "sentences", "documents", "blocks")
 FORMAT = "bertfast pretrain"
+AGAIN = "prepare the text again, with overwrite (--overwrite)"
 
 
 def token_type(vocabulary: int) -> np.dtype:
@@ -240,29 +241,30 @@ def read_index(folder: Path) -> dict[str, Any]:
         if index["version"] != VERSION:
             raise ValueError(
                 f"{path} is of version {index['version']}, and this bertfast reads version "
-                f"{VERSION}: prepare the text again"
+                f"{VERSION}; {AGAIN}"
             )
         if index["checksum"] != checksum(index):
-            raise ValueError(f"{path} was altered: its checksum is another; prepare the text again")
+            raise ValueError(f"{path} was altered: its checksum is another; {AGAIN}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} isn't an index of prepared text: {error!r}") from error
     return index
 
 
 def checksum(index: dict[str, Any]) -> str:
-    """Of all that an index tells, and so by its files' checksums of the tokens too."""
-    told = {key: value for key, value in index.items() if key != "checksum"}
+    """Of all that an index tells of the data, and so of the tokens too. The same text gives the
+    same, wherever it lay."""
+    told = {key: value for key, value in index.items() if key not in ("checksum", "made_of")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _check(path: Path, told: dict[str, Any], verify: bool) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: prepare the text again")
+        raise FileNotFoundError(f"{path} is missing; {AGAIN}")
     size = path.stat().st_size
     if size != told["bytes"]:
         raise ValueError(
             f"{path} has {size} bytes, and its index says {told['bytes']}: it was truncated or "
-            "altered; prepare the text again"
+            f"altered; {AGAIN}"
         )
     if verify:
         found = hashlib.sha256()
@@ -271,6 +273,5 @@ def _check(path: Path, told: dict[str, Any], verify: bool) -> None:
                 found.update(data)
         if found.hexdigest() != told["sha256"]:
             raise ValueError(
-                f"{path} was altered: its checksum is another than in the index; prepare the text "
-                "again"
+                f"{path} was altered: its checksum is another than in the index; {AGAIN}"
             )
