@@ -16,6 +16,7 @@ import typer
 from ...commands.errors import UserError, need
 from . import configuration
 from .options import EvaluateOptions, PrepareOptions, TrainOptions
+from .parallel import FirstFailed, started
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -33,7 +34,6 @@ _UsageError: Any
 
 
 def _prepare(options: PrepareOptions) -> int:
-    from .parallel import started
     from .prepared import prepare
 
     with started("cpu", patient=True) as processes:
@@ -41,7 +41,6 @@ def _prepare(options: PrepareOptions) -> int:
 
 
 def _train(options: TrainOptions) -> int:
-    from .parallel import started
     from .train import train
 
     with started(options.device) as processes:
@@ -50,7 +49,6 @@ def _train(options: TrainOptions) -> int:
 
 def _evaluate(options: EvaluateOptions) -> int:
     from .evaluate import evaluate_folder
-    from .parallel import started
 
     with started(options.device) as processes:
         return evaluate_folder(options, processes)
@@ -86,15 +84,20 @@ def run(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    before = warnings.formatwarning
     warnings.formatwarning = lambda text, *_, **__: f"warning: {text}\n"
     try:
         sys.exit(run(sys.argv[1:] if arguments is None else arguments))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except FirstFailed:
+        sys.exit(2)
     except UserError as error:
         text = str(error)
     except _UsageError as error:
         text = error.format_message()
+    finally:
+        warnings.formatwarning = before
     print(f"bertfast: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -16,6 +16,7 @@ FACTS, EVALUATION = "training.json", "evaluation.json"
 def write_model(folder: Path, state: dict[str, Any], config: Any, nsp: bool, data: Shards) -> None:
     """Weights, configuration and tokenizer as transformers saves them; whole or as before. state:
     of a `Pretraining`, whose parameters are called model.NAME."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     plain: Any = models.new(config, nsp)
@@ -24,8 +25,9 @@ def write_model(folder: Path, state: dict[str, Any], config: Any, nsp: bool, dat
     shutil.rmtree(aside, ignore_errors=True)
     logging.disable_progress_bar()
     plain.save_pretrained(aside)
-    for path in data.tokenizer.iterdir():
-        shutil.copy(path, aside / path.name)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 

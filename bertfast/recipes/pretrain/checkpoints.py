@@ -140,7 +140,7 @@ def latest(folder: Path) -> Checkpoint | None:
         if wrong is None:
             run = json.loads((path / "run.json").read_text())
             tensors = [
-                torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
+                torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
                 for name in ("model", "optimizer")
             ]
             return Checkpoint(step, run, *tensors)

@@ -45,6 +45,7 @@ def evaluate(
     unigram = 0.0
     training = module.training
     module.eval()
+    torch.compiler.set_stance("force_eager")  # a compiled form for training is not for eval
     try:
         for batch, counts in _rounds(data, options, processes):
             with precision.autocast():
@@ -56,6 +57,7 @@ def evaluate(
                 seen += batch.tokens
                 unigram += float(information[batch.labels.numpy()].sum())
     finally:
+        torch.compiler.set_stance("default")
         module.train(training)
     values = processes.add_up([*sums.tolist(), labels, sequences, seen, unigram])
     mlm, nsp, nsp_right, mlm_right, all_labels, all_sequences, all_tokens, frequencies = values

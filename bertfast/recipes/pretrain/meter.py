@@ -43,6 +43,10 @@ class Meter:
             self.counts[name] += value
         self.tokens_timed += batch.tokens
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that wasn't training's."""
+        self.begun += seconds
+
     def state(self) -> dict[str, float]:
         """The sums of all processes, for a checkpoint; called by all."""
         values = [*self.sums.tolist(), *self.counts.values()]
@@ -50,7 +54,8 @@ class Meter:
 
     def restore(self, state: dict[str, float]) -> None:
         if self.processes.first:
-            self.sums += torch.tensor([state[name] for name in SUMMED]).to(self.sums)
+            found = torch.tensor([state[name] for name in SUMMED], dtype=torch.float64)
+            self.sums += found.to(self.sums.device)
             self.counts = {name: int(state[name]) for name in COUNTED}
 
     def figures(self) -> dict[str, float]:

@@ -70,7 +70,7 @@ class Pretraining(nn.Module):
         mlm = linear_cross_entropy(
             rows, weight, batch.labels, bias=bias, reduction="sum", labelled=len(batch.labels)
         )
-        mlm_right = _right(rows[:sample], weight, bias, batch.labels[:sample])
+        mlm_right = _right(rows, weight, bias, batch.labels, sample)
         nsp = nsp_right = mlm.new_zeros(())
         if self.nsp:
             firsts = batch.cu_seqlens[:-1].to(hidden.device, torch.int64, non_blocking=True)
@@ -83,11 +83,18 @@ class Pretraining(nn.Module):
         return Sums(mlm, nsp, nsp_right, mlm_right)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def _right(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    sample: int,
 ) -> torch.Tensor:
-    """How many rows have their label as the largest logit; some at a time."""
+    """How many of the first `sample` rows have their label as the largest logit; some at a time. A
+    compiler would make a form for each number."""
+    rows, labels = rows[:sample], labels[:sample]
     right = torch.zeros((), dtype=torch.int64, device=rows.device)
     for first in range(0, len(rows), SAMPLE):
         part = slice(first, first + SAMPLE)

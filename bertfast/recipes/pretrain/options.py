@@ -115,7 +115,9 @@ class TrainOptions:
     device: str = _free("auto", "auto: a GPU where there is one.", known=DEVICES)
     fsdp: bool = _free(False, "Shard the model by FSDP2; otherwise DDP.")
     recompute: bool = _free(False, "Save less for the backward, on a GPU.")
-    compile: bool = _free(False, "Run by torch.compile.")
+    compile: bool = _free(
+        False, "Trace the model by torch.compile: bertfast's ops stay as they are."
+    )
     # The run
     checkpoint_every: int = _free(500, "Steps between checkpoints.", least=1)
     keep: int = _free(2, "Checkpoints that are kept.", least=1)

@@ -18,6 +18,11 @@ from torch import nn
 
 from ...commands.errors import UserError
 
+
+class FirstFailed(UserError):
+    """An error of the first process, which tells the user."""
+
+
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=30)
 
@@ -58,7 +63,7 @@ class Processes:
                 raise
         dist.broadcast_object_list(box)
         if box[1] is not None:
-            raise UserError(box[1])
+            raise UserError(box[1]) if self.first else FirstFailed(box[1])
         return box[0]
 
     def same_everywhere(self, what: str, value: object) -> None:
@@ -133,6 +138,8 @@ def share(module: nn.Module, processes: Processes, fsdp: bool, compiled: bool = 
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        if compiled:
+            raise UserError("--compile can't be had with --fsdp: take one of them")
         if not dist.is_initialized():
             raise UserError("--fsdp shards a model over processes: start them by torchrun")
         mesh = init_device_mesh(processes.device.type, (processes.world,))
@@ -145,7 +152,9 @@ def share(module: nn.Module, processes: Processes, fsdp: bool, compiled: bool = 
     if processes.world > 1:
         from torch.nn.parallel import DistributedDataParallel
 
-        call = DistributedDataParallel(module)
+        call = DistributedDataParallel(
+            module, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     if compiled:
-        call.compile()
+        call.compile(dynamic=True)  # no two batches have the same sizes
     return Shared(module, call, False)

@@ -153,6 +153,11 @@ class Run:
             if found is None:
                 return None
             options.check_same(found.run["options"], self.given)
+            if found.step > self.given.steps:
+                raise UserError(
+                    f"--steps must be at least {found.step}, which the run in "
+                    f"{str(self.given.run)!r} has done, got {self.given.steps}"
+                )
             if found.run["data"] != self.data.fingerprint:
                 raise UserError(
                     f"--data: {str(self.given.data)!r} is not the data that the run in "
@@ -265,8 +270,9 @@ class Run:
         printing = (progress.step + 1) % given.print_every == 0 or progress.step + 1 == given.steps
         for index, (_, batch) in enumerate(micro):
             last = index == len(micro) - 1
-            sample = models.SAMPLE if printing and last else 0
-            number = progress.step * given.micro_batches + index * processes.world + processes.rank
+            place = index * processes.world + processes.rank  # of the step's micro-batches
+            sample = models.SAMPLE if printing and place == given.micro_batches - 1 else 0
+            number = progress.step * given.micro_batches + place
             torch.manual_seed(dropout_seed(given.seed, number))
             with self.shared.synchronised(last):
                 with self.precision.autocast():
@@ -317,9 +323,9 @@ class Run:
     def _check(self) -> None:
         if self.broken.item():
             raise UserError(
-                f"a gradient of the steps before {self.progress.step} was not a finite number: the "
-                "run stops, and its last checkpoint is from before. A lower --lr, a longer "
-                "--warmup or --precision fp32 may help, in another run"
+                f"a gradient was not a finite number, in step {self.progress.step} or shortly "
+                "before: the run stops, and its last checkpoint is from before that. A lower --lr, "
+                "a longer --warmup or --precision fp32 may help, in another run"
             )
 
     def _print(self, more: dict[str, float]) -> None:
@@ -356,11 +362,13 @@ class Run:
         module: Any = self.shared.module
         if not self.data.holds_out(module.nsp):
             return {}
+        begun = time.perf_counter()
         figures = evaluate(
             *(module, self.data, self.processes, self.precision),
             tokens=self.given.tokens,
             length=self.given.length,
         )
+        self.meter.pause(time.perf_counter() - begun)
         if self.log is not None:
             self.log.write(self.progress.step, figures, said(figures), "held-out")
         return figures
