@@ -140,7 +140,7 @@ def test_errors_of_a_file(text, error, tmp_path, capsys):
 
 def test_errors_of_flags(tmp_path, capsys):
     for arguments, said in (
-        (("train", "--data", tmp_path), "holds no prepared text"),
+        (("train", "--data", tmp_path, "--run", tmp_path / "r"), "holds no prepared text"),
         (("train", "--steps", "0"), "--steps must be at least 1"),
         (("train", "--recipe", "new"), "--recipe must be one of bert-2018, modern"),
         (("train", "--stepps", "3"), "No such option"),

@@ -108,6 +108,41 @@ def test_from_flash_attn():
     torch.testing.assert_close(names["out"], ops.attention(q, k, v, cu_seqlens=cu, max_seqlen=7))
 
 
+def test_pretraining(tmp_path, monkeypatch, capsys):
+    """The commands as they stand, on little text, with sizes as small."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("pyarrow")
+    from support import pretraining
+
+    from bertfast.recipes.pretrain.__main__ import run as run_command
+
+    monkeypatch.chdir(tmp_path)
+    pretraining.texts(tmp_path / "texts")
+    small = {
+        "prepare": ["--vocabulary", "60", "--held-out", "0.1"],
+        "train": "--steps 2 --size tiny --length 32 --tokens 64 --micro-batches 16".split(),
+        "evaluate": ["--length", "32", "--tokens", "64"],
+    }
+    shown = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    commands = [
+        line.partition("-m bertfast.recipes.pretrain ")[2]
+        for block in shown
+        for line in block.replace("\\\n", " ").splitlines()
+        if "-m bertfast.recipes.pretrain " in line
+    ]
+    assert [command.partition(" ")[0] for command in commands] == [*small, "train"]
+    for command in commands:  # the last is torchrun's, which finds that all is done
+        name, *arguments = command.split()
+        assert run_command([name, *arguments, *small[name], *on_a_cpu(name)]) == 0
+    assert "held-out: MLM" in capsys.readouterr().out
+    names = run("AutoModelForPreTraining", AutoModelForPreTraining=transformers.BertForPreTraining)
+    assert names["model"].config.vocab_size == 60
+
+
+def on_a_cpu(name: str) -> list[str]:
+    return [] if name == "prepare" else ["--device", "cpu"]
+
+
 def test_the_ops():
     x, y, b, weight, bias = torch.randn(2, 9, 32), torch.randn(2, 9, 32), *torch.randn(3, 32)
     q, k, v = torch.randn(3, 2, 9, 2, 16)
