@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import pretrain_report  # noqa: E402
 
 from bertfast.commands.bench.compare import PM, Ratio, Unit, baseline, grouped, is_ours, verdicts  # noqa: E402
 from bertfast.commands.bench.lengths import MIXES  # noqa: E402
@@ -227,7 +229,7 @@ def parts(found: list[Run]) -> dict[str, str]:
         on_cpu = f"Measured on {host.where}; {how}. {SPREAD}\n\n{cpu(host)}{images(host)}"
     limits = budget.load()
     counts = peers.markdown(limits, limits[budget.HOT_PATHS])
-    return {"gpu": on_gpu, "cpu": on_cpu, "peers": counts}
+    return {"gpu": on_gpu, "cpu": on_cpu, "peers": counts, "pretraining": pretrain_report.text()}
 
 
 def images(run: Run) -> str:

@@ -1,0 +1,166 @@
+"""The README's figures of pre-training, from the files of pretrain_learns and pretrain_speed."""
+
+import json
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bertfast.commands.bench import style  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+LEARNS, SPEED = RESULTS / "pretrain-learns.json", RESULTS / "pretrain-speed.json"
+NOT_MEASURED = "Not measured."
+
+
+def meets(learned: dict[str, Any]) -> bool:
+    """True if each seed meets the goals."""
+    goals = learned["goals"]
+    return all(
+        found["mlm_loss"] <= found["unigram_cross_entropy"] - goals["nats_under_unigram"]
+        and found["nsp_accuracy"] >= goals["nsp_accuracy"]
+        and found["pairs"] >= goals["pairs"]
+        for found in (run["held_out"] for run in learned["runs"])
+    )
+
+
+def text() -> str:
+    """The README's part."""
+    if not (LEARNS.exists() or SPEED.exists()):
+        return NOT_MEASURED
+    return "\n\n".join((learning(LEARNS), speed(SPEED)))
+
+
+def learning(path: Path) -> str:
+    if not path.exists():
+        return NOT_MEASURED
+    learned = json.loads(path.read_text())
+    settings, where = learned["settings"], learned["environment"]
+    held_out = [run["held_out"] for run in learned["runs"]]
+    gains = [found["unigram_cross_entropy"] - found["mlm_loss"] for found in held_out]
+    right = [100 * found["nsp_accuracy"] for found in held_out]
+    said = (
+        f"It learns: {settings['layers']} layers of width {settings['width']}, trained for "
+        f"{settings['seconds'] / 60:.0f} minutes on {where['threads']} cores ({device(where)}) on "
+        f"the {learned['text']['characters'] / 1e6:.1f} million characters of text that Python "
+        f"itself brings along, are {span(gains, '.2f')} nats under the cross-entropy of the "
+        f"tokens' frequencies on held-out documents, and tell {span(right, '.1f')} % of "
+        f"{min(found['pairs'] for found in held_out):,} pairs right, over {len(held_out)} seeds "
+        "(`benchmarks/pretrain_learns.py`)."
+    )
+    picture = f"benchmarks/results/{path.with_suffix('.png').name}"
+    return f"{filled(said)}\n\n![A small BERT learns]({picture})"
+
+
+def speed(path: Path) -> str:
+    if not path.exists():
+        return NOT_MEASURED
+    found = json.loads(path.read_text())
+    settings, where, modelled = found["settings"], found["environment"], found["modelled"]
+    said = (
+        "Speed of masked-LM training on a CPU, in real tokens per second of processor time, all in "
+        f"one run and in turns: {where['threads']} thread of {device(where)}, transformers "
+        f"{where['transformers']}; {settings['layers']} layers of width {settings['width']}, "
+        f"vocabulary {settings['vocabulary']:,}, {100 * settings['masked_share']:.0f} % of the "
+        f"tokens predicted, dropout {settings['dropout']:g}, float32 "
+        "(`benchmarks/pretrain_speed.py`). The text's paragraphs are the recipe's sequences."
+    )
+    lines = ["| | tokens/s | useful tokens | times as fast is the recipe |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, what in WAYS.items():
+        one = found["measured"][name]
+        over = "" if name == "recipe" else told(found["over_trainer"][name])
+        rate, useful = f"{one['tokens_per_second']:,}", f"{100 * one['useful']:.0f} %"
+        lines.append(f"| {what} | {rate} | {useful} | {over} |")
+    on_gpu = (
+        "On a GPU: not measured. Modelled from counts, with every kernel at an H100's ceilings and "
+        "the host always in time, BERT-base packed at 512 in bf16 trains on "
+        f"{modelled['tokens_per_second'] / 1e3:.0f}k tokens per second of one H100 "
+        "(`benchmarks/pretrain_modelled.py`)."
+    )
+    return "\n\n".join((filled(said), "\n".join(lines), filled(on_gpu)))
+
+
+def filled(said: str) -> str:
+    return textwrap.fill(said, 105, break_long_words=False, break_on_hyphens=False)
+
+
+# Way -> its name in the table.
+WAYS = {
+    "recipe": "the recipe: paragraphs, packed",
+    "paragraphs": "Trainer: paragraphs, padded to the longest of a batch",
+    "filled": "Trainer: rows filled across paragraphs",
+}
+
+
+def told(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})"
+
+
+def device(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['device'].removeprefix('cpu: ')}, torch {environment['torch']}, "
+        f"commit {environment['bertfast_commit']}"
+    )
+
+
+def span(values: list[float], form: str) -> str:
+    """The least and the greatest."""
+    ends = [format(end(values), form) for end in (min, max)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def draw_learning(learned: dict[str, Any], path: Path) -> None:
+    """Held-out loss and accuracy over the steps, a line a seed."""
+    plt = style.need_matplotlib()
+    runs, where = learned["runs"], learned["environment"]
+    unigram = statistics.mean(run["held_out"]["unigram_cross_entropy"] for run in runs)
+    with plt.rc_context(style.PARAMETERS | {"ytick.left": True}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        for run, shade in zip(runs, shades(len(runs)), strict=True):
+            curve = run["held_out_curve"]
+            steps = [step for step, _, _ in curve]
+            label = f"seed {run['seed']}"
+            left.plot(steps, [loss for _, loss, _ in curve], color=shade, label=label)
+            right.plot(steps, [100 * share for _, _, share in curve], color=shade, label=label)
+        left.axhline(unigram, color=style.INK, linewidth=0.9, linestyle="--")
+        left.annotate(
+            "by the tokens' frequencies",
+            (1, unigram),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
+        right.axhline(50, color=style.INK, linewidth=0.9, linestyle="--")
+        left.set_title("Masked tokens: held-out loss, nats")
+        right.set_title("Next sentences: held-out pairs told right, %")
+        for axes in (left, right):
+            axes.set_xlabel("steps")
+            axes.grid(axis="y", color=style.PALE, linewidth=0.6)
+        left.legend(fontsize=8, loc="lower left")
+        settings = learned["settings"]
+        style.caption(
+            left,
+            f"{settings['layers']} layers, width {settings['width']}, vocabulary "
+            f"{settings['vocabulary']:,}, {settings['seconds']:.0f} s on {where['threads']} "
+            f"threads of {device(where)}; {learned['text']['characters']:,} characters of "
+            f"Python {where['python']}'s own text.",
+        )
+        style.save(figure, path)
+        plt.close(figure)
+
+
+def shades(count: int) -> list[Any]:
+    import matplotlib.colors
+
+    base = matplotlib.colors.to_rgb(style.OURS)
+    return [
+        tuple(1 - (1 - part) * (1 - 0.6 * number / max(1, count)) for part in base)
+        for number in range(count)
+    ]

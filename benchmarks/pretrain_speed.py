@@ -1,0 +1,270 @@
+"""Pre-training's real tokens per second: the recipe beside transformers' Trainer, on this machine.
+
+    OMP_NUM_THREADS=1 python benchmarks/pretrain_speed.py
+
+The text is what Python brings along (python_text.py), the task MLM alone, the model 4 layers of
+width 256 with a vocabulary of 4,096: its head has the share of the work that BERT-base's has. Both
+train from random weights by AdamW in float32, with dropout 0.1 and 15 % of the tokens predicted,
+the same number of steps with as many real tokens each. Trainer has stock BertForMaskedLM with SDPA
+and DataCollatorForLanguageModeling, whose texts are cut in the two usual ways:
+
+    paragraphs   each paragraph is a row, cut at the length and padded to the longest of its batch
+                 (run_mlm.py with --line_by_line)
+    filled       all text in a line, cut every so many tokens: rows without padding, which go across
+                 paragraphs (run_mlm.py's default, group_texts)
+
+The recipe packs the same paragraphs, each a sequence of its own. All take turns, in one process;
+the rate of a turn leaves out its first steps, saving and evaluation. It is by processor time, of
+all threads, input among them, so that other work on the machine counts for little; the file has
+the clock's too.
+
+In the file stand too the tokens per second that BERT-base packed at 512 should reach on one H100,
+modelled by pretrain_modelled.py. They were not measured.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_learns.py
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import pretrain_modelled  # noqa: E402
+import python_text  # noqa: E402
+import torch  # noqa: E402
+from pretrain_learns import call  # noqa: E402
+
+from bertfast.commands.bench.record import environment  # noqa: E402
+from bertfast.recipes.pretrain import meter  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "pretrain-speed.json"
+GOALS = {"over_trainer": 2.0, "modelled_tokens_per_second": 600_000}
+LENGTH, TOKENS = 128, 2048  # the longest row, and real tokens of a step
+VOCABULARY, SHARE, DROPOUT, LR = 4096, 0.15, 0.1, 1e-4
+LAYERS, WIDTH, HEADS = 4, 256, 4
+FIRST = 5  # steps that a turn doesn't count; the recipe prints its figures as often
+WAYS = "recipe", "paragraphs", "filled"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20, help="of a turn, a multiple of 5")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--characters", type=int, help="of text, instead of all")
+    told = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), told)
+    told.out.parent.mkdir(parents=True, exist_ok=True)
+    told.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in WAYS:
+        print(f"{name}: {result['measured'][name]['tokens_per_second']:,} real tokens/s")
+    print(f"over Trainer, paragraphs: {result['over_trainer']['paragraphs']}")
+    return 0
+
+
+def measure(folder: Path, told: argparse.Namespace) -> dict[str, Any]:
+    data = folder / "data"
+    text = paragraphs(folder / "text.jsonl", told.characters)
+    call("prepare", folder / "text.jsonl", data=data, vocabulary=VOCABULARY)
+    here = {**asdict(environment("cpu")), "threads": torch.get_num_threads()}
+    rows = {name: tokenised(folder / "text.jsonl", data, name) for name in WAYS[1:]}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    for number in range(told.turns):
+        for name in WAYS:
+            place = folder / f"{name}-{number}"
+            if name == "recipe":
+                turns[name].append(by_recipe(data, place, told.steps, number))
+            else:
+                turns[name].append(by_trainer(rows[name], data, place, told.steps, number))
+    measured = {name: summary(found) for name, found in turns.items()}
+    ours = [turn["tokens_per_second"] for turn in turns["recipe"]]
+    over = {}
+    for name in WAYS[1:]:
+        others = [turn["tokens_per_second"] for turn in turns[name]]
+        ratios = sorted(a / b for a, b in zip(ours, others, strict=True))
+        over[name] = {
+            "median": round(statistics.median(ratios), 2),
+            "least": round(ratios[0], 2),
+            "greatest": round(ratios[-1], 2),
+        }
+    return {
+        "goals": GOALS,
+        "environment": here,
+        "text": text,
+        "settings": {
+            **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "vocabulary": VOCABULARY},
+            **{"length": LENGTH, "tokens": TOKENS, "masked_share": SHARE, "dropout": DROPOUT},
+            **{"steps": told.steps, "turns": told.turns},
+        },
+        "measured": measured,
+        "over_trainer": over,
+        "modelled": pretrain_modelled.h100(),
+    }
+
+
+def summary(turns: list[dict[str, float]]) -> dict[str, Any]:
+    rates = [turn["tokens_per_second"] for turn in turns]
+    means = {
+        name: round(statistics.mean(turn[name] for turn in turns), 3)
+        for name in turns[0]
+        if name != "tokens_per_second"
+    }
+    rounded = list(map(round, rates))
+    return {"tokens_per_second": round(statistics.median(rates)), "turns": rounded, **means}
+
+
+# The text
+
+
+def paragraphs(path: Path, characters: int | None) -> dict[str, Any]:
+    """JSON lines with a paragraph each, of more than three words."""
+    about = python_text.write(path, characters)
+    found = []
+    for line in path.read_text().splitlines():
+        parts = re.split(r"\n\s*\n", json.loads(line)["text"])
+        found += [" ".join(part.split()) for part in parts if len(part.split()) > 3]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in found))
+    return {**about, "paragraphs": len(found)}
+
+
+def tokenised(path: Path, data: Path, name: str) -> list[dict[str, Any]]:
+    """Rows for Trainer, as run_mlm.py makes them."""
+    tokenizer = tokenizer_of(data)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    if name == "paragraphs":
+        made = tokenizer(texts, truncation=True, max_length=LENGTH, return_special_tokens_mask=True)
+        names = ("input_ids", "attention_mask", "special_tokens_mask")
+        return [{n: made[n][row] for n in names} for row in range(len(texts))]
+    made = tokenizer(texts, return_special_tokens_mask=True)
+    ids, special = (sum(made[n], []) for n in ("input_ids", "special_tokens_mask"))
+    return [
+        {
+            "input_ids": ids[first : first + LENGTH],
+            "special_tokens_mask": special[first : first + LENGTH],
+            "attention_mask": [1] * LENGTH,
+        }
+        for first in range(0, len(ids) - LENGTH + 1, LENGTH)
+    ]
+
+
+def tokenizer_of(data: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(data / "tokenizer")
+
+
+# The turns
+
+
+class Moment(NamedTuple):
+    processor: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> "Moment":
+        return cls(time.process_time(), time.perf_counter())
+
+
+def rates(begun: Moment, ended: Moment, tokens: int, steps: int) -> dict[str, float]:
+    return {
+        "tokens_per_second": tokens / (ended.processor - begun.processor),
+        "tokens_per_second_by_the_clock": tokens / (ended.wall - begun.wall),
+        "tokens_per_step": tokens / steps,
+    }
+
+
+def by_recipe(data: Path, folder: Path, steps: int, seed: int) -> dict[str, float]:
+    seen: list[tuple[Moment, dict[str, Any]]] = []
+    write = meter.Log.write
+
+    def watched(log: Any, step: int, figures: dict[str, Any], *more: Any) -> None:
+        seen.append((Moment.now(), {"step": step, **figures}))
+        write(log, step, figures, *more)
+
+    with mock.patch.object(meter.Log, "write", watched):
+        call(
+            *("train", "--no-nsp"),
+            **{"data": data, "run": folder, "seed": seed, "steps": FIRST + steps},
+            **{"length": LENGTH, "tokens": TOKENS, "micro_batches": 1, "masked_share": SHARE},
+            **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "dropout": DROPOUT, "lr": LR},
+            **{"print_every": FIRST, "schedule": "linear", "warmup": 0},
+        )
+    (begun, _), *counted = [one for one in seen if "input_wait" in one[1]]
+    # A line's rate is over its steps' time.
+    tokens = sum(x["tokens_per_second"] * x["seconds_per_step"] * FIRST for _, x in counted)
+    useful = statistics.mean(x["useful_tokens"] for _, x in counted)
+    return {**rates(begun, counted[-1][0], round(tokens), steps), "useful": useful}
+
+
+def by_trainer(
+    rows: list[dict[str, Any]], data: Path, folder: Path, steps: int, seed: int
+) -> dict[str, float]:
+    import transformers
+
+    torch.manual_seed(seed)
+    tokenizer = tokenizer_of(data)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=LAYERS,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = transformers.BertForMaskedLM(config)
+    mean = statistics.mean(len(row["input_ids"]) for row in rows)
+    usual = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=SHARE)
+    counts: list[tuple[int, int]] = []  # real tokens and all, batch by batch
+
+    def collate(batch: list[dict[str, Any]]) -> Any:
+        made = usual(batch)
+        counts.append((int(made["attention_mask"].sum()), made["input_ids"].numel()))
+        return made
+
+    ends: list[Moment] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(Moment.now())
+
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=FIRST + steps,
+        per_device_train_batch_size=round(TOKENS / mean),
+        learning_rate=LR,
+        warmup_steps=0,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        seed=seed,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    transformers.Trainer(
+        model, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
+    ).train()
+    counted = counts[FIRST : FIRST + steps]
+    real = sum(one for one, _ in counted)
+    useful = real / sum(every for _, every in counted)
+    return {**rates(ends[FIRST - 1], ends[-1], real, steps), "useful": useful}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The scripts behind the README's figures of pre-training run."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="benchmarks/ is not here")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+NAMES = "pretrain_learns", "pretrain_speed", "pretrain_modelled", "pretrain_report", "python_text"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path[:] = before
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+# The scripts
+
+
+def test_the_text(scripts, tmp_path):
+    python_text = scripts["python_text"]
+    path = tmp_path / "text.jsonl"
+    about = python_text.write(path, 60_000)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert about["documents"] == len(texts) and about["characters"] == sum(map(len, texts))
+    assert about == python_text.write(path, 60_000)
+    assert list(python_text.docstrings(Path(json.__file__)))[0].startswith("JSON (JavaScript")
+
+
+def test_a_few_seconds_of_learning(scripts, tmp_path, monkeypatch):
+    script, out = scripts["pretrain_learns"], tmp_path / "learned.json"
+    monkeypatch.setattr(script, "VOCABULARY", 400)
+    monkeypatch.setattr(script, "MODEL", {"layers": 1, "width": 32, "heads": 2})
+    words = ["--seconds", "3", "--seeds", "4", "--characters", "60000", "--pairs", "30"]
+    assert script.main([*words, "--out", str(out)]) == 1  # which can't meet the goals
+    learned = json.loads(out.read_text())
+    (run,) = learned["runs"]
+    assert run["seed"] == 4 and run["steps"] > run["stopped_after"] > 0
+    assert run["held_out"]["pairs"] >= 30 and out.with_suffix(".png").exists()
+    assert run["curve"][-1][0] == run["steps"]
+    text = scripts["pretrain_report"].learning(out)
+    assert "1 layers of width 32" in text
+
+
+def test_a_few_steps_of_speed(scripts, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    script, out = scripts["pretrain_speed"], tmp_path / "speed.json"
+    monkeypatch.setattr(script, "VOCABULARY", 400)
+    for name, value in {"LAYERS": 1, "WIDTH": 32, "HEADS": 2, "TOKENS": 256}.items():
+        monkeypatch.setattr(script, name, value)
+    words = ["--steps", "5", "--turns", "1", "--characters", "60000", "--out", str(out)]
+    assert script.main(words) == 0
+    found = json.loads(out.read_text())
+    assert found["measured"].keys() == set(script.WAYS)
+    assert found["measured"]["paragraphs"]["useful"] < 0.9
+    assert found["measured"]["filled"]["useful"] == 1.0
+    text = scripts["pretrain_report"].speed(out)
+    assert f"{found['measured']['recipe']['tokens_per_second']:,}" in text
