@@ -253,10 +253,11 @@ def test_errors_of_batches(folder, tmp_path, texts):
         Batches(tmp_path, OPTIONS)
 
 
-def test_one_long_document_takes_second_segments_of_the_other(tmp_path, small):
+@pytest.mark.parametrize("counts", [(600, 30), (30, 600)], ids=["first", "last"])
+def test_one_long_document_takes_second_segments_of_the_other(tmp_path, small, counts):
     """Windows with a single document, as text of few documents has."""
     ids = iter(range(prepared_text.RESERVED, 20_000))
-    long, short = ([[next(ids) for _ in range(10)] for _ in range(n)] for n in (600, 30))
+    long, short = ([[next(ids) for _ in range(10)] for _ in range(n)] for n in counts)
     prepared_text.write(tmp_path, [long, short])
     made = Batches(tmp_path, OPTIONS)
     assert made.windows > 4

@@ -122,6 +122,7 @@ def test_a_long_document_is_cut(tmp_path, monkeypatch):
     text = "".join(f"line number {i}\n" for i in range(50))
     found = texts(write(tmp_path / "a.txt", text))
     assert "".join(found) == text and max(map(len, found)) <= 100 < len(text)
+    assert all(part.endswith("\n") for part in found)
     found = texts(write(tmp_path / "a.jsonl", rows([text])))
     assert "".join(found) == text and max(map(len, found)) == 100
 

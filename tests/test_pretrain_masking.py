@@ -149,6 +149,13 @@ def test_each_word_is_drawn_as_often_whatever_its_length():
     assert abs(short - long) < 0.1 * long
 
 
+def test_a_word_that_is_longer_than_what_is_wanted_is_taken_where_it_is_the_only_one():
+    ids = np.array([CLS, 10, 600, 601, 602, SEP] * 50)
+    text = np.flatnonzero(ids > SEP)
+    places, _ = masking(0.15, (1.0, 0.0), CONTINUES)(ids, text, np.full(50, 4), drawn())
+    assert (places == text).all()
+
+
 def test_a_segment_that_begins_within_a_word_begins_one():
     ids = np.array([CLS, 10, 600, SEP, 600, 601, SEP])
     text, counts = np.array([1, 2, 4, 5]), np.array([4])

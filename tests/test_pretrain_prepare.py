@@ -42,6 +42,7 @@ def made_up(count, seed=0):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     texts = list(made_up(60))
+    texts[50] += "\n\n\x01\x02\n\nThe sun."  # a sentence without tokens
     (folder / "a.txt").write_text("\n\n".join(texts[:40]))
     (folder / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[40:]))
     return [folder / "a.txt", folder / "b.jsonl"]
@@ -252,6 +253,21 @@ def test_a_tokenizer_that_is_given(files, done, tmp_path):
     assert not {0, 2, 3, 4} & {i for sentence in first + second for i in sentence}
     with pytest.raises(ValueError, match="tokenizer was .*given"):
         prepare(text, tmp_path / "out", tokenizer=done / "tokenizer", progress=False)
+
+
+def test_text_is_tokenised_whole():
+    from transformers import BertTokenizerFast
+
+    from bertfast.recipes.pretrain.vocabulary import encoder
+
+    ids = {token: i for i, token in enumerate([*SPECIAL, "a", "[", "]", "mask"])}
+    tokenizer = BertTokenizerFast(vocab=ids)
+    inner = tokenizer.backend_tokenizer
+    inner.enable_truncation(2)
+    inner.enable_padding(length=9)
+    made = encoder(tokenizer)
+    assert made.encode("a a a [MASK]", add_special_tokens=False).ids == [5, 5, 5, 6, 8, 7]
+    assert inner.padding and inner.truncation  # the tokenizer itself is as it was
 
 
 def test_wrong_tokenizers(files, tmp_path):
