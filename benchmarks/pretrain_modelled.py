@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from bertfast.commands.bench import models, predicted  # noqa: E402
 from bertfast.commands.bench.floor import Ceilings  # noqa: E402
 from bertfast.commands.bench.predicted import Counts, Gpu, Product  # noqa: E402
+from bertfast.ops.cross_entropy.chunks import chunk_rows  # noqa: E402
 
 # 3.0 TB/s of copies, 790 TFLOP/s of 8192^3 products in bf16 on random numbers, 132 multiprocessors;
 # 2 us from one kernel of a stream to the next is an assumption.
@@ -33,11 +34,13 @@ SEQUENCES, MICRO_BATCHES = 64, 4  # of a micro-batch, and of a step
 # read the residual, write their output and save in float32, and write a copy for the product that
 # follows; the backward reads and writes that much.
 STREAM = 8, 8
-# Bytes for each logit, by torch's ops: written; the bias added; logsumexp (twice read); subtracted,
-# exp, scaled (each read and written); summed; rounded to 16 bits. Products read those themselves.
-LOGIT_BYTES = 4 + 8 + 8 + 8 + 8 + 8 + 4 + 6
-LOGIT_KERNELS = 24  # of a chunk
-CHUNK = 549  # rows: 64 MiB of logits in float32
+# Bytes for each logit beside a product's 2 for each operand and result: those that
+# bertfast/ops/cross_entropy counts, less 4 that products read and 2 that one writes. Kernels of a
+# chunk, beside its products.
+LOGIT_BYTES, LOGIT_KERNELS = 18.25 - 6, 8
+# Values of 2 bytes for each of the decoder's weights: a chunk's part of its gradient is written and
+# added in float32.
+ADDED = 7
 # Bytes for each parameter. A micro-batch: weights cast to 16 bits, their gradients cast back and
 # added. A step: the norm, the clipping, and AdamW's reads and writes.
 CAST_BYTES, STEP_BYTES = (4 + 2) + (2 + 4) + 12, 4 + 8 + 28
@@ -82,10 +85,11 @@ def head(tokens: int) -> Counts:
     """Of labelled rows: dense, GELU, LayerNorm, the decoder, each with its two gradients."""
     rows, width = round(SHARE * tokens), BASE.width
     products = [Product(rows, width, width)] * 2 + [Product(width, width, rows)]
-    chunks = -(-rows // CHUNK)
+    chunks = -(-rows // chunk_rows(VOCABULARY, on_gpu=True))
+    part = -(-rows // chunks)
     for _ in range(chunks):
-        products += [Product(CHUNK, VOCABULARY, width), Product(CHUNK, width, VOCABULARY)]
-        products += [Product(VOCABULARY, width, CHUNK, 3 * VOCABULARY * width)]  # added in float32
+        products += [Product(part, VOCABULARY, width), Product(part, width, VOCABULARY)]
+        products += [Product(VOCABULARY, width, part, ADDED * VOCABULARY * width)]
     moved = LOGIT_BYTES * rows * VOCABULARY + 2.0 * 30 * rows * width
     return Counts(20 + chunks * LOGIT_KERNELS, moved, 2, tuple(products))
 

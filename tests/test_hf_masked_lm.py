@@ -18,6 +18,7 @@ from torch import nn
 
 import bertfast
 from bertfast.hf import heads
+from bertfast.ops import dispatch
 from bertfast.testing.model import beside_stock
 
 transformers = pytest.importorskip("transformers")
@@ -93,6 +94,22 @@ def test_the_head_sees_labelled_tokens_only(name, monkeypatch):
     model(**inputs)["loss"].backward()
     width = 32 if name.startswith("Electra") else 64
     assert counts == [(int((inputs["labels"] != -100).sum()), width)]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.triton), "torch"])
+def test_the_backend_is_the_models(backend, monkeypatch):
+    stock = stock_head(num_hidden_layers=1)
+    inputs = labelled_batch(stock, (6, 9))
+    model = fused(stock, backend=backend)
+    seen, choose = [], dispatch.choose
+
+    def spy(op, backend, *arguments):
+        seen.append((op, chosen := choose(op, backend, *arguments)))
+        return chosen
+
+    monkeypatch.setattr(dispatch, "choose", spy)
+    same(loss_and_gradients(model, inputs), loss_and_gradients(stock, inputs))
+    assert ("linear_cross_entropy", backend) in seen
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "RobertaForMaskedLM"])

@@ -28,7 +28,7 @@ from ..nn.modules import Weights, has_own_forward, is_hooked, is_spread, plain, 
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..ops import linear_cross_entropy
-from ..settings import KEPT, is_converted, is_disabled
+from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import Swapped
 from .model import keep_recording
 
@@ -145,8 +145,15 @@ class Head(Swapped):
         rows, labels, count = _labelled(hidden, labels)
         for part in self.transform():
             rows = part(rows)
+        backend = self.__dict__[ATTRIBUTE].backend
         return linear_cross_entropy(
-            rows, decoder.weight, labels, bias=decoder.bias, ignore_index=IGNORED, labelled=count
+            rows,
+            decoder.weight,
+            labels,
+            bias=decoder.bias,
+            ignore_index=IGNORED,
+            labelled=count,
+            backend=backend if backend in ("auto", "torch", "triton") else "auto",
         )
 
     def told(self) -> str:
