@@ -91,8 +91,6 @@ class Head(Swapped):
         """Why the original head runs, whatever the call; None if it needn't."""
         if not has_own_forward(self._original):
             return f"the forward of {self._original.__name__} was replaced"
-        if is_replaced(self):
-            return "its forward was replaced on the instance"
         if has_global_hooks():
             return "a hook on all modules has to be called"
         module: Any = self
@@ -161,8 +159,10 @@ class Head(Swapped):
         if (reason := self.why_original()) is not None:
             return f"runs its original head: {reason}"
         text = "makes its loss in training without logits"
+        if is_replaced(self):  # as accelerate does for autocast
+            text += ", if the forward that was put on the instance calls the class's"
         if (reason := self.__dict__.get(KEPT)) is not None:
-            return f"{text}; ran its original head in its last call: {reason}"
+            return f"{text}; ran its original head in training's last call: {reason}"
         return text
 
 
