@@ -18,6 +18,7 @@ CALLS = {"torch": 200, "cuda": 200, "triton": 25}
 TOLD = 5  # failures
 
 KERNEL_OPS = ("layer_norm", "bias_gelu", "linear_gelu", "attention", "attention_qkv")
+KERNEL_OPS += ("linear_cross_entropy",)
 CASES = [pytest.param(op, "torch", id=f"{op}-torch") for op in fuzz.CALLS]
 for _backend, _mark in (("cuda", pytest.mark.host), ("triton", pytest.mark.triton)):
     CASES += [pytest.param(op, _backend, id=f"{op}-{_mark.name}", marks=_mark) for op in KERNEL_OPS]
@@ -73,7 +74,8 @@ def test_what_is_wrong_with_a_call_is_told(call, said, monkeypatch):
 def test_a_wrong_result_is_seen(op, monkeypatch):
     """Outputs a hundredth too large: every valid call of every op must fail."""
     for name in KERNEL_OPS:
-        for module in (fuzz, fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table):
+        tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table, fuzz.loss_table)
+        for module in (fuzz, *tables):
             if (right := getattr(module, name, None)) is not None:
 
                 def wrong(*args, right=right, **kwargs):

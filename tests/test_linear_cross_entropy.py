@@ -116,6 +116,9 @@ def test_a_label_out_of_range(label):
     labels[7] = label
     with pytest.raises(ValueError, match=f"between 0 and 49, got {label}"):
         linear_cross_entropy(hidden, weight, labels)
+    negated = torch._neg_view(hidden.detach())  # as while something is traced
+    with pytest.raises(ValueError, match=f"between 0 and 49, got {label}"):
+        linear_cross_entropy(negated, weight, labels)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_a_label_out_of_range(label):
         (dict(bias=torch.zeros(50)), TypeError, r"bias must have dtype torch.float64 \(hidden's\)"),
         (dict(reduction="max"), ValueError, "reduction must be"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing must be between 0 and 1"),
-        (dict(labelled=-1), ValueError, "labelled must be 0 or more"),
+        (dict(labelled=-1), ValueError, "labelled must be between 0 and"),
         (dict(ignore_index=1.0), TypeError, "ignore_index must be an int"),
     ],
 )

@@ -92,7 +92,7 @@ def run(
         if inputs[name] is not None
     }
     labels = inputs["labels"].to(device)
-    options = inputs["options"] | {"backend": backend}
+    options = inputs["options"] | {"backend": backend, "labelled": inputs.get("labelled")}
     loss = linear_cross_entropy(**leaves, labels=labels, **options)
     grads = torch.autograd.grad(loss, list(leaves.values()), inputs["dy"].to(device, loss.dtype))
     return {"loss": loss.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}

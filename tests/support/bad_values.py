@@ -109,10 +109,19 @@ def max_seqlen(rng: random.Random, call: dict) -> object:
     return rng.choice([*NO_INT, -1, 2**31, 2**40, 10**400, longest - 1])
 
 
+def labels(rng: random.Random, call: dict) -> object:
+    right = call["labels"]
+    outside = [right.index_fill(0, torch.tensor([0]), bad) for bad in (-1, 10**6, -(2**63))]
+    tensors = (right.int(), right.double(), right[None], right[:-1], right.to("meta"))
+    return rng.choice([*NO_TENSOR, None, *outside, *tensors, right.to_sparse()])
+
+
 site = _one_of(*NO_INT, -1, 2**31, 10**400)
 eps = _one_of(*NO_NUMBER, None, NAN, INF, -1e-5, 10**400)
 dropout_p = _one_of(*NO_NUMBER, None, NAN, INF, -0.1, 1.001, 2, 10**400)
 scale = _one_of(*NO_NUMBER, NAN, INF, -INF, 1e39, 10**400, -(10**5000))
 total = _one_of(*(bad for bad in NO_INT if bad is not None), -1, 2**31, 10**400)
+labelled = _one_of(*(bad for bad in NO_INT if bad is not None), -1, 2**63, 10**400)
 name = _one_of(*NO_NAME)
+no_int = _one_of(*NO_INT, 2**63, -(10**400))
 no_bool = _one_of(*NO_BOOL)

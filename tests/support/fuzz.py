@@ -23,11 +23,13 @@ from bertfast.ops import (
     dropout,
     dropout_keep_mask,
     layer_norm,
+    linear_cross_entropy,
     linear_gelu,
 )
 from bertfast.testing import attention as attention_table
 from bertfast.testing import bias_gelu as gelu_table
 from bertfast.testing import layer_norm as norm_table
+from bertfast.testing import linear_cross_entropy as loss_table
 from bertfast.testing import linear_gelu as linear_table
 from bertfast.testing import nearest_to_budget
 
@@ -262,6 +264,41 @@ def _linear_gelu(rng: random.Random, backend: str) -> Call:
     return _spoil(rng, text, linear_gelu, arguments, bad)
 
 
+# linear_cross_entropy
+
+
+def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
+    case = loss_table.Case(
+        rows=max(1, _size(rng, 9 if backend == "triton" else 140)),
+        width=max(1, _size(rng, 70)),
+        vocabulary=max(1, _size(rng, 1100 if rng.random() < 0.2 else 130)),
+        share=rng.choice((0.0, 0.3, 1.0)),
+        bias=rng.random() < 0.7,
+        reduction=rng.choice(("mean", "sum", "none")),
+        smoothing=rng.choice((0.0, 0.0, 0.1, 1.0)),
+    )
+    dtype = _dtype(rng, "linear_cross_entropy", backend)
+    inputs = loss_table.make_inputs(case, dtype, rng.getrandbits(32))
+    for name in loss_table.NAMES:
+        inputs[name] = relaid(rng, inputs[name])
+    count = int((inputs["labels"] != loss_table.IGNORED).sum())
+    inputs["labelled"] = rng.choice((None, count, count + 1, case.rows, 10**6))
+    text = f"linear_cross_entropy {dtype} {case} labelled={inputs['labelled']}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(
+            text, lambda: _hold(loss_table, backend, inputs, loss_table.run(inputs, backend))
+        )
+    arguments = {name: inputs[name] for name in (*loss_table.NAMES, "labels", "labelled")}
+    arguments |= inputs["options"] | {"backend": backend}
+    bad = dict(hidden=bad_values.first_tensor("hidden"), labels=bad_values.labels)
+    bad |= dict(weight=bad_values.like_tensor("weight", True), labelled=bad_values.labelled)
+    bad |= dict(reduction=bad_values.name, label_smoothing=bad_values.dropout_p)
+    bad |= dict(ignore_index=bad_values.no_int, backend=bad_values.name)
+    if case.bias:
+        bad["bias"] = bad_values.like_tensor("bias", required=False)
+    return _spoil(rng, text, linear_cross_entropy, arguments, bad)
+
+
 # attention
 
 
@@ -451,6 +488,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
     "linear_gelu": _linear_gelu,
+    "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
     "attention_qkv": lambda rng, backend: _attention(rng, backend, one_buffer=True),
     "plan": _plan,

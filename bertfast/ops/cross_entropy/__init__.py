@@ -54,7 +54,7 @@ def linear_cross_entropy(
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_number("label_smoothing", label_smoothing, 0, 1)
     if labelled is not None:
-        checks.check_int("labelled", labelled, 0)
+        checks.check_int("labelled", labelled, 0, 2**63 - 1)
     cast = tracing.autocast(hidden)
     if cast is not None:
         hidden, weight = hidden.to(cast), weight.to(cast)
@@ -63,13 +63,15 @@ def linear_cross_entropy(
     backend = dispatch.choose(
         "linear_cross_entropy", backend, hidden.device, hidden.dtype, vocabulary
     )
-    options = (ignore_index, reduction, label_smoothing)
-    if not tracing.plain_call(hidden, weight, labels, bias) or tracing.only_reference():
+    plain = tracing.plain_call(hidden, weight, labels, bias) and not tracing.only_reference()
+    if plain or tracing.can_look_at(labels):
+        flat = labels.flatten()
+        counted = flat != ignore_index
+        _check_range(flat, counted, vocabulary)
+    if not plain:
+        options = (ignore_index, reduction, label_smoothing)
         return reference.forward(hidden, weight, labels, bias, *options)
 
-    flat = labels.flatten()
-    counted = flat != ignore_index
-    _check_range(flat, counted, vocabulary)
     index, count = _places(counted, labelled)
     rows, chosen = hidden.flatten(0, -2), flat
     if index is not None:
@@ -134,9 +136,9 @@ def _check(
     checks.check_float("hidden", hidden)
     cast = tracing.autocast(hidden) is not None
     checks.check_product(hidden, weight, bias, cast, ("hidden", "vocabulary", "width"))
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        kind = labels.dtype if isinstance(labels, torch.Tensor) else checks.kind(labels)
-        raise TypeError(f"labels must be an int64 tensor, got {kind}")
+    checks.check_tensor("labels", labels, "an int64 tensor")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1] or labels.device != hidden.device:
         raise ValueError(
             f"labels must have shape {checks.sizes(hidden.shape[:-1])} on {hidden.device}, "
