@@ -9,7 +9,7 @@ F.cross_entropy of all tokens, as Hugging Face's models do it, and of the labell
 Each step runs in a process of its own, with one thread; all take turns; medians. Time is the
 process's own, as others may use the machine. Memory is the largest resident size during the step,
 less that before it, which holds the inputs: Linux keeps it. Writes
-benchmarks/results/masked-lm-loss.json, from which the README's sentence is made.
+benchmarks/results/masked-lm-loss.json, of which report.py makes the README's table.
 """
 
 import argparse
@@ -111,27 +111,6 @@ def measured(sizes: tuple[int, int, int], share: float, repeats: int) -> dict[st
     }
 
 
-def ratio(found: dict, share: float, what: str, name: str = STOCK) -> float:
-    """The times that a provider takes of what ours takes."""
-    rows = found["shares"][f"{share:g}"]
-    return rows[name][what] / rows["bertfast"][what]
-
-
-def sentence(found: dict) -> str:
-    """The README's."""
-    rows = found["shares"]["0.15"]
-    mine, stock = rows["bertfast"], rows[STOCK]
-    return (
-        f"On one thread of a CPU ({found['device'].removeprefix('cpu: ')}, float32), "
-        f"{found['tokens']:,} tokens of which 15 % have a label take "
-        f"{mine['seconds']:.1f} s and {mine['peak_mib']:,.0f} MiB with their gradients, "
-        f"where torch's `F.linear` and `F.cross_entropy` take {stock['seconds']:.1f} s and "
-        f"{stock['peak_mib']:,.0f} MiB: {ratio(found, 0.15, 'seconds'):.1f} times as long and "
-        f"{ratio(found, 0.15, 'peak_mib'):.0f} times as much "
-        "([figures](benchmarks/results/masked-lm-loss.json))."
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; default: 3")
@@ -155,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{share:g}": measured(tuple(options.sizes), share, options.repeats) for share in SHARES
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(sentence(found))
+    print(options.out)
     return 0
 
 

@@ -3,12 +3,14 @@
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exit status 1 if the README's tables aren't these
 
-Every benchmarks/results/DIR/results.csv is one run of run_all.py or of `bertfast bench --csv`. What
-no file has a row for is written 'not measured'. Counts of machine code are those of the budget of
-`bertfast kernels`, and of peers.csv beside it. Nothing between the README's markers is typed.
+Every benchmarks/results/DIR/results.csv is one run of run_all.py or of `bertfast bench --csv`, and
+masked-lm-loss.json one of masked_lm_loss.py. What no file has is written 'not measured'. Counts of
+machine code are those of the budget of `bertfast kernels`, and of peers.csv beside it. Nothing
+between the README's markers is typed.
 """
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -229,7 +231,32 @@ def parts(found: list[Run]) -> dict[str, str]:
         on_cpu = f"Measured on {host.where}; {how}. {SPREAD}\n\n{cpu(host)}{images(host)}"
     limits = budget.load()
     counts = peers.markdown(limits, limits[budget.HOT_PATHS])
-    return {"gpu": on_gpu, "cpu": on_cpu, "peers": counts, "pretraining": pretrain_report.text()}
+    made = {"gpu": on_gpu, "cpu": on_cpu, "loss": loss(), "peers": counts}
+    return made | {"pretraining": pretrain_report.text()}
+
+
+def loss(path: Path = RESULTS / "masked-lm-loss.json") -> str:
+    """The memory and time of a masked language model's loss: ours, then torch's as a multiple."""
+    if not path.exists():
+        return NOT_MEASURED
+    found = json.loads(path.read_text())
+    lines = []
+    for share, providers in found["shares"].items():
+        mine = providers["bertfast"]
+        for name, its in providers.items():
+            times = f"{its['seconds']:.2f}", f"{its['peak_mib']:,.0f}"
+            ratios = (f"{its[what] / mine[what]:.1f}" for what in ("seconds", "peak_mib"))
+            lines.append([f"{float(share):.0%} labelled, {name}", *times, *ratios])
+    device, commit = found["device"].removeprefix("cpu: "), found["bertfast_commit"]
+    text = (
+        f"A masked language model's loss and its gradients, of {found['tokens']:,} tokens of width "
+        f"{found['width']} over {found['vocabulary']:,} words in {found['dtype']}, by "
+        "`bertfast.ops.linear_cross_entropy` and by torch's `F.linear` and `F.cross_entropy`. "
+        f"{device}, torch {found['torch']}, commit {commit}; one thread, processor time, median of "
+        f"{found['repeats']}; memory is the peak less the inputs."
+    )
+    heading = ["", "s", "MiB", "times as long", "times as much"]
+    return f"{text}\n\n{table(heading, lines)}"
 
 
 def images(run: Run) -> str:

@@ -344,6 +344,22 @@ def test_host_time_is_a_share_of_stocks(tmp_path):
             assert found[f"{mode}, in a model"][name]["of HF SDPA"] < most, (mode, name)
 
 
+def test_a_masked_lm_loss_alone(capsys):
+    """A step by each, as its process prints it: one loss, and ours without all tokens' logits."""
+    suite = load("masked_lm_loss")
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("it needs Linux's /proc")
+    steps = {}
+    for name in suite.PROVIDERS:
+        sizes = ["--sizes", "4000", "16", "3000"]
+        assert suite.main(["--alone", name, "--share", "0.15", *sizes]) == 0
+        steps[name] = json.loads(capsys.readouterr().out)
+    for seconds, _, loss in steps.values():
+        assert seconds > 0 and loss == pytest.approx(steps["bertfast"][2], rel=1e-5)
+    logits = 4000 * 3000 * 4 / 2**20
+    assert steps[suite.STOCK][1] > logits > 2 * steps["bertfast"][1]
+
+
 def test_a_checkout_beside_itself(tmp_path):
     pytest.importorskip("transformers")
     arguments = ["--repeats", "1", "--only", "bias_gelu 1024x1536"]

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from bertfast import packing
-from bertfast.ops import attention_qkv, available, bias_gelu, dispatch, layer_norm
+from bertfast.ops import (
+    attention_qkv,
+    available,
+    bias_gelu,
+    dispatch,
+    layer_norm,
+    linear_cross_entropy,
+)
 from bertfast.testing import attention as table
 from bertfast.testing import hold_to_budget
 
@@ -116,6 +123,29 @@ def test_graph_capture_of_bias_gelu(backend, need):
     graph.replay()
     for value, other in zip(captured, step(), strict=True):
         assert torch.equal(value, other)
+
+
+def test_graph_capture_of_linear_cross_entropy(need):
+    """The host counts no labels, and what was captured finds others at other places."""
+    need("linear_cross_entropy", ("triton", "cuda"))
+    shapes = (512, 768), (30522, 768), (30522,)
+    leaves = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    labels = torch.full((512,), -100, device="cuda")
+    labels[::7] = 5
+
+    def step():
+        loss = linear_cross_entropy(*leaves[:2], labels, bias=leaves[2], labelled=100)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    stream = warmed_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    labels.fill_(-100)
+    labels[1:100:2] = torch.arange(50, device="cuda") * 600
+    graph.replay()
+    for value, other in zip(captured, step(), strict=True):
+        torch.testing.assert_close(value, other)
 
 
 @backends

@@ -16,6 +16,7 @@ from triton import knobs
 from bertfast.nn import Encoder
 from bertfast.ops import bias_gelu, layer_norm
 from bertfast.ops.attention import run as attention
+from bertfast.ops.cross_entropy import triton as loss
 from bertfast.ops.dropout import NO_DROPOUT, Dropout
 from bertfast.ops.linear import run as linear
 from bertfast.ops.triton_launch import Launch
@@ -115,6 +116,16 @@ def calls() -> None:
                         linear.forward(x, weight, bias, False, BY_TRITON, save)
                     wanted = (True, bias is not None)
                     linear.backward(x, weight, x, bias, True, wanted, BY_TRITON)
+        for rows in (1, 16, 70):
+            for words in (1, 16, 40, 50):
+                wide = -(-words // 16) * 16
+                labels, each = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+                for dtype in (torch.float32, BF16):
+                    z, dz = torch.zeros(rows, wide), torch.zeros(rows, wide, dtype=dtype)
+                    z, dz, one = z[:, :words], dz[:, :words], torch.zeros(wide)
+                    for smoothing in (0.0, 0.5, 1.0):
+                        loss.forward(z, None, labels, smoothing, each, each, dz, None)
+                        loss.forward(z, one.to(dtype), labels, smoothing, each, None, dz, one)
         heads = torch.zeros(70, 8, 3, 2, 16, dtype=BF16)
         seed = torch.zeros(1, dtype=torch.int64)
         for size in (1, 3, 16, 64, 70):
