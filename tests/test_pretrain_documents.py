@@ -38,6 +38,20 @@ def test_text(tmp_path):
     assert texts(marked) == ["begins with a mark"]
 
 
+def test_text_of_whole_files(tmp_path, monkeypatch):
+    (source,) = documents.find(write(tmp_path / "a.txt", "\n\n" + TEXT)).files
+    (found,) = documents.read(source, whole_files=True)
+    assert (found.text, found.where) == (TEXT, "line 3")
+    assert list(sentences(found.text)) == [
+        "First one.",
+        "its second line",
+        "Another one",
+        "the third",
+    ]
+    monkeypatch.setattr(documents, "LONGEST", 30)
+    assert "".join(d.text for d in documents.read(source, whole_files=True)) == TEXT
+
+
 def test_compressed(tmp_path):
     assert texts(write(tmp_path / "a.txt.gz", gzip.compress(TEXT.encode()))) == PARTS
     lines = gzip.compress(rows(PARTS).encode())
@@ -57,9 +71,11 @@ def table(kind="string"):
     return pa.table({"id": [1, 2, 3], "text": pa.array(PARTS, getattr(pa, kind)())})
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string"])
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
 def test_parquet(tmp_path, kind):
-    made = table(kind)
+    made = table("string" if kind == "dictionary" else kind)
+    if kind == "dictionary":
+        made = made.set_column(1, "text", made["text"].dictionary_encode())
     from pyarrow import parquet
 
     parquet.write_table(made, tmp_path / "a.parquet", row_group_size=2)

@@ -181,6 +181,13 @@ def test_finished_shards_are_not_made_again(files, tmp_path, monkeypatch):
     assert len(added) == 60 - finished
 
 
+def test_whole_files_are_documents(files, tmp_path):
+    made = prepare(files, tmp_path, **SMALL, whole_files=True, held_out=0)
+    assert made.split("train").documents == 1 + 20
+    with pytest.raises(ValueError, match="whole_files was True, now False"):
+        prepare(files, tmp_path, **SMALL, held_out=0)
+
+
 def test_again_it_has_nothing_to_do(files, done, monkeypatch):
     before = contents(done)
     monkeypatch.setattr(preparing, "encoder", None)

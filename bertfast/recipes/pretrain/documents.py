@@ -1,6 +1,7 @@
 """Documents of files: text, JSON lines, Parquet, and datasets that Hugging Face's library saved.
 
-- Text (.txt, .text, or no ending): a document ends at an empty line or with the file.
+- Text (.txt, .text, or no ending): a document ends at an empty line or with the file; or each file
+  is one, and its empty lines end paragraphs.
 - JSON lines (.jsonl, .ndjson), Parquet (.parquet): each line or row is one, in the column `text` or
   another that is named.
 - A folder that `Dataset.save_to_disk` wrote: as Parquet. Of several splits it is `train`.
@@ -163,10 +164,10 @@ def _told(path: Path, key: str) -> Any:
         raise ValueError(f"{path} isn't a saved dataset's: {error!r}") from error
 
 
-def read(source: Source, column: str = "text") -> Iterator[Document]:
+def read(source: Source, column: str = "text", whole_files: bool = False) -> Iterator[Document]:
     """The documents of one file, in their order; at least one."""
     reader: Callable[[Source, str], Iterator[Document]] = {
-        "text": _read_text,
+        "text": _read_whole if whole_files else _read_text,
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
         "arrow": _read_arrow,
@@ -209,16 +210,21 @@ def _lines(source: Source) -> Iterator[tuple[int, str, float]]:
             ) from error
 
 
-def _read_text(source: Source, column: str) -> Iterator[Document]:
+def _read_whole(source: Source, column: str) -> Iterator[Document]:
+    return _read_text(source, column, whole=True)
+
+
+def _read_text(source: Source, column: str, whole: bool = False) -> Iterator[Document]:
     lines: list[str] = []
     first = length = 0
     done = 0.0
     for number, line, done in _lines(source):
-        if line.isspace() or length + len(line) > LONGEST:
+        empty = line.isspace() and not (whole and lines)
+        if empty or length + len(line) > LONGEST:
             if lines:
                 yield Document(source.path, f"line {first}", "".join(lines), done)
             lines, length = [], 0
-        if not line.isspace():
+        if not empty:
             if not lines:
                 first = number
             lines.append(line)
@@ -309,7 +315,8 @@ def _check_column(pa: Any, schema: Any, source: Source, column: str) -> None:
             f"{source.path} has no {column!r} among its columns {_names(schema.names)}"
         )
     kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(inner) not in ("string", "large_string", "string_view"):
         raise ValueError(f"{source.path}: {column!r} must be a column of strings, got {kind}")
 
 

@@ -65,6 +65,7 @@ class PrepareOptions:
     tokenizer: Path | None = _option(None, "Folder with one; default: WordPiece, of the text.")
     vocabulary: int = _option(30522, "Tokens of the WordPiece that is made.", least=1)
     lowercase: bool = _option(True, "The WordPiece that is made knows small letters only.")
+    whole_files: bool = _option(False, "A text file is one document; else empty lines end them.")
     column: str = _option("text", "Of JSON lines, Parquet and datasets: which holds the text.")
     held_out: float = _option(0.01, "Share of documents kept for evaluation.", least=0, below=1)
     seed: int = _option(0, "Of their draw.", least=0)

@@ -42,6 +42,7 @@ def prepare(
     vocabulary: int = 30522,
     lowercase: bool = True,
     column: str = "text",
+    whole_files: bool = False,
     held_out: float = 0.01,
     seed: int = 0,
     shard_tokens: int = 2**27,
@@ -62,6 +63,7 @@ def prepare(
         vocabulary: tokens of the vocabulary that is trained, special tokens included.
         lowercase: the vocabulary that is trained takes capitals for small letters, and no accents.
         column: of JSON lines, Parquet and saved datasets: which holds the text.
+        whole_files: a text file is one document. Otherwise a document ends at an empty line.
         held_out: the share of documents that are kept for evaluation: one of each 1 / held_out,
             drawn by seed, after the fourth and the eighth, so that small texts have some too.
         seed: of that draw.
@@ -83,7 +85,8 @@ def prepare(
     checks.check_int("vocabulary_characters", vocabulary_characters, 1)
     if not isinstance(column, str):
         raise TypeError(f"column must be a str, got {checks.kind(column)}")
-    for name, value in dict(lowercase=lowercase, overwrite=overwrite, progress=progress).items():
+    flags = dict(lowercase=lowercase, whole_files=whole_files, overwrite=overwrite)
+    for name, value in {**flags, "progress": progress}.items():
         checks.check_bool(name, value)
     found = documents.find(inputs, without=out)
     if found.passed_over:
@@ -99,6 +102,7 @@ def prepare(
         lowercase if tokenizer is None else None,
         vocabulary_characters if tokenizer is None else None,
         column,
+        whole_files,
         float(held_out),
         seed,
         shard_tokens,
@@ -124,6 +128,7 @@ class Options:
     lowercase: bool | None
     vocabulary_characters: int | None
     column: str
+    whole_files: bool
     held_out: float
     seed: int
     shard_tokens: int
@@ -355,7 +360,8 @@ class _Run:
         for number in range(start[0], len(self.files)):
             file = self.files[number]
             skipped = start[1] if number == start[0] else 0
-            for within, document in enumerate(documents.read(file, self.options.column)):
+            found = documents.read(file, self.options.column, self.options.whole_files)
+            for within, document in enumerate(found):
                 bar.update(before + int(document.done * file.size) - bar.n)
                 if within >= skipped:
                     yield number, within, document

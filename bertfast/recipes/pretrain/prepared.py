@@ -80,6 +80,7 @@ def prepare(options: PrepareOptions, processes: Processes) -> int:
                 vocabulary=options.vocabulary,
                 lowercase=options.lowercase,
                 column=options.column,
+                whole_files=options.whole_files,
                 held_out=options.held_out,
                 seed=options.seed,
                 overwrite=options.overwrite,
