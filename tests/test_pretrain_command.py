@@ -1,6 +1,7 @@
 """`python -m bertfast.recipes.pretrain`: commands, a file of all options, errors of one line."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_a_file_runs_all_three(finished, capsys):
     told = json.loads((finished / "run" / "model" / "evaluation.json").read_text())
     assert f"MLM {told['figures']['mlm_loss']:.4f}" in said
     assert "MLM loss" in (finished / "run" / "model" / "README.md").read_text()
+
+
+def test_processes_are_connected_once(finished, monkeypatch):
+    """A second connection may find what the first left with torchrun's store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        told["MASTER_PORT"] = str(free.getsockname()[1])
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    connect, made = torch.distributed.init_process_group, []
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **k: (made.append(a), connect(*a, **k))
+    )
+    assert status(finished / "all.yaml") == 0
+    assert len(made) == 1 and not torch.distributed.is_initialized()
 
 
 def test_commands_do_what_the_file_does(finished, tmp_path, capsys):

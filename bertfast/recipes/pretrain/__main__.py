@@ -16,7 +16,7 @@ import typer
 from ...commands.errors import UserError, need
 from . import configuration
 from .options import EvaluateOptions, PrepareOptions, TrainOptions
-from .parallel import FirstFailed, started
+from .parallel import FirstFailed, connected, started
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -73,10 +73,11 @@ def run(arguments: Sequence[str]) -> int:
                 f"{arguments[0]} has all options, so none may follow it, got {arguments[1]!r}"
             )
         kinds = {name: options for name, (options, _) in COMMANDS.items()}
-        for name, options in configuration.read(arguments[0], kinds):
-            status = COMMANDS[name][1](options)
-            if status:
-                return status
+        with connected():
+            for name, options in configuration.read(arguments[0], kinds):
+                status = COMMANDS[name][1](options)
+                if status:
+                    return status
         return 0
     return app(list(arguments), standalone_mode=False) or 0
 

@@ -36,6 +36,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 # The share of labelled tokens in evaluation, whatever the recipe, so that losses can be compared.
 EVALUATED_SHARE = 0.15
+# Tokens of its batches: masks are drawn for a batch, so losses are the same for the same budget.
+EVALUATED_TOKENS = 8192
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -148,7 +150,7 @@ class EvaluateOptions:
     data: Path = _option(Path("data"), "Folder that `prepare` has made.")
     model: Path = _option(Path("run/model"), "Folder of the model.")
     length: int = _option(512, "Longest sequence, special tokens included.", least=8)
-    tokens: int = _option(8192, "Tokens of a batch, at most.", least=8)
+    tokens: int = _option(EVALUATED_TOKENS, "Tokens of a batch, at most.", least=8)
     masked_share: float = _option(EVALUATED_SHARE, "Tokens that are predicted.", above=0, below=1)
     nsp: bool | None = _option(None, "Default: if the model has a head for it.")
     seed: int = _option(0, "Of masking and pairs.", least=0)

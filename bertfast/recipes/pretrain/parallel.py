@@ -6,6 +6,7 @@ count together, so it is multiplied by their number before the backward.
 
 import contextlib
 import datetime
+import inspect
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    group: Any = None  # by which the first tells the others; None: torch's default
 
     @property
     def first(self) -> bool:
@@ -59,9 +61,9 @@ class Processes:
                 box[1] = str(error)
             except BaseException as error:  # the others would wait for ever
                 box[1] = f"{type(error).__name__}: {error}"
-                dist.broadcast_object_list(box)
+                dist.broadcast_object_list(box, group=self.group)
                 raise
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.group)
         if box[1] is not None:
             raise UserError(box[1]) if self.first else FirstFailed(box[1])
         return box[0]
@@ -79,33 +81,43 @@ class Processes:
 
 
 @contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Connects the processes that torchrun started, unless they are connected. Once for all
+    commands of a file: what a first connection left with torchrun would disturb a second one."""
+    if dist.is_initialized() or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    # Counts and decisions travel by gloo between hosts, so that no GPU has to be waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def started(device: str, patient: bool = False) -> Iterator[Processes]:
     """The processes that torchrun started, connected; or this one alone. device: "auto", "cpu" or
     "cuda". patient: the others wait for the first as long as it takes."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that torch can use, and there is none")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield Processes(0, 1, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
-        return
-    place = torch.device("cpu")
-    if on_gpu:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}. Start no more processes a machine than GPUs"
-            )
-        place = torch.device("cuda", local)
-        torch.cuda.set_device(place)
-    # Counts and decisions travel by gloo between hosts, so that no GPU has to be waited for.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE if patient else None
-    )
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), place)
-    finally:
-        dist.destroy_process_group()
+    with connected():
+        if not dist.is_initialized():
+            yield Processes(0, 1, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+            return
+        place = torch.device("cpu")
+        if on_gpu:
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= there:
+                raise UserError(
+                    f"process {local} of this machine has no GPU: there are {there}. Start no "
+                    "more processes a machine than GPUs"
+                )
+            place = torch.device("cuda", local)
+            torch.cuda.set_device(place)
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE) if patient else None
+        yield Processes(dist.get_rank(), dist.get_world_size(), place, group)
 
 
 @dataclass(frozen=True)
@@ -152,9 +164,11 @@ def share(module: nn.Module, processes: Processes, fsdp: bool, compiled: bool = 
     if processes.world > 1:
         from torch.nn.parallel import DistributedDataParallel
 
-        call = DistributedDataParallel(
-            module, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # BERT's buffers are constants. Newer versions of torch have another name for it.
+        options = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        more: dict[str, Any] = {name: False}
+        call = DistributedDataParallel(module, gradient_as_bucket_view=True, **more)
     if compiled:
         call.compile(dynamic=True)  # no two batches have the same sizes
     return Shared(module, call, False)

@@ -59,14 +59,20 @@ class Prepared(NamedTuple):
         return _told(lambda: made(rank=rank, world=world))
 
     def counts(self) -> np.ndarray:
-        """How often each token stands in the text of training, or in blocks of it that lie evenly
+        """How often each token comes in the text of training, or in blocks of it that lie evenly
         spread: int64 (vocabulary,)."""
-        text = self.shards.split("train")
-        number = min(text.blocks, COUNTED_BLOCKS)
-        counts = np.zeros(self.vocabulary, np.int64)
-        for block in np.linspace(0, text.blocks - 1, number).astype(np.int64):
-            counts += np.bincount(text.read(int(block))[0], minlength=self.vocabulary)
-        return counts
+        return _counts(self.shards)
+
+
+@functools.lru_cache(1)
+def _counts(shards: Shards) -> np.ndarray:
+    """Once for all evaluations of a run."""
+    text = shards.split("train")
+    number = min(text.blocks, COUNTED_BLOCKS)
+    counts = np.zeros(shards.vocabulary, np.int64)
+    for block in np.linspace(0, text.blocks - 1, number).astype(np.int64):
+        counts += np.bincount(text.read(int(block))[0], minlength=shards.vocabulary)
+    return counts
 
 
 def prepare(options: PrepareOptions, processes: Processes) -> int:

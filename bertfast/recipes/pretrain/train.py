@@ -365,7 +365,7 @@ class Run:
         begun = time.perf_counter()
         figures = evaluate(
             *(module, self.data, self.processes, self.precision),
-            tokens=self.given.tokens,
+            tokens=max(options.EVALUATED_TOKENS, self.given.length),
             length=self.given.length,
         )
         self.meter.pause(time.perf_counter() - begun)

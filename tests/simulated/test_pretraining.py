@@ -1,0 +1,35 @@
+"""Steps of pre-training on a GPU: batches, losses and checkpoints are where they should be."""
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("pyarrow")
+
+import torch  # noqa: E402
+from support import pretraining  # noqa: E402
+from support.pretraining import ALONE, figures, options  # noqa: E402
+from support.simulated_gpu import kernels  # noqa: E402
+
+from bertfast.recipes.pretrain.parallel import started  # noqa: E402
+from bertfast.recipes.pretrain.train import train  # noqa: E402
+
+FEW = dict(steps=2, checkpoint_every=1, dropout=0.1)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_two_steps(precision, tmp_path):
+    data = pretraining.prepared(tmp_path)
+    assert train(options(data, tmp_path / "cpu", **FEW), ALONE) == 0
+    expected = figures(tmp_path / "cpu")
+    kernels.launches.clear()
+    with started("cuda") as processes:
+        assert processes.device == torch.device("cuda", 0)
+        given = options(data, tmp_path / "gpu", precision=precision, **FEW)
+        assert train(given, processes) == 0
+        found = figures(tmp_path / "gpu")
+        assert kernels.launches
+        # The same command again finds the checkpoint, and evaluates.
+        assert train(given, processes) == 0
+    for told, wanted in zip(found, expected, strict=True):
+        # Dropout is the same, as bertfast draws it; 16 bits round the sums.
+        assert told["loss"] == pytest.approx(wanted["loss"], abs=0.05)
