@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.simulated_gpu import cuda, kernels
+from support.simulated_gpu import cuda, kernels, products
 
 from bertfast.ops import linear_cross_entropy
 from bertfast.testing import hold_to_budget
@@ -56,19 +56,10 @@ def test_what_is_wrong_with_labels_is_asserted_there():
             linear_cross_entropy(hidden, weight, labels, labelled=12)
 
 
-def mm(a, b, out_dtype=None, *, out=None, real=torch.mm):
-    """A CPU has no products of 16-bit operands with results in float32, as a GPU does."""
-    if out_dtype is None:
-        return real(a, b, out=out)
-    assert a.dtype == b.dtype and a.dtype.itemsize == 2 and out_dtype == torch.float32
-    product = real(a.float(), b.float())
-    return product if out is None else out.copy_(product)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("case", table.quick_cases(), ids=str)
 def test_the_budget_in_16_bits(case, backend, dtype, monkeypatch):
-    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "mm", products.mm)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(table, inputs, table.run(inputs, backend, DEVICE))

@@ -8,16 +8,20 @@ pytest.importorskip("pyarrow")
 import torch  # noqa: E402
 from support import pretraining  # noqa: E402
 from support.pretraining import ALONE, figures, options  # noqa: E402
-from support.simulated_gpu import kernels  # noqa: E402
+from support.simulated_gpu import cuda, kernels, products  # noqa: E402
 
 from bertfast.recipes.pretrain.parallel import started  # noqa: E402
-from bertfast.recipes.pretrain.train import train  # noqa: E402
+from bertfast.recipes.pretrain.train import (
+    Run,  # noqa: E402
+    train,  # noqa: E402
+)
 
 FEW = dict(steps=2, checkpoint_every=1, dropout=0.1)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
-def test_two_steps(precision, tmp_path):
+def test_two_steps(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "mm", products.mm)
     data = pretraining.prepared(tmp_path)
     assert train(options(data, tmp_path / "cpu", **FEW), ALONE) == 0
     expected = figures(tmp_path / "cpu")
@@ -33,3 +37,19 @@ def test_two_steps(precision, tmp_path):
     for told, wanted in zip(found, expected, strict=True):
         # Dropout is the same, as bertfast draws it; 16 bits round the sums.
         assert told["loss"] == pytest.approx(wanted["loss"], abs=0.05)
+
+
+def test_the_host_doesnt_wait_within_a_step(tmp_path, monkeypatch):
+    """A step that prints nothing, with dropout and clipping."""
+    monkeypatch.setattr(torch, "mm", products.mm)
+    data = pretraining.prepared(tmp_path)
+    with started("cuda") as processes:
+        run = Run(options(data, tmp_path / "run", print_every=100, dropout=0.1), processes)
+        try:
+            for step in range(3):
+                before = cuda.waits()
+                assert run._step(None) is None
+                if step:  # the first one makes what is kept
+                    assert cuda.waits() == before, cuda.last_wait()
+        finally:
+            run.close()
