@@ -10,7 +10,12 @@ import torch
 
 from bertfast.commands.bench import cases as op_cases
 from bertfast.commands.bench import ceilings, encoder, floor, harness, models, predicted, record
-from bertfast.commands.bench.cases import bias_gelu, layer_norm, linear_gelu
+from bertfast.commands.bench.cases import (
+    bias_gelu,
+    layer_norm,
+    linear_cross_entropy,
+    linear_gelu,
+)
 from bertfast.commands.bench.record import Environment, Row
 from bertfast.commands.bench.tables import everything, op_table
 from bertfast.ops.linear.run import Choice
@@ -194,6 +199,21 @@ def test_linear_gelu(pass_, name, kernels, after, extra):
     found = counts(linear_gelu.case(pass_, 100, 32, 64, BF16), name)
     assert found.kernels == kernels and found.bytes == after * 100 * 64 * 2
     assert found.products == ((100, 64, 32, extra * 100 * 64),)
+
+
+def test_linear_cross_entropy():
+    """Ours has labelled rows alone; its logits are float32, read twice, and dz written once."""
+    case = linear_cross_entropy.LinearCrossEntropyCase("forward+backward", 1000, 64, 160, BF16)
+    (logits, dhidden, dweight), rows = case.work(), case.labelled
+    assert rows == 150 and {work.flops for work in case.work()} == {2 * 150 * 64 * 160}
+    assert (
+        logits.bytes == dweight.bytes == dhidden.bytes + 2 * 160 == 2 * (310 * 64 + 160)
+    )
+    ours, stock = (counts(case, name) for name in ("bertfast triton", "torch eager"))
+    assert ours.bytes == (4 + 4 + 2 + 8 / 32) * 150 * 160 + (4 + 12 + 2 + 14) * 160 * 64
+    assert ours.products[0] == (150, 160, 64, 150 * 160) and len(ours.products) == 3
+    assert stock.bytes == 7 * 2 * 1000 * 160 and stock.products[1] == (1000, 64, 160, 0)
+    assert counts(dataclasses.replace(case, pass_="forward"), "bertfast triton").kernels == 14
 
 
 def test_ops_that_only_move_memory():

@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 
 # Rows that fill a chunk of 64, and one more; a row; a vocabulary of one word, of one more than a
-# tile's columns, and of one less than a multiple of what rows are apart by.
+# tile's columns, of one less than a multiple of what rows are apart by, and BERT's.
 EDGES = [
     Case(64, 8, 20, share=1.0, reduction="sum"),
     Case(65, 8, 20, share=1.0, smoothing=0.1),
@@ -23,6 +23,7 @@ EDGES = [
     Case(21, 8, 1, reduction="none", smoothing=0.1),
     Case(4, 8, 1025, share=1.0, bias=False),
     Case(7, 8, 1039, share=1.0, smoothing=0.2),
+    Case(3, 8, 30522, share=1.0, bias=False),
 ]
 
 
