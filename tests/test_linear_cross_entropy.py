@@ -178,6 +178,24 @@ def test_a_second_backward_and_a_second_derivative():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_gradients(dtype):
+    hidden, weight, bias = leaves(dtype=dtype)
+    labels = torch.randint(0, 50, (30,))
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    several = torch.randn(3)
+    options = dict(retain_graph=True)
+    batch = torch.autograd.grad(loss, (hidden, bias), several, is_grads_batched=True, **options)
+    for number, one in enumerate(several):
+        for grads, grad in zip(
+            batch, torch.autograd.grad(loss, (hidden, bias), one, **options), strict=True
+        ):
+            assert torch.equal(grads[number], grad)
+    losses = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none")
+    with pytest.raises(RuntimeError, match="reduction='none' has no batched gradients"):
+        torch.autograd.grad(losses, hidden, torch.randn(3, 30), is_grads_batched=True)
+
+
 def test_without_gradients_none_are_made(monkeypatch):
     given = leaves()
     asked = []

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ...tracing import is_batched
 from .. import derivatives
 from ..derivatives import Context
 from .chunks import NOTHING, Gradients, Wanted, losses_and_gradients
@@ -43,13 +44,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         smoothing, wanted, apart, backend = ctx.constants
         grads = Gradients(dhidden, dweight, dbias)
         if apart:
+            if is_batched(dloss):  # a kernel reads memory, and can't see a batch
+                raise RuntimeError(
+                    "linear_cross_entropy with reduction='none' has no batched gradients "
+                    "(is_grads_batched=True): ask for one after the other, or reduce the losses"
+                )
             scale = dloss.contiguous()
             _, grads = losses_and_gradients(
                 hidden, weight, bias, labels, smoothing, scale, wanted, backend
             )
         found: list[torch.Tensor | None] = []
         for grad, given in zip(grads, (hidden, weight, bias), strict=True):
-            if grad is not None:  # the sum's, unrounded: what the loss is divided by comes now
-                grad = (grad if apart else grad * dloss).to(given.dtype)
+            if grad is not None:
+                # The sum's, unrounded: what the loss is divided by comes now.
+                grad = grad.to(given.dtype) if apart else _times(grad, dloss, given.dtype)
             found.append(grad)
         return *found, None, None, None, None
+
+
+def _times(grad: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The product, rounded once; in one pass, but for a batch of gradients."""
+    if grad.dtype == dtype or is_batched(dloss):
+        return (grad * dloss).to(dtype)
+    return torch.mul(grad, dloss, out=torch.empty_like(grad, dtype=dtype))

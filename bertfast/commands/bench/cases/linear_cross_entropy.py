@@ -101,8 +101,8 @@ class LinearCrossEntropyCase(OpCase):
         torch eager   read, and its softmax's logarithm written; for gradients that one's gradient
                       written and read, the logarithm read, dz written, and read for its sum
 
-        and of the weight's gradient, of triton: it is made zero, each chunk writes a product in
-        float32 (2 more) and adds it (12), then it is multiplied (8) and rounded (6).
+        and of the weight's gradient, of triton: each chunk writes a product in float32 (2 more),
+        which but for the first is added (12); then it is multiplied and rounded (6).
         """
         both = self.pass_ == "forward+backward"
         width, words = self.width, self.vocabulary
@@ -119,7 +119,8 @@ class LinearCrossEntropyCase(OpCase):
         parts = -(-rows // chunks.chunk_rows(wide, on_gpu=True))
         bytes_ = (10.25 if both else 4) * rows * words
         if both:
-            bytes_ += (18 + 14 * parts) * words * width
+            # Products of further chunks write the weight's gradient again: 2 are counted of one.
+            bytes_ += (2 + 6 + 16 * (parts - 1)) * words * width
         # Apart from a chunk's: places of the labels, and their rows, about a dozen.
         return Counts((8 if both else 2) * parts + 12, bytes_, 2, tuple(products))
 
