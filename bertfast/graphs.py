@@ -11,6 +11,7 @@ was used longest ago goes where there would be too many. A graph reads weights b
 lock lets one call at a time use the memory that they share, and an event orders the streams.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from . import checks, tracing
 from .nn.eligibility import Facts
 from .nn.modules import Weights
 from .nn.parts import Parts, read
+from .nn.watching import comparisons
 from .notice import warn_once
 from .ops.layer_norm.run import Norm
 from .packing.batch import Batch
@@ -145,22 +147,21 @@ class Graphs:
         run: the layers, for (1, tokens, width). finish: of the shape of x, gives memory that is
         the caller's."""
         filled, facts = batch.bucket, batch.facts
-        if filled is None or batch.seed is not None or not batch.clean or not may_serve(x):
+        if filled is None or batch.seed is not None or not batch.clean:
+            return None
+        # That graphs may serve was asked when the bucket was chosen.
+        if not (x.is_cuda and tracing.are_plain((x,))):
             return None
         watched = self._watched
-        if watched is None or watched.facts is not facts:
+        if watched is None or watched.facts is not facts or not watched.holds():
             watched = self._watched = _Watched(facts)
         if watched.why_not is not None:
             return None
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            stamp = watched.stamp(x)
+        stamp = watched.stamp(x)
+        with self._lock:
             held = self._held
             if held is None or held.stamp != stamp:
-                seen: set[Bucket] = set()
-                if held is not None and not (held.recordings or self._settled):
-                    seen = held.seen  # the first call moved q, k and v into one place
-                    self._settled = True
-                held = self._held = _Held(stamp, x, facts, self, seen)
+                held = self._renew(stamp, x, facts)
             recording = held.take(filled.bucket)
             if recording is None:
                 recording = self._capture(held, filled, run)
@@ -168,20 +169,31 @@ class Graphs:
                     return None
             else:
                 self.hits += 1
-            held.begin()
-            held.numbers[: filled.bucket.size].copy_(filled.numbers, non_blocking=True)
-            tokens = held.x[: x.numel() // x.shape[-1]].view(x.shape)
+            stream = torch.cuda.current_stream(x.device)
+            held.begin(stream)
+            held.fill(filled)
+            tokens = held.tokens(x.shape)
             tokens.copy_(x)
             recording.replay()
             y = finish(tokens)
-            held.end()
+            held.end(stream)
             return y
+
+    def _renew(self, stamp: tuple, x: torch.Tensor, facts: Facts) -> "_Held":
+        """Graphs by the stamp, in place of those that don't hold any more."""
+        seen: set[Bucket] = set()
+        if self._held is not None and not (self._held.recordings or self._settled):
+            seen = self._held.seen  # the first call moved q, k and v into one place
+            self._settled = True
+        self._held = _Held(stamp, x, facts, self, seen)
+        return self._held
 
     def _capture(self, held: "_Held", filled: Filled, run: Run) -> Recording | None:
         if not held.wants(filled.bucket):
             return None
         try:
-            recording = held.capture(filled, run)
+            with torch.inference_mode(False), torch.no_grad():
+                recording = held.capture(filled, run)
         except RuntimeError as error:
             held.refused = str(error).strip().splitlines()[0]
             warn_once(f"captures no CUDA graph: {held.refused}")
@@ -277,23 +289,20 @@ class _Watched:
         layers: Any = facts.layers
         self.why_not = next(filter(None, (_why_not(layer.parts()) for layer in layers)), None)
         modules = [module for layer in layers for module in layer.modules()]
-        given = [(m._parameters, name) for m in modules for name in m._parameters]
-        places = [place for place in given if getitem(*place) is not None]
+        places = [(m._parameters, name) for m in modules for name in m._parameters]
+        places += [(vars(m), name) for m in modules for name in _VALUES if name in vars(m)]
         self._owners, self._names = [where for where, _ in places], [name for _, name in places]
-        self._absent = [place for place in given if getitem(*place) is None]
-        self._values = [
-            (vars(module), name) for module in modules for name in _VALUES if name in vars(module)
-        ]
+        self._objects = list(map(getitem, self._owners, self._names))
+        self._parameters = [one for one in self._objects if isinstance(one, torch.Tensor)]
+        self._compare = comparisons()
+
+    def holds(self) -> bool:
+        """True if the modules have the parameters and the attributes that they had."""
+        return self._compare.holds(self._owners, self._names, self._objects)
 
     def stamp(self, x: torch.Tensor) -> tuple:
-        try:
-            addresses = list(map(_address, map(getitem, self._owners, self._names)))
-        except (KeyError, TypeError):  # a parameter that is gone
-            addresses = [-1]
-        if self._absent:
-            addresses += [where.get(name) is None for where, name in self._absent]
-        values = [where.get(name) for where, name in self._values]
-        return self, x.device, x.dtype, x.shape[-1], addresses, values
+        memory = self._compare.memory_of(self._parameters)
+        return self, x.device, x.dtype, x.shape[-1], memory
 
 
 def _why_not(parts: Parts) -> str | None:
@@ -303,9 +312,6 @@ def _why_not(parts: Parts) -> str | None:
     if kinds - {Weights, Norm, float} or parts.approximate is None:
         return "a module of a layer has to be called"
     return None
-
-
-_address: Any = torch.Tensor.data_ptr
 
 
 class _Held:
@@ -325,6 +331,8 @@ class _Held:
         self._dtype, self._width = x.dtype, x.shape[-1]
         if self._memory is not None:  # which the tokens of the largest batch must not exceed
             self._most = min(self._most, self._memory // (self._width * x.element_size()))
+        self._filled: Filled | None = None  # whose sequences the graphs read now
+        self._places: dict[torch.Size, torch.Tensor] = {}
         self._used: tuple[Any, Any] | None = None  # the stream that used it last, and an event
 
     def take(self, bucket: Bucket) -> Recording | None:
@@ -342,19 +350,33 @@ class _Held:
         self.seen.add(bucket)
         return False
 
-    def begin(self) -> None:
+    def begin(self, stream: Any) -> None:
         """Has this stream wait for the one that used the memory before."""
-        stream = torch.cuda.current_stream(self._device)
         if self._used is not None and self._used[0] != stream:
             stream.wait_event(self._used[1])
             for shared in (self.x, self.numbers):  # which may be let go while this stream is at it
                 shared.record_stream(stream)
 
-    def end(self) -> None:
-        stream = torch.cuda.current_stream(self._device)
+    def end(self, stream: Any) -> None:
         event = torch.cuda.Event() if self._used is None else self._used[1]
         event.record(stream)
         self._used = stream, event
+
+    def fill(self, filled: Filled) -> None:
+        """Has the graphs read this batch's sequences, unless it is those of the last."""
+        if self._filled is not filled:
+            self.numbers[: filled.bucket.size].copy_(filled.numbers, non_blocking=True)
+            self._filled = filled
+
+    def tokens(self, shape: torch.Size) -> torch.Tensor:
+        """The place of a batch's tokens."""
+        found = self._places.get(shape)
+        if found is None:
+            if len(self._places) >= MOST_SHAPES:
+                self._places.clear()
+            count = math.prod(shape[:-1])
+            found = self._places[shape] = self.x[:count].view(shape)
+        return found
 
     def _allocate(self) -> None:
         """The memory that batches are copied to, and the pool of all graphs."""
@@ -388,17 +410,17 @@ class _Held:
             tokens.copy_(run(tokens[None], batch)[0])
 
         current, stream = torch.cuda.current_stream(self._device), self._stream
-        self.begin()
+        self.begin(current)
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
-                self.numbers[: bucket.size].copy_(filled.numbers, non_blocking=True)
+                self.fill(filled)
                 tokens.zero_()  # whatever was there, also of a bucket that is larger
                 function()  # loads kernels, and gathers weights
                 recording = Recording(function, self._pool)
         finally:
             current.wait_stream(stream)
-            self.end()
+            self.end(current)
         self.bytes += max(0, torch.cuda.memory_reserved(self._device) - reserved)
         if self._memory is not None and self.bytes > self._memory:
             # Larger buckets need no less. What this one took, the next ones find in the pool.

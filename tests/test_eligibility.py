@@ -12,7 +12,9 @@ from torch import nn
 
 import bertfast
 from bertfast import notice
+from bertfast.nn import eligibility, watching
 from bertfast.nn.eligibility import WATCH, Watch
+from bertfast.ops import native
 
 pytest.importorskip("transformers")
 from support.hf_models import tiny  # noqa: E402
@@ -20,8 +22,18 @@ from support.hf_models import tiny  # noqa: E402
 NAMES = ("BertModel", "DistilBertModel")
 
 
+@pytest.fixture(params=["compiled", "python"])
+def compare(request, monkeypatch):
+    """The comparisons of a compiled module, and those in Python."""
+    found = native.any_module() if request.param == "compiled" else watching._IN_PYTHON
+    if found is None:
+        pytest.skip("no module was built")
+    monkeypatch.setattr(eligibility, "comparisons", lambda: found)
+    return found
+
+
 @pytest.fixture(params=[*NAMES, "torch.nn"])
-def model(request):
+def model(request, compare):
     if request.param == "torch.nn":
         layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, "gelu", batch_first=True)
         made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -203,3 +215,43 @@ def test_it_takes_a_few_microseconds_a_layer():
 
 def test_an_empty_watch_holds_nothing():
     assert not Watch().holds()
+
+
+def test_comparisons(compare):
+    one, other = nn.Linear(2, 2), nn.GELU()
+    assert compare.of_kinds([one, other], [nn.Linear, nn.GELU])
+    assert not compare.of_kinds([one, other], [nn.Linear, nn.Module])
+    assert compare.all_empty([{}, collections.OrderedDict()])
+    assert not compare.all_empty([{}, collections.OrderedDict(a=1)])
+    assert compare.none_has([{}, {"forwards": 1}], "forward")
+    assert not compare.none_has([{}, {"forward": None}], "forward")
+    held, number = {"a": one, "b": None}, float("1e-12")
+    assert compare.holds([held, held, {"eps": number}], ["a", "b", "eps"], [one, None, number])
+    assert not compare.holds([held], ["a"], [other])
+    assert not compare.holds([held], ["c"], [None])  # None is there or it isn't
+    assert not compare.holds([held, {}], ["a", "a"], [one, one])
+    assert compare.of_sizes([held, {}], [2, 0]) and not compare.of_sizes([held, {}], [2, 1])
+
+
+def test_memory_is_compared_with_its_form(compare):
+    linear = nn.Linear(4, 4)
+    before = compare.memory_of([linear.weight, linear.bias])
+    assert compare.memory_of([linear.weight, linear.bias]) == before
+    with torch.no_grad():
+        linear.weight.add_(1)
+    assert compare.memory_of([linear.weight, linear.bias]) == before
+    weight = linear.weight.data
+    for other in (weight.t(), weight.clone(), weight[:2], weight.view(torch.int32), weight[1:]):
+        assert compare.memory_of([other, linear.bias]) != before
+    assert compare.memory_of([weight, linear.bias]) == before
+    assert compare.memory_of([weight]) != before
+
+
+@pytest.mark.parametrize("name", ["all_empty", "none_has", "holds"])
+def test_compiled_comparisons_take_dicts_alone(name):
+    module = native.any_module()
+    if module is None:
+        pytest.skip("no module was built")
+    more = {"all_empty": (), "none_has": ("a",), "holds": (["a"], [1])}[name]
+    with pytest.raises(TypeError, match="dicts"):
+        getattr(module, name)([[]], *more)

@@ -24,6 +24,7 @@ from ..nn.layer import for_layers
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..packing.batch import Batch, Buckets, full, layout, packed_by_caller
+from ..packing.looking import Padding
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import ARGUMENT, Layer, Swapped, changes_layers
 
@@ -109,14 +110,13 @@ class Model(Swapped):
         buckets = self._buckets(arguments, x)
         if mask is None:
             return full(x.shape[:2], x.device, buckets)
-        mask = mask.bool()
-        if mask.device.type == "cpu" and tracing.can_look_at(mask) and mask.all():
+        if mask.device.type == "cpu" and tracing.can_look_at(mask) and mask.bool().all():
             return full(x.shape[:2], x.device, buckets)
         settings = self.__dict__[ATTRIBUTE]
         kept = self._why_kept(arguments, facts)
         ids, padding = arguments.get("input_ids"), None
         if kept is None and ids is not None and not settings.always:
-            padding = ids == self.config.pad_token_id
+            padding = Padding(ids, self.config.pad_token_id)
         batch = layout(
             *(mask, kept is None, x.device, settings.backend, not self.training, padding, buckets)
         )

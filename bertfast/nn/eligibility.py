@@ -7,7 +7,7 @@ they depend on, which is compared in a few microseconds a layer.
 
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
-from operator import getitem, is_
+from operator import getitem
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .. import tracing
 from .hooks import has_global_hooks
 from .modules import has_own_forward
 from .per_token import COMMON
+from .watching import comparisons
 
 WATCH = "_bertfast_watch"  # where a model keeps its own
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -86,6 +87,7 @@ class Watch:
         if model is None or facts is None:  # a copy's, which has to look for itself
             return
         self.facts = facts._replace(clean=True)
+        self._compare = comparisons()
         # All but the model itself, whose own hooks are called around its forward.
         self._modules = [module for module in model.modules() if module is not model]
         self._kinds = list(map(type, self._modules))
@@ -116,26 +118,20 @@ class Watch:
         return Watch, ()
 
     def holds(self) -> bool:
+        if self.facts is None or not self._own:
+            return False
+        compare = self._compare
         return (
-            self.facts is not None
-            and self._own
-            and not any(self._empty)
-            and not any(map(dict.__contains__, self._dicts, repeat("forward")))
-            and list(map(type, self._modules)) == self._kinds
-            and list(map(len, self._containers)) == self._sizes
-            and self._same_children()
+            compare.all_empty(self._empty)
+            and compare.none_has(self._dicts, "forward")
+            and compare.of_kinds(self._modules, self._kinds)
+            and compare.of_sizes(self._containers, self._sizes)
+            and compare.holds(self._owners, self._names, self._children)
             and self._read_attributes() == self._values
             and list(map(_get, self._classes, repeat("forward"))) == self._forwards
             and not has_global_hooks()
             and self._no_new_hooks()
         )
-
-    def _same_children(self) -> bool:
-        try:
-            found = map(getitem, self._owners, self._names)
-            return all(map(is_, found, self._children))
-        except KeyError:
-            return False
 
     def _read_attributes(self) -> list[object]:
         return [values.get(name) for values, name in self._attributes]

@@ -20,6 +20,7 @@ from ..tracing import can_look_at
 from .buckets import Filled
 from .layout import lay_out_array
 from .lengths import check_bounds
+from .looking import Padding, look, places_of
 from .planning import plan as plan_batch
 from .sequences import Sequences, sequences_of
 from .tiles import Plan
@@ -66,7 +67,9 @@ class Batch:
     max_seqlen: int | None = None
     plan: Plan | None = None
     index: torch.Tensor | None = None  # (tokens,): where each stands in the padded batch
+    columns: torch.Tensor | None = None  # (tokens,): and where in its row
     firsts: torch.Tensor | None = None  # (rows,): where each row's first token stands in the packed
+    sources: torch.Tensor | None = None  # (rows * length,): the token that comes back to each place
     padded_shape: tuple[int, int] | None = None  # of that batch; None if there never was one
     seed: torch.Tensor | None = None  # of the dropouts of all layers
     numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
@@ -112,7 +115,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """On another device, for models that are spread over several."""
         fields: dict[str, Any] = {}
-        for name in ("key_mask", "cu_seqlens", "plan", "index", "firsts", "seed"):
+        for name in _TENSORS:
             value = getattr(self, name)
             fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
         return dataclasses.replace(self, **fields)
@@ -122,8 +125,8 @@ class Batch:
         (rows, length), index, _ = self._places()
         if x.shape[0] not in (1, rows) or x.shape[1] != length:
             raise ValueError(f"x must have shape [{rows} or 1, {length}, ...], got {list(x.shape)}")
-        if x.shape[0] == 1 != rows:
-            x = x.expand(rows, *x.shape[1:])
+        if x.shape[0] == 1 != rows and self.columns is not None:
+            return x.index_select(1, self.columns)
         return x.flatten(0, 1).index_select(0, index)[None]
 
     def unpack(self, x: torch.Tensor, zeros: bool = False) -> torch.Tensor:
@@ -135,6 +138,8 @@ class Batch:
         """
         (rows, length), index, first = self._places()
         packed = x[0]
+        if self.sources is not None and not zeros and not torch.is_grad_enabled():
+            return packed.index_select(0, self.sources).unflatten(0, (rows, length))
         flat = packed.new_empty(rows * length, *packed.shape[1:])
         if zeros:
             flat.zero_()
@@ -150,6 +155,11 @@ class Batch:
         return self.padded_shape, self.index, self.firsts
 
 
+_TENSORS = (
+    *("key_mask", "cu_seqlens", "plan", "index", "columns", "firsts", "sources"),
+    "seed",
+)
+
 # Of lengths, or of rows and their one length, for tensors on a device.
 Buckets = Callable[[np.ndarray | tuple[int, ...], torch.device], Filled | None]
 
@@ -159,14 +169,14 @@ def pack(
     device: torch.device | None = None,
     backend: str = "auto",
     sort: bool = False,
-    padding: torch.Tensor | None = None,
+    padding: Padding | None = None,
     buckets: Buckets | None = None,
 ) -> Batch:
-    """The packed form, for tensors on `device`, of a batch by its mask, bool (rows, length), True =
-    attended. If nothing is padding: padded, without a mask.
+    """The packed form, for tensors on `device`, of a batch by its mask, (rows, length), of 0 or
+    False where a token is not attended. If nothing is padding: padded, without a mask.
 
     It stays padded, and `kept` says why, if a row's position 0 is masked, which poolers read, or if
-    a masked token is none of `padding`, bool (rows, length): it may be there to be read.
+    a masked token is not `padding`: it may be there to be read.
 
     sort: rows may change places, which only dropout shows; on a CPU those of one length then share
     attention calls. buckets: of the graphs that may serve it. The host waits for the device once,
@@ -176,41 +186,39 @@ def pack(
     if mask.numel() == 0:
         return Batch()
     device = mask.device if device is None else device
-    counts = [mask.sum(1, dtype=torch.int32), mask[:, :1].sum(0, dtype=torch.int32)]
-    if padding is not None:
-        counts.append((mask | padding.to(mask.device)).sum(dtype=torch.int32)[None])
-    known = torch.cat(counts).cpu().numpy().astype(np.int64)
-    lengths, first = known[:rows], known[rows]
+    attended, to_be_read = look(mask, padding)
+    lengths = np.count_nonzero(attended, axis=1)
     tokens = int(lengths.sum())
     if tokens == rows * length:
         return full(mask.shape, device, buckets)
     kept = None
-    if first != rows:
+    if not attended[:, 0].all():
         kept = "a row begins with padding, or is nothing else"
-    elif padding is not None and known[-1] != rows * length:
+    elif to_be_read:
         kept = "tokens at mask 0 are not the padding token: they may be there to be read"
     if kept is not None:
-        return Batch(key_mask=mask.to(device), kept=kept)
-    bucket = None
+        return Batch(key_mask=mask.bool().to(device), kept=kept)
+    order, bucket = None, None
     if sort and mask.device.type == device.type == "cpu":
-        places = np.argsort(lengths, kind="stable")
-        order = torch.tensor(places, device="cpu")
-        row, column = mask[order].nonzero(as_tuple=True)
-        index = order[row] * length + column
-        cu_seqlens, plan = lay_out_array(lengths[places], device)
-        firsts = torch.empty_like(cu_seqlens[1:]).index_copy_(0, order, cu_seqlens[:-1])
+        order = np.argsort(lengths, kind="stable")
+    elif buckets is not None:
+        bucket = buckets(lengths, device)
+    if bucket is not None:
+        cu_seqlens, plan = bucket.plan()
     else:
-        index = _positions(mask.flatten(), tokens)
-        if buckets is not None:
-            bucket = buckets(lengths, device)
-        cu_seqlens, plan = lay_out_array(lengths, device) if bucket is None else bucket.plan()
-        firsts = cu_seqlens[:-1]
+        cu_seqlens, plan = lay_out_array(lengths if order is None else lengths[order], device)
+    places = places_of(attended, lengths, order, not torch.is_grad_enabled())
+    index, columns, *rest = (
+        torch.from_numpy(places.numbers).to(device, non_blocking=True).split(places.sizes)
+    )
     return Batch(
         cu_seqlens=cu_seqlens,
         max_seqlen=plan.max_seqlen,
         plan=plan if _wants_plan(backend, device) else None,
-        index=index.to(device, non_blocking=True),
-        firsts=firsts,
+        index=index,
+        columns=columns,
+        firsts=cu_seqlens[:-1] if order is None else torch.from_numpy(places.firsts),
+        sources=rest[0] if rest else None,
         padded_shape=(rows, length),
         bucket=bucket,
     )
@@ -222,7 +230,10 @@ def full(
     """The batch of (rows, length) tokens that are all attended."""
     if buckets is None or device is None:
         return Batch()
-    return Batch(bucket=buckets(tuple(shape), device))
+    return _FULL.told(bucket=buckets(tuple(shape), device))
+
+
+_FULL = Batch()
 
 
 def packed_by_caller(
@@ -259,22 +270,13 @@ def _wants_plan(backend: str, device: torch.device) -> bool:
     return backend != "torch" or device.type == "cpu"
 
 
-def _positions(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The places where the mask is True: nonzero for a known count, without waiting for it."""
-    if mask.device.type == "cpu":
-        return mask.nonzero().squeeze(1)
-    everything = torch.arange(mask.shape[0], device=mask.device)
-    place = torch.where(mask, mask.cumsum(0) - 1, count)  # what is masked goes to a slot too many
-    return torch.empty_like(everything[: count + 1]).scatter_(0, place, everything)[:count]
-
-
 def layout(
     mask: torch.Tensor | None,
     may_pack: bool,
     device: torch.device | None = None,
     backend: str = "auto",
     sort: bool = False,
-    padding: torch.Tensor | None = None,
+    padding: Padding | None = None,
     buckets: Buckets | None = None,
 ) -> Batch:
     """The batch of a mask, for tensors on `device`: packed if that is allowed, pays, and the mask's
@@ -283,4 +285,4 @@ def layout(
         return Batch()
     if may_pack and can_look_at(mask):
         return pack(mask, device, backend, sort, padding, buckets)
-    return Batch(key_mask=mask if device is None else mask.to(device))
+    return Batch(key_mask=mask.bool() if device is None else mask.bool().to(device))

@@ -54,6 +54,7 @@ class Tensor {
   Element element() const;
   DType dtype() const;  // of float32, float16 and bfloat16; refuses all others
   dlpack::Device device() const { return view_.device; }
+  const dlpack::Tensor& view() const { return view_; }
   char* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   // Torch's current stream on the tensor's device.
   Stream stream() const;

@@ -28,6 +28,6 @@ class Recording:
     @classmethod
     def _state(cls):
         modules = list(cls.model.modules())
-        addresses = [p.data_ptr() for p in cls.model.parameters()]
+        addresses = [(p.data_ptr(), p.stride()) for p in cls.model.parameters()]
         numbers = [(m.training, vars(m).get("eps"), vars(m).get("scaling")) for m in modules]
         return addresses, list(map(type, modules)), numbers
