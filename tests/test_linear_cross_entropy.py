@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bertfast.ops import linear_cross_entropy
-from bertfast.ops.cross_entropy import chunks
+from bertfast.ops.cross_entropy import chunks, reference_rows
 from bertfast.testing import compare, hold_to_budget, worst
 from bertfast.testing import linear_cross_entropy as table
 from bertfast.testing.linear_cross_entropy import Case
@@ -231,6 +231,21 @@ def test_transforms_and_compilers_see_the_reference():
     torch.testing.assert_close(torch.func.grad(loss)(hidden), expected)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
     torch.testing.assert_close(torch.autograd.grad(compiled, hidden)[0], expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 129, 1000])
+def test_chunks_are_alike_and_begin_at_whole_16_bytes(rows, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 200 * 50 * 4)
+    sizes, real = [], reference_rows.forward
+    monkeypatch.setattr(
+        reference_rows, "forward", lambda z, *more: sizes.append(len(z)) or real(z, *more)
+    )
+    hidden, weight, bias = leaves(max(rows, 1))
+    labels = torch.randint(0, 50, (rows,))
+    linear_cross_entropy(hidden[:rows], weight, labels, bias=bias)
+    assert sum(sizes) == rows and max(sizes, default=0) <= 192
+    assert len(sizes) == -(-rows // 192)
+    assert all(size % 16 == 0 for size in sizes[:-1]) and len(set(sizes[:-1])) <= 1
 
 
 def test_logits_of_the_batch_never_exist(monkeypatch):

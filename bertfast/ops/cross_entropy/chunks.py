@@ -31,6 +31,9 @@ OP = "linear_cross_entropy"
 CHUNK_BYTES = 64 << 20
 TIMES_ON_GPU = 5
 LEAST_ROWS = 64
+# Chunks begin at multiples of 16 bytes in whatever has a value for each row: the kernels of all are
+# then of one form.
+ROWS_MULTIPLE = 16
 
 
 class Wanted(NamedTuple):
@@ -53,8 +56,9 @@ class Gradients(NamedTuple):
 
 
 def chunk_rows(wide: int, on_gpu: bool) -> int:
-    """wide: the vocabulary, or its room in memory."""
-    return max(LEAST_ROWS, CHUNK_BYTES * (TIMES_ON_GPU if on_gpu else 1) // (4 * wide))
+    """The most. wide: the vocabulary, or its room in memory."""
+    rows = CHUNK_BYTES * (TIMES_ON_GPU if on_gpu else 1) // (4 * wide)
+    return max(LEAST_ROWS, rows // ROWS_MULTIPLE * ROWS_MULTIPLE)
 
 
 def losses_and_gradients(
@@ -97,8 +101,8 @@ def _walk(
 
     # Memory for a chunk, used again by the next. dz has another dtype where it is rounded: for a
     # GPU's products, and by kernels that run on a CPU as they do on a GPU.
-    most = chunk_rows(max(1, wide), on_gpu)
-    step = max(1, -(-rows // max(1, -(-rows // most))))  # chunks are alike
+    chunks = max(1, -(-rows // chunk_rows(max(1, wide), on_gpu)))
+    step = max(1, -(-rows // (chunks * ROWS_MULTIPLE))) * ROWS_MULTIPLE  # chunks are alike
     room = hidden.new_empty((min(step, rows), wide), dtype=compute)
     room[:, vocabulary:] = 0
     rounds = (on_gpu or by_kernels) and hidden.dtype != compute
