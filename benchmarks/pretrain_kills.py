@@ -91,7 +91,7 @@ def make_data(folder: Path) -> Path:
 
 def start(data: Path, run: Path, world: int, steps: int = STEPS) -> list[int]:
     options = TrainOptions(
-        **dict(data=data, run=run, layers=2, width=32, heads=2, inner=64, dropout=0.1),
+        **dict(data=data, out=run, layers=2, width=32, heads=2, inner=64, dropout=0.1),
         **dict(length=32, tokens=128, micro_batches=2, steps=steps, lr=1e-3, device="cpu"),
         **dict(print_every=1, checkpoint_every=EVERY),
     )

@@ -93,7 +93,7 @@ def measure(folder: Path, told: argparse.Namespace) -> dict[str, Any]:
 def learn(folder: Path, data: Path, seed: int, told: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]
     options = {
-        **{"data": data, "run": folder, "seed": seed, "length": LENGTH, "tokens": TOKENS},
+        **{"data": data, "out": folder, "seed": seed, "length": LENGTH, "tokens": TOKENS},
         **{"micro_batches": 1, "print_every": 20, "evaluate_every": 200, "checkpoint_every": LEVEL},
         **MODEL,
         **TRAINED,

@@ -195,7 +195,7 @@ def by_recipe(data: Path, folder: Path, steps: int, seed: int) -> dict[str, floa
     with mock.patch.object(meter.Log, "write", watched):
         call(
             *("train", "--no-nsp"),
-            **{"data": data, "run": folder, "seed": seed, "steps": FIRST + steps},
+            **{"data": data, "out": folder, "seed": seed, "steps": FIRST + steps},
             **{"length": LENGTH, "tokens": TOKENS, "micro_batches": 1, "masked_share": SHARE},
             **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "dropout": DROPOUT, "lr": LR},
             **{"print_every": FIRST, "schedule": "linear", "warmup": 0},

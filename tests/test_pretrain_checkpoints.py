@@ -111,6 +111,6 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_a_folder_that_cant_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--run: .*/file/run' can't be written"):
+    with pytest.raises(UserError, match="--out: .*/file/run' can't be written"):
         with checkpoints.locked(tmp_path / "file" / "run"):
             pass

@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     told = {
         "evaluate": {"data": data, "model": f"{run}/model", "length": 32, "tokens": 256},
         "prepare": {"texts": str(folder / "texts"), "data": data, "vocabulary": 60},
-        "train": dict(data=data, run=run, steps=3, lr="1e-3", **small) | {"micro-batches": 2},
+        "train": dict(data=data, out=run, steps=3, lr="1e-3", **small) | {"micro-batches": 2},
     }
     told["prepare"]["held-out"] = 0.1
     (folder / "all.yaml").write_text(yaml.safe_dump(told))
@@ -72,7 +72,7 @@ def test_processes_are_connected_once(finished, monkeypatch):
 
 def test_commands_do_what_the_file_does(finished, tmp_path, capsys):
     small = "--layers 1 --width 32 --heads 2 --inner 48 --length 32 --tokens 128 --lr 1e-3"
-    more = f"--data {finished}/data --run {tmp_path}/run --steps 3 --micro-batches 2"
+    more = f"--data {finished}/data --out {tmp_path}/run --steps 3 --micro-batches 2"
     assert status("train", *small.split(), *more.split()) == 0
     names = ("model.safetensors", "config.json", "tokenizer.json")
     for name in names:
@@ -157,7 +157,7 @@ def test_errors_of_a_file(text, error, tmp_path, capsys):
 
 def test_errors_of_flags(tmp_path, capsys):
     for arguments, said in (
-        (("train", "--data", tmp_path, "--run", tmp_path / "r"), "holds no prepared text"),
+        (("train", "--data", tmp_path, "--out", tmp_path / "r"), "holds no prepared text"),
         (("train", "--steps", "0"), "--steps must be at least 1"),
         (("train", "--recipe", "new"), "--recipe must be one of bert-2018, modern"),
         (("train", "--stepps", "3"), "No such option"),
@@ -188,6 +188,19 @@ def test_recipes():
     assert (modern.masked_share, modern.nsp, modern.optimizer) == (0.3, False, "stable-adamw")
     assert (modern.lr, modern.schedule, modern.decay) == (1e-3, "wsd", 1000)
     assert options.EvaluateOptions().masked_share == 0.15  # whatever the training
+
+
+def test_no_flag_is_torchruns():
+    """It reads those behind the module too, where they might be short for one of its own."""
+    from torch.distributed.run import get_args_parser
+
+    for name, kind in KINDS.items():
+        given = ["-m", "bertfast.recipes.pretrain", name]
+        for option in kind.__dataclass_fields__:
+            given += [options.flag(option), "1", "--no-" + options.flag(option)[2:]]
+        told = get_args_parser().parse_args(given)
+        assert told.training_script == "bertfast.recipes.pretrain"
+        assert [told.training_script, *told.training_script_args] == given[1:]
 
 
 def test_help_tells_every_option(capsys):

@@ -187,6 +187,13 @@ def test_requests_that_cant_be_met(changes, text, data, tmp_path):
         train.train(options(changes.pop("data", data), tmp_path, **changes), ALONE)
 
 
+def test_a_disk_without_room_for_a_checkpoint(data, tmp_path, monkeypatch):
+    usage = checkpoints.shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"a checkpoint takes 0.0 GB, and '.*' has room for 0.0 GB"):
+        train.train(options(data, tmp_path), ALONE)
+
+
 def test_a_broken_batch_is_told_in_the_loop(data, tmp_path, monkeypatch):
     def broken(self, plan, epoch, index, number):
         if number == 7:

@@ -39,7 +39,7 @@ def prepared(folder: Path) -> Path:
 def options(data: Path, run: Path, **changes: Any) -> TrainOptions:
     """A model of one layer, and steps of two micro-batches."""
     given: dict[str, Any] = dict(
-        **dict(data=data, run=run, layers=1, width=32, heads=2, inner=48, device="cpu"),
+        **dict(data=data, out=run, layers=1, width=32, heads=2, inner=48, device="cpu"),
         **dict(length=32, tokens=128, micro_batches=2, steps=8, lr=1e-3, warmup=2),
         **dict(print_every=1, checkpoint_every=3),
     )

@@ -1,6 +1,6 @@
 """`python -m bertfast.recipes.pretrain`: prepare, train and evaluate, or all three by a file.
 
-python -m bertfast.recipes.pretrain train --data DATA --run RUN --steps 1000
+python -m bertfast.recipes.pretrain train --data DATA --out RUN --steps 1000
 python -m bertfast.recipes.pretrain CONFIG.yaml
 torchrun --nproc-per-node 8 -m bertfast.recipes.pretrain CONFIG.yaml
 """

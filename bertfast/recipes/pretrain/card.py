@@ -94,7 +94,7 @@ def text(facts: dict[str, Any]) -> str:
         "precision": facts["precision"],
         **{f"version of {name}": version for name, version in facts["versions"].items()},
     }
-    local = ("data", "run", "model")  # paths of the machine that trained it
+    local = ("data", "out", "model")  # paths of the machine that trained it
     settings = {name: value for name, value in options.items() if name not in local}
     settings["betas"] = ", ".join(map(str, facts["betas"]))
     if options["model"] is not None:

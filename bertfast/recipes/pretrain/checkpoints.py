@@ -63,6 +63,16 @@ class Hashed(io.RawIOBase):
                 super().close()
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError where the disk has no room for a checkpoint: before training, not after."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--out: a checkpoint takes {needed / 1e9:.1f} GB, and {str(folder)!r} has room for "
+            f"{free / 1e9:.1f} GB"
+        )
+
+
 def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Adds a checkpoint to the folder and removes the oldest beyond `keep`."""
     target = folder / f"step-{checkpoint.step:08d}"
@@ -185,7 +195,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
     except OSError as error:
-        raise UserError(f"--run: {str(folder)!r} can't be written: {error.strerror}") from None
+        raise UserError(f"--out: {str(folder)!r} can't be written: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,7 +203,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"--run: another run is at work in {str(folder)!r}, process {holder}"
+                f"--out: another run is at work in {str(folder)!r}, process {holder}"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

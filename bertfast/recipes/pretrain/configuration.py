@@ -100,7 +100,7 @@ def _converted(where: str, value: Any, kind: Any) -> Any:
         items = value if isinstance(value, list) else [value]
         return typing.get_origin(kind)(_converted(where, item, inner) for item in items)
     if kind is Path and isinstance(value, str):
-        return Path(value)
+        return Path(value).expanduser()
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)

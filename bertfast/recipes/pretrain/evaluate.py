@@ -4,9 +4,12 @@ Beside the MLM loss stands the cross-entropy of the same labels by how often eac
 text of training: below it a model has learned more than frequencies.
 """
 
+import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +48,13 @@ def evaluate(
     unigram = 0.0
     training = module.training
     module.eval()
-    torch.compiler.set_stance("force_eager")  # a compiled form for training is not for eval
+    # A compiled form is training's. Asking for it would import the compiler.
+    eager: Any = contextlib.nullcontext()
+    if module._compiled_call_impl is not None:
+        eager = torch.compiler.set_stance("force_eager")
     try:
         for batch, counts in _rounds(data, options, processes):
-            with precision.autocast():
+            with eager, precision.autocast():
                 found = module(batch.to(processes.device), len(batch.labels))
             if counts:
                 sums += torch.stack([part.to(torch.float64) for part in found])
@@ -57,7 +63,6 @@ def evaluate(
                 seen += batch.tokens
                 unigram += float(information[batch.labels.numpy()].sum())
     finally:
-        torch.compiler.set_stance("default")
         module.train(training)
     values = processes.add_up([*sums.tolist(), labels, sequences, seen, unigram])
     mlm, nsp, nsp_right, mlm_right, all_labels, all_sequences, all_tokens, frequencies = values
@@ -78,15 +83,22 @@ def _rounds(
 ) -> Iterator[tuple[PackedBatch, bool]]:
     """A process's batches, and True where they count. Sharded models are run by all processes or
     by none, so one that has no batch left runs an earlier one again."""
+    from tqdm import tqdm
+
     own = iter(data.batches(options, "held-out", None, processes.rank, processes.world))
+    total = data.shards.split("held-out").tokens // processes.world
+    hidden = not (processes.first and sys.stderr.isatty())
+    bar = tqdm(total=total, desc="held-out", unit=" tokens", leave=False, disable=hidden)
     spare: PackedBatch | None = None
     while True:
         found = next(own, None)
         (others,) = processes.add_up([found is not None])
         if not others:
+            bar.close()
             return
         if found is not None:
             spare = found[1]
+            bar.update(spare.tokens)
             yield spare, True
             continue
         if spare is None:

@@ -82,7 +82,7 @@ class TrainOptions:
     """Trains a model on prepared text, or goes on with a run that was stopped."""
 
     data: Path = _free(Path("data"), "Folder that `prepare` has made.")
-    run: Path = _free(Path("run"), "Folder of the run: checkpoints, figures, the model.")
+    out: Path = _free(Path("run"), "Folder of the run: checkpoints, figures, the model.")
     recipe: str = _choice("bert-2018", RECIPES, "What the other options are by default.")
     # The model
     model: Path | None = _free(None, "Saved BERT model to go on from, instead of a new one.")
@@ -206,6 +206,6 @@ def check_same(before: dict[str, Any], now: TrainOptions) -> None:
     for name, value in fixed(now).items():
         if name in before and before[name] != value:
             raise UserError(
-                f"{flag(name)} was {before[name]} when the run in {str(now.run)!r} began, and is "
-                f"{value} now: go on with {before[name]}, or begin another run by --run"
+                f"{flag(name)} was {before[name]} when the run in {str(now.out)!r} began, and is "
+                f"{value} now: go on with {before[name]}, or begin another run by --out"
             )

@@ -113,5 +113,5 @@ def _told(make: Callable[[], T]) -> T:
     """The result of `make`; its error as a line for the user."""
     try:
         return make()
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(str(error)) from error

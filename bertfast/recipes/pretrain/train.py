@@ -46,7 +46,7 @@ def train(given: TrainOptions, processes: Processes) -> int:
     RUN/model. Returns the exit status: 0, or 143 or 130 where SIGTERM or SIGINT ended it, after a
     checkpoint at the end of the step."""
     with contextlib.ExitStack() as held:
-        processes.by_first(lambda: held.enter_context(checkpoints.locked(given.run)))
+        processes.by_first(lambda: held.enter_context(checkpoints.locked(given.out)))
         interrupts = held.enter_context(Interrupts())
         run = Run(given, processes)
         held.callback(run.close)
@@ -115,8 +115,10 @@ class Run:
         self.meter = meter.Meter(processes, given.tokens, bool(self.options.nsp))
         if found is not None:
             self._restore(found)
+        bytes_ = 12 * sum(weight.numel() for weight in self.shared.module.parameters())
+        processes.by_first(lambda: checkpoints.check_room(given.out, bytes_))
         self.log = (
-            meter.Log(given.run, self.progress.step, given.steps) if processes.first else None
+            meter.Log(given.out, self.progress.step, given.steps) if processes.first else None
         )
         self._say_begin(found)
         wanted = data_options(
@@ -149,19 +151,19 @@ class Run:
         box: list[Checkpoint] = []
 
         def look() -> tuple[int, dict[str, Any]] | None:
-            found = checkpoints.latest(self.given.run / "checkpoints")
+            found = checkpoints.latest(self.given.out / "checkpoints")
             if found is None:
                 return None
             options.check_same(found.run["options"], self.given)
             if found.step > self.given.steps:
                 raise UserError(
                     f"--steps must be at least {found.step}, which the run in "
-                    f"{str(self.given.run)!r} has done, got {self.given.steps}"
+                    f"{str(self.given.out)!r} has done, got {self.given.steps}"
                 )
             if found.run["data"] != self.data.fingerprint:
                 raise UserError(
                     f"--data: {str(self.given.data)!r} is not the data that the run in "
-                    f"{str(self.given.run)!r} began with: begin another run by --run"
+                    f"{str(self.given.out)!r} began with: begin another run by --out"
                 )
             box.append(found)
             return found.step, found.run
@@ -351,7 +353,7 @@ class Run:
             "scaler": self.precision.scaler.state_dict(),
             "versions": versions(),
         }
-        folder = self.given.run / "checkpoints"
+        folder = self.given.out / "checkpoints"
         checkpoint = Checkpoint(progress.step, run, model, optimizer)
         processes.by_first(lambda: str(checkpoints.write(folder, checkpoint, self.given.keep)))
 
@@ -389,7 +391,7 @@ class Run:
             "parameters": sum(weight.numel() for weight in self.shared.module.parameters()),
             "versions": versions(),
         }
-        folder = self.given.run / "model"
+        folder = self.given.out / "model"
 
         def write() -> None:
             card.write_model(folder, state, self.config, bool(self.options.nsp), self.data.shards)
