@@ -160,6 +160,8 @@ _TENSORS = (
     "seed",
 )
 
+_PLAIN = Batch()  # padded, without a mask
+
 # Of lengths, or of rows and their one length, for tensors on a device.
 Buckets = Callable[[np.ndarray | tuple[int, ...], torch.device], Filled | None]
 
@@ -211,7 +213,7 @@ def pack(
     index, columns, *rest = (
         torch.from_numpy(places.numbers).to(device, non_blocking=True).split(places.sizes)
     )
-    return Batch(
+    return _PLAIN.told(
         cu_seqlens=cu_seqlens,
         max_seqlen=plan.max_seqlen,
         plan=plan if _wants_plan(backend, device) else None,
@@ -230,10 +232,7 @@ def full(
     """The batch of (rows, length) tokens that are all attended."""
     if buckets is None or device is None:
         return Batch()
-    return _FULL.told(bucket=buckets(tuple(shape), device))
-
-
-_FULL = Batch()
+    return _PLAIN.told(bucket=buckets(tuple(shape), device))
 
 
 def packed_by_caller(

@@ -55,18 +55,19 @@ def tiles_of(bounds: np.ndarray, tile: int) -> np.ndarray:
     after = np.searchsorted(bounds, bounds[:-1] + tile, side="right") - 1
     after = np.maximum(after, np.arange(1, batch + 1))
 
-    # 2. The sequences that start a group: those that are reached from 0 by steps of `after`. After
-    # round n all within 2^n steps are marked.
-    mark, jump = np.zeros(batch + 1, dtype=bool), np.append(after, batch)
-    mark[0] = True
-    while jump[0] < batch:
-        mark[jump[mark.nonzero()[0]]] = True
-        jump = jump[jump]
-    starts = mark[:batch].nonzero()[0]
+    # 2. The sequences that start a group: those that are reached from 0 by steps of `after`.
+    next_start, start, reached = after.tolist(), 0, []
+    while start < batch:
+        reached.append(start)
+        start = next_start[start]
+    starts = np.array(reached, dtype=np.int64)
 
     # 3. The tiles of each group.
     after = after[starts]
     counts = -((bounds[starts] - bounds[after]) // tile)
-    first = np.repeat(counts.cumsum() - counts, counts)  # the number of the group's first tile
-    positions = (np.arange(first.size) - first) * tile
-    return np.stack((np.repeat(starts, counts), positions, np.repeat(after - starts, counts)), 1)
+    before = counts.cumsum() - counts  # the number of the group's first tile
+    tiles = np.empty((int(counts.sum()), 3), dtype=np.int64)
+    tiles[:, 0] = np.repeat(starts, counts)
+    tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(before, counts)) * tile
+    tiles[:, 2] = np.repeat(after - starts, counts)
+    return tiles

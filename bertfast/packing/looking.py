@@ -33,7 +33,7 @@ def look(mask: torch.Tensor, padding: Padding | None) -> tuple[np.ndarray, bool]
         if attended.all():
             return attended, False
         others = ids.cpu().numpy()
-    return attended, bool(((others != padding.token) & ~attended).any())
+    return attended, bool(((others != padding.token) > attended).any())  # and not attended
 
 
 def _values(mask: torch.Tensor) -> np.ndarray:
