@@ -162,7 +162,6 @@ def test_errors_of_flags(tmp_path, capsys):
         (("train", "--recipe", "new"), "--recipe must be one of bert-2018, modern"),
         (("train", "--stepps", "3"), "No such option"),
         (("prepare",), "Missing argument"),
-        (("prepare", tmp_path / "none", "--data", tmp_path / "d"), "none"),
         ((tmp_path / "none.yaml",), "can't be read: No such file"),
         ((tmp_path / "none.yaml", "--steps", "3"), "so none may follow it, got '--steps'"),
         (("evaluate", "--device", "tpu"), "--device must be one of auto, cpu, cuda"),
@@ -170,6 +169,10 @@ def test_errors_of_flags(tmp_path, capsys):
         assert status(*arguments) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("bertfast: ") and said in line, line
+    assert not list(tmp_path.iterdir())  # nor was a run begun
+    assert status() == 0 and "prepare" in capsys.readouterr().out
+    assert status("prepare", tmp_path / "none", "--data", tmp_path / "d") == 2
+    assert "none" in capsys.readouterr().err
 
 
 def test_without_held_out_documents(finished, tmp_path, capsys):

@@ -11,10 +11,9 @@ from support.pretraining import ALONE, figures, options  # noqa: E402
 from support.simulated_gpu import cuda, kernels, products  # noqa: E402
 
 from bertfast.recipes.pretrain.parallel import started  # noqa: E402
-from bertfast.recipes.pretrain.train import (
-    Run,  # noqa: E402
-    train,  # noqa: E402
-)
+from bertfast.recipes.pretrain.precision import Precision  # noqa: E402
+from bertfast.recipes.pretrain.prepared import Prepared  # noqa: E402
+from bertfast.recipes.pretrain.train import Run, train  # noqa: E402
 
 FEW = dict(steps=2, checkpoint_every=1, dropout=0.1)
 
@@ -44,7 +43,8 @@ def test_the_host_doesnt_wait_within_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "mm", products.mm)
     data = pretraining.prepared(tmp_path)
     with started("cuda") as processes:
-        run = Run(options(data, tmp_path / "run", print_every=100, dropout=0.1), processes)
+        given = options(data, tmp_path, print_every=100, dropout=0.1)
+        run = Run(given, processes, Prepared.open(data), Precision("auto", processes.device))
         try:
             for step in range(3):
                 before = cuda.waits()

@@ -21,7 +21,6 @@ from .parallel import FirstFailed, connected, started
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="BERT's pre-training: from text to a transformers model. A file CONFIG.yaml in the place "
     "of a command runs those that it has sections for, with the options there.",
@@ -67,7 +66,9 @@ for _name, (_options, _run) in COMMANDS.items():
 def run(arguments: Sequence[str]) -> int:
     """Runs a command, or the commands of a file; returns the exit status."""
     need("pre-training", ("transformers", "pyarrow", "tensorboard"), "train")
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
+    if not arguments:
+        arguments = ["--help"]
+    if arguments[0].endswith((".yaml", ".yml")):
         if arguments[1:]:
             raise UserError(
                 f"{arguments[0]} has all options, so none may follow it, got {arguments[1]!r}"

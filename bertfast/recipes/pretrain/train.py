@@ -45,12 +45,30 @@ def train(given: TrainOptions, processes: Processes) -> int:
     """Trains until the last step, or goes on to it from the run's latest checkpoint, and writes
     RUN/model. Returns the exit status: 0, or 143 or 130 where SIGTERM or SIGINT ended it, after a
     checkpoint at the end of the step."""
+    data, precision = _checked(given, processes)
     with contextlib.ExitStack() as held:
         processes.by_first(lambda: held.enter_context(checkpoints.locked(given.out)))
         interrupts = held.enter_context(Interrupts())
-        run = Run(given, processes)
+        run = Run(given, processes, data, precision)
         held.callback(run.close)
         return run.to_the_end(interrupts)
+
+
+def _checked(given: TrainOptions, processes: Processes) -> tuple[Prepared, Precision]:
+    """The data and the precision; UserError for options that can't be had together."""
+    if given.micro_batches % processes.world:
+        raise UserError(
+            f"--micro-batches must be a multiple of the {processes.world} processes, "
+            f"got {given.micro_batches}"
+        )
+    if given.tokens < given.length:
+        raise UserError(f"--tokens must be at least --length ({given.length}), got {given.tokens}")
+    precision = Precision(given.precision, processes.device)
+    if precision.dtype == torch.float16 and given.fsdp:
+        raise UserError("--precision fp16 can't be had with --fsdp: take bf16 or fp32")
+    data = Prepared.open(given.data)
+    processes.same_everywhere("the data", data.fingerprint)
+    return data, precision
 
 
 class Interrupts:
@@ -87,23 +105,12 @@ class Progress:
 
 
 class Run:
-    def __init__(self, given: TrainOptions, processes: Processes) -> None:
+    def __init__(
+        self, given: TrainOptions, processes: Processes, data: Prepared, precision: Precision
+    ) -> None:
         self.given, self.options, self.processes = given, given.resolved(), processes
         self.recipe = RECIPES[given.recipe]
-        if given.micro_batches % processes.world:
-            raise UserError(
-                f"--micro-batches must be a multiple of the {processes.world} processes, "
-                f"got {given.micro_batches}"
-            )
-        if given.tokens < given.length:
-            raise UserError(
-                f"--tokens must be at least --length ({given.length}), got {given.tokens}"
-            )
-        self.precision = Precision(given.precision, processes.device)
-        if self.precision.dtype == torch.float16 and given.fsdp:
-            raise UserError("--precision fp16 can't be had with --fsdp: take bf16 or fp32")
-        self.data = Prepared.open(given.data)
-        processes.same_everywhere("the data", self.data.fingerprint)
+        self.data, self.precision = data, precision
         self.progress = Progress()
         found = self._find()
         self.config, self.shared = self._model(found)
