@@ -139,7 +139,7 @@ def draw_learning(learned: dict[str, Any], path: Path) -> None:
         )
         right.axhline(50, color=style.INK, linewidth=0.9, linestyle="--")
         left.set_title("Masked tokens: held-out loss, nats")
-        right.set_title("Next sentences: held-out pairs told right, %")
+        right.set_title("Next sentences: held-out pairs right, %")
         for axes in (left, right):
             axes.set_xlabel("steps")
             axes.grid(axis="y", color=style.PALE, linewidth=0.6)
