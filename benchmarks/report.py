@@ -252,8 +252,9 @@ def loss(path: Path = RESULTS / "masked-lm-loss.json") -> str:
         f"A masked language model's loss and its gradients, of {found['tokens']:,} tokens of width "
         f"{found['width']} over {found['vocabulary']:,} words in {found['dtype']}, by "
         "`bertfast.ops.linear_cross_entropy` and by torch's `F.linear` and `F.cross_entropy`. "
-        f"{device}, torch {found['torch']}, commit {commit}; one thread, processor time, median of "
-        f"{found['repeats']}; memory is the peak less the inputs."
+        f"{device}, torch {found['torch']}, commit {commit}; one thread, processor time, load "
+        f"{found['load']} when it began, median of {found['repeats']}; memory is the peak less the "
+        "inputs."
     )
     heading = ["", "s", "MiB", "times as long", "times as much"]
     return f"{text}\n\n{table(heading, lines)}"

@@ -268,7 +268,7 @@ def test_the_masked_lm_loss(report, tmp_path):
         "torch": {"seconds": 9.0, "peak_mib": 5000.0},
     }
     facts = dict(tokens=16384, width=768, vocabulary=30522, dtype="float32", repeats=3)
-    facts |= dict(device="cpu: Some CPU", torch="2.13.0", bertfast_commit="abc")
+    facts |= dict(device="cpu: Some CPU", torch="2.13.0", bertfast_commit="abc", load="1.5")
     path = tmp_path / "loss.json"
     path.write_text(json.dumps(facts | {"shares": {"0.15": providers}}))
     text = report.loss(path)
