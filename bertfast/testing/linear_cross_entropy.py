@@ -37,7 +37,7 @@ def quick_cases() -> list[Case]:
     return [
         Case(40, 48, 90, share=0.5),
         Case(5, 8, 1, reduction="sum"),
-        Case(9, 24, 3001, share=1.0, reduction="none", smoothing=0.1),
+        Case(5, 24, 1100, share=1.0, reduction="none", smoothing=0.1),
         Case(30, 32, 400, bias=False, smoothing=0.1),
         Case(20, 32, 400, sure=True),
     ]
