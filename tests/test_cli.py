@@ -83,7 +83,7 @@ def test_ctrl_c_exits_130(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify_module, "_check_in_process", interrupted)
+    monkeypatch.setattr(verify_module.Checker, "check", interrupted)
     assert run("verify")[0] == 130
 
 
@@ -177,8 +177,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_2(run, places, monkeypatch, li
     def too_late(*args, **kwargs):
         raise AssertionError("it must be found before anything is measured")
 
-    for name in ("_check_in_process", "check"):
-        monkeypatch.setattr(verify_module, name, too_late)
+    monkeypatch.setattr(verify_module.Checker, "check", too_late)
+    monkeypatch.setattr(verify_module, "check", too_late)
     monkeypatch.setattr(command, "Machine", too_late)
     monkeypatch.setattr(kernels, "read", too_late)
     monkeypatch.setattr(demo_module, "load", too_late)
@@ -267,9 +267,9 @@ def test_verify_reports_a_wrong_kernel(monkeypatch, capsys, as_json):
 
     monkeypatch.setattr(reference, "forward", wrong)
     monkeypatch.setattr(
-        verify_module,
-        "_check_in_process",
-        lambda op, backend, device: (verify_module.check(op, backend, device), None),
+        verify_module.Checker,
+        "check",
+        lambda self, op: (verify_module.check(op, self.backend, self.device), None),
     )
     assert verify_module.verify("layer_norm", "torch", as_json) == 1
     said = capsys.readouterr().out
@@ -277,25 +277,42 @@ def test_verify_reports_a_wrong_kernel(monkeypatch, capsys, as_json):
 
 
 def test_verify_counts_a_crash_as_a_fault(monkeypatch, capsys):
-    def crash(op, backend, device):
+    def crash(self, op):
         raise RuntimeError("the kernel [crashed]")
 
-    monkeypatch.setattr(verify_module, "_check_in_process", crash)
+    monkeypatch.setattr(verify_module.Checker, "check", crash)
     assert verify_module.verify("layer_norm", "torch") == 1
     assert "the kernel [crashed]" in capsys.readouterr().out
+
+
+def test_a_checker_begins_anew_after_a_fault(monkeypatch):
+    checker = verify_module.Checker("torch", "cpu")
+    try:
+        with pytest.raises(RuntimeError, match="no_such_op"):
+            checker.check("no_such_op")
+        rows, reason = checker.check("bias_gelu")
+        assert rows and reason is None
+        first = checker._process.pid
+        assert checker.check("bias_gelu") == (rows, None) and checker._process.pid == first
+        checker._process.kill()
+        with pytest.raises(RuntimeError, match="exit status -9"):
+            checker.check("bias_gelu")
+        assert checker.check("bias_gelu") == (rows, None)
+    finally:
+        checker.close()
 
 
 def test_verify_prints_each_op_as_soon_as_it_is_done(monkeypatch, capsys):
     printed = []
 
-    def check(op, backend, device):
+    def check(self, op):
         printed.append((op, capsys.readouterr().out))
         values = ("x", 1.0, 2.0, 1.0, 2.0, 0.5, 1.0, True)
-        place = verify_module.where(backend, device)
-        row = verify_module.Row(op, backend, place, "float32", "dresidual", *values)
-        return [row], None if backend != "cuda" else "half [of it]"
+        place = verify_module.where(self.backend, self.device)
+        row = verify_module.Row(op, self.backend, place, "float32", "dresidual", *values)
+        return [row], None if self.backend != "cuda" else "half [of it]"
 
-    monkeypatch.setattr(verify_module, "_check_in_process", check)
+    monkeypatch.setattr(verify_module.Checker, "check", check)
     assert verify_module.verify() == 0
     first, second = list(dispatch.ops())[:2]
     before = next(out for op, out in printed if op == second)

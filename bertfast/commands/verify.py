@@ -1,17 +1,21 @@
 """`bertfast verify`: the numbers of every op on every backend of this machine, against float64.
 
-Each backend is checked in a process of its own, since Triton's interpreter must be switched on
-before Triton is imported and off where it compiles for a GPU. On a machine without a GPU the
+Each backend has a process of its own, since Triton's interpreter must be switched on before Triton
+is imported and off where it compiles for a GPU. On a machine without a GPU the
 Triton kernels run in the interpreter and the CUDA sources in their build for the host.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -91,18 +95,60 @@ def check(op: str, backend: str, device: str) -> list[Row]:
     return rows
 
 
-def _check_in_process(op: str, backend: str, device: str) -> tuple[list[Row], str | None]:
-    """The rows, or why there are none: either the backend isn't here, or it failed (a fault)."""
-    env = dict(os.environ, TRITON_INTERPRET="0" if device == "cuda" else "1")
-    command = [sys.executable, "-m", "bertfast.commands.verify", op, backend, device]
-    # From the package's parent: `-m` puts the working directory first on the path, and another
-    # bertfast may lie there, such as a checkout without the compiled modules.
-    home = Path(__file__).parents[2]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=home)
-    if result.returncode != 0:
-        raise RuntimeError(result.stderr.strip() or f"exit status {result.returncode}")
-    answer = json.loads(result.stdout)
-    return [Row(**row) for row in answer["rows"]], answer["left_out"]
+class Checker:
+    """A process that checks ops on one backend, one after another. After a fault it begins anew, as
+    an error of CUDA stays with its process."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+        self._process: subprocess.Popen | None = None
+        self._said: Any = None  # what the process prints besides
+
+    def check(self, op: str) -> tuple[list[Row], str | None]:
+        """The rows, or why there are none: either the backend isn't here, or it failed (a fault,
+        RuntimeError)."""
+        process: Any = self._process or self._start()
+        try:
+            process.stdin.write(f"{op}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = process.wait()
+            self._said.seek(0)
+            error = self._said.read().strip() or f"exit status {status}"
+        else:
+            answer = json.loads(line)
+            error = answer["error"]
+        if error is not None:
+            self.close()
+            raise RuntimeError(error)
+        return [Row(**row) for row in answer["rows"]], answer["left_out"]
+
+    def _start(self) -> subprocess.Popen:
+        env = dict(os.environ, TRITON_INTERPRET="0" if self.device == "cuda" else "1")
+        command = [sys.executable, "-m", "bertfast.commands.verify", self.backend, self.device]
+        self._said = tempfile.TemporaryFile("w+")
+        # From the package's parent: `-m` puts the working directory first on the path, and another
+        # bertfast may lie there, such as a checkout without the compiled modules.
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._said.close()
+            self._process = None
 
 
 def verify(op: str | None = None, backend: str | None = None, as_json: bool = False) -> int:
@@ -115,23 +161,25 @@ def verify(op: str | None = None, backend: str | None = None, as_json: bool = Fa
     rows: list[Row] = []
     left_out: list[tuple[str, str, str]] = []  # op, where, why
     failed: list[str] = []
-    with Progress(len(ops) * len(devices) * len(backends)) as progress:
+    checkers = {(device, one): Checker(one, device) for device in devices for one in backends}
+    with contextlib.ExitStack() as started, Progress(len(ops) * len(checkers)) as progress:
+        for checker in checkers.values():
+            started.callback(checker.close)
         for name in ops:
             found: list[Row] = []
             faults: list[str] = []
-            for device in devices:
-                for one in backends:
-                    place = f"{one} ({where(one, device)})"
-                    progress.show(f"{name} on {place}")
-                    try:
-                        new, reason = _check_in_process(name, one, device)
-                    except RuntimeError as error:
-                        faults.append(f"{name} on {place}: {error}")
-                    else:
-                        found += new
-                        if reason:
-                            left_out.append((name, place, reason))
-                    progress.step()
+            for (device, one), checker in checkers.items():
+                place = f"{one} ({where(one, device)})"
+                progress.show(f"{name} on {place}")
+                try:
+                    new, reason = checker.check(name)
+                except RuntimeError as error:
+                    faults.append(f"{name} on {place}: {error}")
+                else:
+                    found += new
+                    if reason:
+                        left_out.append((name, place, reason))
+                progress.step()
             rows += found
             failed += faults
             if not as_json:
@@ -201,12 +249,24 @@ def _print_end(out: Console, rows: list[Row], left_out: list[tuple[str, str, str
         out.print(paragraph(f"left out: {', '.join(ops)} on {place}: {reason}", indent=2))
 
 
-def _main(op: str, backend: str, device: str) -> None:
+def _answer(op: str, backend: str, device: str) -> dict:
     reason = available(device)[op][backend]
     rows = [] if reason else [asdict(row) for row in check(op, backend, device)]
     for dtype in () if reason else DTYPES:
         reason = reason or dispatch.unsupported_reason(op, backend, device, dtype)
-    print(json.dumps({"rows": rows, "left_out": reason}))
+    return {"rows": rows, "left_out": reason, "error": None}
+
+
+def _main(backend: str, device: str) -> None:
+    """Reads an op a line and answers each by a line."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    for line in sys.stdin:
+        try:
+            answer = _answer(line.strip(), backend, device)
+        except Exception:
+            answer = {"error": traceback.format_exc().strip()}
+        print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":
