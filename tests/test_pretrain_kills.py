@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import json
 from benchmarks import pretrain_kills
-found = pretrain_kills.measure(3, steps=12, worlds=(1,))
+found = pretrain_kills.measure(3, steps=9, worlds=(1,))
 assert pretrain_kills.passes(found)
 print(json.dumps(found))
 """
@@ -31,3 +31,10 @@ def test_a_killed_run_goes_on_to_the_bit():
     assert told["points"] == told["the same to the bit"] == len(told["kills"]) == 3
     assert all(kill["resumed"] <= kill["step"] for kill in told["kills"])
     assert any(kill["resumed"] > 0 for kill in told["kills"])
+
+
+def test_the_committed_figures():
+    told = json.loads((ROOT / "benchmarks" / "results" / "pretrain-kills.json").read_text())
+    assert told["1 process"]["points"] == told["1 process"]["the same to the bit"] == 20
+    assert told["2 processes"]["points"] == 20
+    assert told["2 processes"]["largest relative difference"] <= 1e-6

@@ -14,7 +14,7 @@ from bertfast.recipes.pretrain import train
 from bertfast.recipes.pretrain.parallel import started
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
-COMMON = dict(micro_batches=4, steps=6, dropout=0.1)
+COMMON = dict(micro_batches=4, steps=4, dropout=0.1)
 # Run -> options that are not common; test_pretrain_processes.py trains each in one process too.
 RUNS = {
     "ddp": {},
@@ -30,11 +30,11 @@ def run(name, processes, **more):
 
 
 def stopped(name, processes, **more):
-    """One of the processes gets a signal in step 4."""
+    """One of the processes gets a signal in step 3."""
     update = train.Run._update
 
     def interrupted(self, rate):
-        if self.progress.step + 1 == 4 and RANK == 1:
+        if self.progress.step + 1 == 3 and RANK == 1:
             signal.raise_signal(signal.SIGTERM)
         return update(self, rate)
 
