@@ -183,6 +183,20 @@ def test_without_held_out_documents(finished, tmp_path, capsys):
     assert "no documents to evaluate on" in capsys.readouterr().err
 
 
+def test_what_a_model_lacks_isnt_evaluated(finished, tmp_path, capsys):
+    from transformers import BertForMaskedLM
+
+    model = BertForMaskedLM.from_pretrained(finished / "run" / "model")
+    model.save_pretrained(tmp_path / "mlm")
+    model.bert.save_pretrained(tmp_path / "bare")
+    more = ("--data", finished / "data", "--length", "32")
+    for name, flags in (("mlm", ["--nsp"]), ("bare", [])):
+        assert status("evaluate", "--model", tmp_path / name, *more, *flags) == 2
+        assert "has no weights for" in capsys.readouterr().err
+    assert status("evaluate", "--model", tmp_path / "mlm", *more) == 0
+    assert "NSP" not in capsys.readouterr().out
+
+
 def test_recipes():
     of_2018 = options.TrainOptions(steps=1000).resolved()
     assert (of_2018.masked_share, of_2018.nsp, of_2018.optimizer) == (0.15, True, "adamw")

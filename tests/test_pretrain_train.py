@@ -269,11 +269,12 @@ def test_the_model_is_plain_transformers(recipe, data, tmp_path, capsys):
     facts = json.loads((folder / "training.json").read_text())
     loss = facts["evaluation"]["mlm_loss"]
     assert f"| MLM loss, nats | {loss:.4f} |" in card and f"| recipe | {recipe} |" in card
-    assert kind.__name__ in card and str(tmp_path) not in card
+    assert kind.__name__ in card and str(tmp_path) not in card and "None" not in card
+    assert "| width | 32 |" in card and "| vocabulary | 60 |" in card
     assert f"| tokens | {facts['tokens']:,} |" in card
 
 
-def test_it_goes_on_from_a_saved_model(data, whole, tmp_path):
+def test_it_goes_on_from_a_saved_model(data, whole, tmp_path, capsys):
     """Also without the head for pairs, and with one that is new."""
     run, told = whole
     begun = trained(data, tmp_path / "a", model=run / "model", steps=1)
@@ -281,7 +282,10 @@ def test_it_goes_on_from_a_saved_model(data, whole, tmp_path):
     trained(data, tmp_path / "b", model=run / "model", steps=1, nsp=False)
     config = json.loads((tmp_path / "b" / "model" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
+    capsys.readouterr()
     trained(data, tmp_path / "c", model=tmp_path / "b" / "model", steps=1, nsp=True)
+    said = capsys.readouterr().out
+    assert "b/model' doesn't have these, which begin anew: bert.pooler.dense.bias" in said
 
 
 @pytest.mark.parametrize(

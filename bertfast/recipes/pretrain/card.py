@@ -64,7 +64,7 @@ def text(facts: dict[str, Any]) -> str:
         f"# A BERT of {facts['parameters']:,} parameters",
         "",
         f"Pre-trained by `bertfast.recipes.pretrain` on {tasks}, with the recipe "
-        f"{options['recipe']}. It is a plain transformers model:",
+        f"`{options['recipe']}`. It is a plain transformers model:",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {kind}",
@@ -94,11 +94,13 @@ def text(facts: dict[str, Any]) -> str:
         "precision": facts["precision"],
         **{f"version of {name}": version for name, version in facts["versions"].items()},
     }
-    local = ("data", "out", "model")  # paths of the machine that trained it
-    settings = {name: value for name, value in options.items() if name not in local}
+    # Paths of the machine that trained it, and what stands in the table of the model.
+    told = ("data", "out", "model", "size", "layers", "width", "heads", "inner")
+    settings = {n: value for n, value in options.items() if n not in told and value is not None}
     settings["betas"] = ", ".join(map(str, facts["betas"]))
     if options["model"] is not None:
         settings["begun from"] = Path(options["model"]).name
+    lines += ["", "## Model", "", *_table("", facts["model"])]
     lines += ["", "## Training", "", *_table("", trained)]
     lines += ["", "## Options", "", *_table("option", settings), ""]
     return "\n".join(lines)

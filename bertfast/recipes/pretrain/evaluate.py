@@ -133,7 +133,12 @@ def evaluate_folder(given: EvaluateOptions, processes: Processes) -> int:
             f"--data: {str(given.data)!r} has no documents to evaluate on: prepare it with a "
             "larger --held-out"
         )
-    model = models.load(given.model, nsp)
+    model, missing = models.load(given.model, nsp)
+    if missing:
+        raise UserError(
+            f"--model: {str(given.model)!r} has no weights for {', '.join(missing)}: what it "
+            "wasn't trained on can't be evaluated"
+        )
     models.check_fits(model.config, data.vocabulary, given.length, nsp)
     module = models.Pretraining(model).to(processes.device)
     figures = evaluate(

@@ -142,8 +142,8 @@ def new(config: Any, nsp: bool) -> nn.Module:
     return BertForPreTraining(config) if nsp else BertForMaskedLM(config)
 
 
-def load(folder: Path, nsp: bool) -> nn.Module:
-    """A saved model to go on from. A head that it doesn't have begins with random weights."""
+def load(folder: Path, nsp: bool) -> tuple[nn.Module, list[str]]:
+    """A saved model to go on from, and the weights that it didn't have, which are random."""
     from transformers import AutoConfig, BertForMaskedLM, BertForPreTraining
     from transformers.utils import logging
 
@@ -159,8 +159,11 @@ def load(folder: Path, nsp: bool) -> nn.Module:
                 f"--model must be a model of type 'bert', got one of type {config.model_type!r} "
                 f"in {str(folder)!r}"
             )
-        kind = BertForPreTraining if nsp else BertForMaskedLM
-        return kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        kind: Any = BertForPreTraining if nsp else BertForMaskedLM
+        model, told = kind.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        return model, sorted(told["missing_keys"])
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

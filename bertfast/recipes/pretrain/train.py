@@ -182,6 +182,7 @@ class Run:
 
     def _model(self, found: Checkpoint | None) -> tuple[Any, Shared]:
         given, nsp = self.given, bool(self.options.nsp)
+        self.fresh: list[str] = []  # weights that a saved model didn't have
         torch.manual_seed(given.seed)
         if found is not None:
             from transformers import BertConfig
@@ -189,7 +190,7 @@ class Run:
             config = BertConfig.from_dict(found.run["config"])
             plain: Any = models.new(config, nsp)
         elif given.model is not None:
-            plain = models.load(given.model, nsp)
+            plain, self.fresh = models.load(given.model, nsp)
         else:
             config = models.configuration(
                 size=given.size,
@@ -226,6 +227,9 @@ class Run:
             if before != now:
                 text += f", with {now} processes instead of {before}: the order of data is the same"
             self.log.say(text)
+        if self.fresh:
+            names = ", ".join(self.fresh)
+            self.log.say(f"{str(self.given.model)!r} doesn't have these, which begin anew: {names}")
         count = sum(weight.numel() for weight in self.shared.module.parameters())
         tokens = self.given.tokens * self.given.micro_batches
         self.log.say(
@@ -388,6 +392,14 @@ class Run:
         processes, progress = self.processes, self.progress
         facts = {
             "options": options.as_json(self.options),
+            "model": {
+                "layers": self.config.num_hidden_layers,
+                "width": self.config.hidden_size,
+                "heads": self.config.num_attention_heads,
+                "inner width": self.config.intermediate_size,
+                "vocabulary": self.config.vocab_size,
+                "longest sequence": self.config.max_position_embeddings,
+            },
             "betas": self.recipe.betas,
             "steps": progress.step,
             "tokens": progress.tokens,
