@@ -89,6 +89,20 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(
         assert (tmp_path / "model" / name).read_bytes() == (whole[0] / "model" / name).read_bytes()
 
 
+def test_tensorboard_has_each_step_once(data, whole, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stopped(data, tmp_path, 5, monkeypatch)
+    trained(data, tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = events.Scalars("train/loss")
+    assert [event.step for event in found] == list(range(1, 9))
+    assert [event.value for event in found] == pytest.approx([t["loss"] for t in whole[1]])
+    names = ("mlm_accuracy", "nsp_accuracy", "tokens_per_second", "useful_tokens", "input_wait")
+    for name in (*names, "peak_memory_bytes", "lr", "gradient_norm", "budget_used"):
+        assert len(events.Scalars(f"train/{name}")) == 8
+    assert [event.step for event in events.Scalars("held-out/mlm_loss")] == [8]
+
+
 def test_losses_differ_without_dropouts_own_seed(data, whole, tmp_path, monkeypatch):
     """The comparison above would see dropout drawn otherwise."""
     monkeypatch.setattr(train, "dropout_seed", lambda seed, number: seed)
