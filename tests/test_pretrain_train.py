@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 
 import pytest
 import torch
@@ -92,6 +93,11 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(
 def test_tensorboard_has_each_step_once(data, whole, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     stopped(data, tmp_path, 5, monkeypatch)
+    # Its files are read in the order of their names: a second, the process, and how many it wrote,
+    # as text.
+    begun = int(time.time())
+    while int(time.time()) == begun:
+        time.sleep(0.02)
     trained(data, tmp_path)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = events.Scalars("train/loss")
@@ -212,7 +218,8 @@ def test_no_step_is_taken_on_what_isnt_a_number(data, tmp_path, monkeypatch):
         (dict(fsdp=True), "--fsdp shards a model over processes: start them by torchrun"),
         (dict(fsdp=True, precision="fp16"), "--precision fp16 can't be had with --fsdp"),
         (dict(data="nowhere"), "holds no prepared text"),
-        (dict(model="nowhere"), "--model must be a folder with a config.json, got 'nowhere'"),
+        (dict(model="nowhere"), "--layers is for a new model, and --model gives one"),
+        (dict(decay=3), "--decay is for --schedule wsd, and it is linear"),
     ],
 )
 def test_requests_that_cant_be_met(changes, text, data, tmp_path):
@@ -221,6 +228,19 @@ def test_requests_that_cant_be_met(changes, text, data, tmp_path):
     changes = {n: Path(v) if n in ("data", "model") else v for n, v in changes.items()}
     with pytest.raises(UserError, match=text):
         train.train(options(changes.pop("data", data), tmp_path, **changes), ALONE)
+
+
+def test_a_model_that_isnt_there(data, tmp_path):
+    given = options(data, tmp_path / "run", **of(tmp_path / "none"))
+    with pytest.raises(
+        UserError, match="--model must be a folder with a config.json, got '.*none'"
+    ):
+        train.train(given, ALONE)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text('{"model_type": "roberta"}')
+    given = options(data, tmp_path / "run", **of(tmp_path / "bad"))
+    with pytest.raises(UserError, match="must be a model of type 'bert', got one of .* 'roberta'"):
+        train.train(given, ALONE)
 
 
 def test_a_disk_without_room_for_a_checkpoint(data, tmp_path, monkeypatch):
@@ -288,16 +308,21 @@ def test_the_model_is_plain_transformers(recipe, data, tmp_path, capsys):
     assert f"| tokens | {facts['tokens']:,} |" in card
 
 
+def of(folder):
+    """The options of a model that is given."""
+    return dict(model=folder, layers=None, width=None, heads=None, inner=None)
+
+
 def test_it_goes_on_from_a_saved_model(data, whole, tmp_path, capsys):
     """Also without the head for pairs, and with one that is new."""
     run, told = whole
-    begun = trained(data, tmp_path / "a", model=run / "model", steps=1)
+    begun = trained(data, tmp_path / "a", steps=1, **of(run / "model"))
     assert begun[0]["mlm_loss"] < told[0]["mlm_loss"]
-    trained(data, tmp_path / "b", model=run / "model", steps=1, nsp=False)
+    trained(data, tmp_path / "b", steps=1, nsp=False, **of(run / "model"))
     config = json.loads((tmp_path / "b" / "model" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
     capsys.readouterr()
-    trained(data, tmp_path / "c", model=tmp_path / "b" / "model", steps=1, nsp=True)
+    trained(data, tmp_path / "c", steps=1, nsp=True, **of(tmp_path / "b" / "model"))
     said = capsys.readouterr().out
     assert "b/model' doesn't have these, which begin anew: bert.pooler.dense.bias" in said
 
@@ -316,7 +341,7 @@ def test_a_model_that_doesnt_fit(config, text, data, tmp_path):
     model = transformers.BertForPreTraining(transformers.BertConfig(**given))
     model.save_pretrained(tmp_path / "given")
     with pytest.raises(UserError, match=text):
-        train.train(options(data, tmp_path / "run", model=tmp_path / "given"), ALONE)
+        train.train(options(data, tmp_path / "run", **of(tmp_path / "given")), ALONE)
 
 
 def test_torch_compile(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ def as_command(name: str, options: Any, run: Callable[[Any], int]) -> Callable[.
         shown = typer.Argument if about.get("argument") else typer.Option
         more: dict[str, Any] = {"metavar": f"[{'|'.join(known)}]"} if known else {}
         about = shown(help=about["help"], **more)
-        kind: Any = typing.Annotated.__class_getitem__((kinds[option.name], about))  # type: ignore[attr-defined]
+        kind: Any = operator.getitem(typing.Annotated, (kinds[option.name], about))  # type: ignore[call-overload]
         default = _default(option)
         parameters.append(
             inspect.Parameter(

@@ -63,6 +63,13 @@ def _checked(given: TrainOptions, processes: Processes) -> tuple[Prepared, Preci
         )
     if given.tokens < given.length:
         raise UserError(f"--tokens must be at least --length ({given.length}), got {given.tokens}")
+    if given.model is not None:
+        for name in ("layers", "width", "heads", "inner", "dropout"):
+            if getattr(given, name) is not None:
+                raise UserError(f"{options.flag(name)} is for a new model, and --model gives one")
+    schedule = given.resolved().schedule
+    if given.decay is not None and schedule != "wsd":
+        raise UserError(f"--decay is for --schedule wsd, and it is {schedule}")
     precision = Precision(given.precision, processes.device)
     if precision.dtype == torch.float16 and given.fsdp:
         raise UserError("--precision fp16 can't be had with --fsdp: take bf16 or fp32")
@@ -374,6 +381,8 @@ class Run:
         """Figures of the held-out documents; none where there are none."""
         module: Any = self.shared.module
         if not self.data.holds_out(module.nsp):
+            if self.log is not None:
+                self.log.say("not evaluated: no documents were kept from training")
             return {}
         begun = time.perf_counter()
         figures = evaluate(
