@@ -6,17 +6,17 @@ The text is what Python brings along (python_text.py), the task MLM alone, the m
 width 256 with a vocabulary of 4,096: its head has the share of the work that BERT-base's has. Both
 train from random weights by AdamW in float32, with dropout 0.1 and 15 % of the tokens predicted,
 the same number of steps with as many real tokens each. Trainer has stock BertForMaskedLM with SDPA
-and DataCollatorForLanguageModeling, whose texts are cut in the two usual ways:
+and DataCollatorForLanguageModeling. Texts are cut in the two ways that are usual there:
 
-    paragraphs   each paragraph is a row, cut at the length and padded to the longest of its batch
-                 (run_mlm.py with --line_by_line)
-    filled       all text in a line, cut every so many tokens: rows without padding, which go across
-                 paragraphs (run_mlm.py's default, group_texts)
+    paragraphs   each is a text of its own. Trainer cuts it at the length, and pads it to the
+                 longest of its batch (run_mlm.py with --line_by_line); the recipe packs it
+    documents    long texts. Trainer has all of them in a line, cut every so many tokens: full
+                 rows, without padding, which go from one document into the next (run_mlm.py's
+                 default, group_texts); the recipe cuts each by itself
 
-The recipe packs the same paragraphs, each a sequence of its own. All take turns, in one process;
-the rate of a turn leaves out its first steps, saving and evaluation. It is by processor time, of
-all threads, input among them, so that other work on the machine counts for little; the file has
-the clock's too.
+All take turns, in one process; the rate of a turn leaves out its first steps, saving and
+evaluation. It is by processor time, of all threads, input among them, so that other work on the
+machine counts for little; the file has the clock's too.
 
 In the file stand too the tokens per second that BERT-base packed at 512 should reach on one H100,
 modelled by pretrain_modelled.py. They were not measured.
@@ -53,7 +53,8 @@ LENGTH, TOKENS = 128, 2048  # the longest row, and real tokens of a step
 VOCABULARY, SHARE, DROPOUT, LR = 4096, 0.15, 0.1, 1e-4
 LAYERS, WIDTH, HEADS = 4, 256, 4
 FIRST = 5  # steps that a turn doesn't count; the recipe prints its figures as often
-WAYS = "recipe", "paragraphs", "filled"
+CUTS = "paragraphs", "documents"
+WAYS = tuple(f"{who}, {cut}" for cut in CUTS for who in ("recipe", "Trainer"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,48 +70,51 @@ def main(arguments: list[str] | None = None) -> int:
     told.out.write_text(json.dumps(result, indent=1) + "\n")
     for name in WAYS:
         print(f"{name}: {result['measured'][name]['tokens_per_second']:,} real tokens/s")
-    print(f"over Trainer, paragraphs: {result['over_trainer']['paragraphs']}")
+    print(f"over Trainer: {result['over_trainer']}")
     return 0
 
 
 def measure(folder: Path, told: argparse.Namespace) -> dict[str, Any]:
-    data = folder / "data"
-    text = paragraphs(folder / "text.jsonl", told.characters)
-    call("prepare", folder / "text.jsonl", data=data, vocabulary=VOCABULARY)
+    files = {cut: folder / f"{cut}.jsonl" for cut in CUTS}
+    about = python_text.write(files["documents"], told.characters)
+    about["paragraphs"] = paragraphs(files["documents"], files["paragraphs"])
+    data = {cut: folder / cut for cut in CUTS}
+    call("prepare", files["documents"], data=data["documents"], vocabulary=VOCABULARY)
+    tokenizer = data["documents"] / "tokenizer"
+    call("prepare", files["paragraphs"], data=data["paragraphs"], tokenizer=tokenizer)
     here = {**asdict(environment("cpu")), "threads": torch.get_num_threads()}
-    rows = {name: tokenised(folder / "text.jsonl", data, name) for name in WAYS[1:]}
+    rows = {cut: tokenised(files[cut], tokenizer, cut) for cut in CUTS}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for number in range(told.turns):
         for name in WAYS:
-            place = folder / f"{name}-{number}"
-            if name == "recipe":
-                turns[name].append(by_recipe(data, place, told.steps, number))
+            who, cut = name.split(", ")
+            place = folder / f"{who}-{cut}-{number}"
+            if who == "recipe":
+                found = by_recipe(data[cut], place, told.steps, number)
             else:
-                turns[name].append(by_trainer(rows[name], data, place, told.steps, number))
-    measured = {name: summary(found) for name, found in turns.items()}
-    ours = [turn["tokens_per_second"] for turn in turns["recipe"]]
-    over = {}
-    for name in WAYS[1:]:
-        others = [turn["tokens_per_second"] for turn in turns[name]]
-        ratios = sorted(a / b for a, b in zip(ours, others, strict=True))
-        over[name] = {
-            "median": round(statistics.median(ratios), 2),
-            "least": round(ratios[0], 2),
-            "greatest": round(ratios[-1], 2),
-        }
+                found = by_trainer(rows[cut], tokenizer, place, told.steps, number)
+            turns[name].append(found)
     return {
         "goals": GOALS,
         "environment": here,
-        "text": text,
+        "text": about,
         "settings": {
             **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "vocabulary": VOCABULARY},
             **{"length": LENGTH, "tokens": TOKENS, "masked_share": SHARE, "dropout": DROPOUT},
             **{"steps": told.steps, "turns": told.turns},
         },
-        "measured": measured,
-        "over_trainer": over,
+        "measured": {name: summary(found) for name, found in turns.items()},
+        "over_trainer": {cut: over(turns, cut) for cut in CUTS},
         "modelled": pretrain_modelled.h100(),
     }
+
+
+def over(turns: dict[str, list[dict[str, float]]], cut: str) -> dict[str, float]:
+    """How many times as fast the recipe is, turn by turn."""
+    pairs = zip(turns[f"recipe, {cut}"], turns[f"Trainer, {cut}"], strict=True)
+    ratios = sorted(ours["tokens_per_second"] / its["tokens_per_second"] for ours, its in pairs)
+    found = {"median": statistics.median(ratios), "least": ratios[0], "greatest": ratios[-1]}
+    return {name: round(ratio, 2) for name, ratio in found.items()}
 
 
 def summary(turns: list[dict[str, float]]) -> dict[str, Any]:
@@ -127,26 +131,25 @@ def summary(turns: list[dict[str, float]]) -> dict[str, Any]:
 # The text
 
 
-def paragraphs(path: Path, characters: int | None) -> dict[str, Any]:
-    """JSON lines with a paragraph each, of more than three words."""
-    about = python_text.write(path, characters)
+def paragraphs(documents: Path, path: Path) -> int:
+    """JSON lines with a paragraph each, of more than three words; how many."""
     found = []
-    for line in path.read_text().splitlines():
+    for line in documents.read_text().splitlines():
         parts = re.split(r"\n\s*\n", json.loads(line)["text"])
         found += [" ".join(part.split()) for part in parts if len(part.split()) > 3]
     path.write_text("".join(json.dumps({"text": part}) + "\n" for part in found))
-    return {**about, "paragraphs": len(found)}
+    return len(found)
 
 
-def tokenised(path: Path, data: Path, name: str) -> list[dict[str, Any]]:
+def tokenised(path: Path, folder: Path, cut: str) -> list[dict[str, Any]]:
     """Rows for Trainer, as run_mlm.py makes them."""
-    tokenizer = tokenizer_of(data)
+    tokenizer = tokenizer_of(folder)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    if name == "paragraphs":
+    if cut == "paragraphs":
         made = tokenizer(texts, truncation=True, max_length=LENGTH, return_special_tokens_mask=True)
         names = ("input_ids", "attention_mask", "special_tokens_mask")
         return [{n: made[n][row] for n in names} for row in range(len(texts))]
-    made = tokenizer(texts, return_special_tokens_mask=True)
+    made = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
     ids, special = (sum(made[n], []) for n in ("input_ids", "special_tokens_mask"))
     return [
         {
@@ -158,10 +161,10 @@ def tokenised(path: Path, data: Path, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def tokenizer_of(data: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(data / "tokenizer")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 # The turns
@@ -208,12 +211,12 @@ def by_recipe(data: Path, folder: Path, steps: int, seed: int) -> dict[str, floa
 
 
 def by_trainer(
-    rows: list[dict[str, Any]], data: Path, folder: Path, steps: int, seed: int
+    rows: list[dict[str, Any]], saved: Path, folder: Path, steps: int, seed: int
 ) -> dict[str, float]:
     import transformers
 
     torch.manual_seed(seed)
-    tokenizer = tokenizer_of(data)
+    tokenizer = tokenizer_of(saved)
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         num_hidden_layers=LAYERS,

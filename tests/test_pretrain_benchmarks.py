@@ -66,7 +66,7 @@ def test_a_few_steps_of_speed(scripts, tmp_path, monkeypatch):
     assert script.main(words) == 0
     found = json.loads(out.read_text())
     assert found["measured"].keys() == set(script.WAYS)
-    assert found["measured"]["paragraphs"]["useful"] < 0.9
-    assert found["measured"]["filled"]["useful"] == 1.0
+    assert found["measured"]["Trainer, paragraphs"]["useful"] < 0.9
+    assert found["measured"]["Trainer, documents"]["useful"] == 1.0
     text = scripts["pretrain_report"].speed(out)
-    assert f"{found['measured']['recipe']['tokens_per_second']:,}" in text
+    assert f"{found['measured']['recipe, documents']['tokens_per_second']:,}" in text
