@@ -15,6 +15,7 @@ from types import ModuleType
 
 import bertfast
 from bertfast import graphs, nn, ops, packing
+from bertfast.recipes import embed
 
 API = Path(__file__).with_name("api.md")
 HEAD = """# API reference
@@ -29,6 +30,7 @@ PUBLIC: dict[ModuleType, tuple[str, ...]] = {
     packing: ("plan", "lay_out", "useful_share", "Plan"),
     nn: ("Encoder", "EncoderLayer"),
     graphs: ("warm_up", "Limits"),
+    embed: ("Embedder", "CrossScorer"),
 }
 
 

@@ -1,0 +1,102 @@
+"""Shards by Ray Data: actors that each hold the model read rows, and write shards, themselves.
+
+What travels is a shard's number, so the input, the model and the output must lie on disks that all
+machines see, under the same paths. An actor that dies is started again, with what it had in hand.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...commands.errors import UserError, need
+from .command import Meter
+from .embedder import Counts, Embedder
+from .options import EmbedOptions
+from .output import Run
+
+
+class Worker:
+    """An actor. It is given a run and an Embedder, whose model it loads with its first shard."""
+
+    def __init__(self, run: Run, embedder: Embedder, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.run, self.embedder = run, embedder
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {name: [] for name in ("shard", *Counts._fields)}
+        for shard in map(int, batch["shard"]):
+            before = self.embedder.counts
+            if not self.run.has(shard):  # another actor may have died after it
+                read = self.run.read(shard)
+                (vectors,) = self.embedder.windows([read.texts])
+                self.run.write(shard, vectors, read.ids)
+            counts = self.embedder.counts - before
+            for name, value in zip(found, (shard, *counts), strict=True):
+                found[name].append(value)
+        return found
+
+
+def on_ray(
+    run: Run, embedder: Embedder, missing: list[int], options: EmbedOptions
+) -> tuple[Counts, float]:
+    need("--ray", ("ray",), "scale")
+    ray = _connected(options.ray or "local")
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if options.device != "cpu" else 0
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        workers = min(options.workers or gpus or cpus, len(missing))
+        embedder.encoder  # noqa: B018  its errors are told here, and not by an actor
+        with Meter(run.rows, run.rows - sum(map(run.count, missing))) as meter:
+            counts = Counts()
+            for row in _results(ray, run, embedder, missing, workers, gpus):
+                made = Counts(*(int(row[name]) for name in Counts._fields))
+                meter.add(made._replace(texts=run.count(int(row["shard"]))))
+                counts += made
+    finally:
+        ray.shutdown()
+    if left := run.missing():
+        raise UserError(
+            f"{run.path(left[0]).name} and {len(left) - 1} more aren't in {str(run.folder)!r} "
+            "though actors wrote them: it must lie on a disk that all machines of the cluster see"
+        )
+    return counts, meter.seconds
+
+
+def _connected(address: str) -> Any:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray: {address!r} can't be reached: {error}") from None
+    return ray
+
+
+def _results(
+    ray: Any, run: Run, embedder: Embedder, missing: list[int], workers: int, gpus: int
+) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    items = [{"shard": shard} for shard in missing]
+    # A block for each shard, made here: a task to make them would wait for a CPU that actors hold.
+    made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Worker,
+        fn_constructor_args=(run, embedder, None if gpus else 1),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        **{"num_gpus": 1} if gpus else {"num_cpus": 1},
+    )
+    return made.iter_rows()
