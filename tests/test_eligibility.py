@@ -14,7 +14,7 @@ import bertfast
 from bertfast import notice
 from bertfast.nn import eligibility, watching
 from bertfast.nn.eligibility import WATCH, Watch
-from bertfast.ops import native
+from bertfast.packing import compiled
 
 pytest.importorskip("transformers")
 from support.hf_models import tiny  # noqa: E402
@@ -25,7 +25,7 @@ NAMES = ("BertModel", "DistilBertModel")
 @pytest.fixture(params=["compiled", "python"])
 def compare(request, monkeypatch):
     """The comparisons of a compiled module, and those in Python."""
-    found = native.any_module() if request.param == "compiled" else watching._IN_PYTHON
+    found = compiled.module() if request.param == "compiled" else watching._IN_PYTHON
     if found is None:
         pytest.skip("no module was built")
     monkeypatch.setattr(eligibility, "comparisons", lambda: found)
@@ -249,7 +249,7 @@ def test_memory_is_compared_with_its_form(compare):
 
 @pytest.mark.parametrize("name", ["all_empty", "none_has", "holds"])
 def test_compiled_comparisons_take_dicts_alone(name):
-    module = native.any_module()
+    module = compiled.module()
     if module is None:
         pytest.skip("no module was built")
     more = {"all_empty": (), "none_has": ("a",), "holds": (["a"], [1])}[name]

@@ -4,11 +4,23 @@ import itertools
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from bertfast import packing
+from bertfast.packing import compiled, layout, looking
 from bertfast.packing.batch import pack
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def counts(request, monkeypatch):
+    """Counting on the host: by a compiled module, or by numpy."""
+    if request.param == "numpy":
+        for user in (looking, layout):
+            monkeypatch.setattr(user, "module", lambda: None)
+    elif compiled.module() is None:
+        pytest.skip("no module was built")
 
 
 def written_out(lengths):
@@ -54,7 +66,7 @@ def drawn_lengths(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_lay_out_is_the_written_out_algorithm(seed):
+def test_lay_out_is_the_written_out_algorithm(seed, counts):
     for part in range(20):
         lengths = drawn_lengths(100 * seed + part)
         bounds, tiles, tile, runs = written_out(lengths)
@@ -94,7 +106,7 @@ def test_lengths_of_any_size_are_summed_without_wrapping():
 
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_pack_finds_each_token_again(seed, sort):
+def test_pack_finds_each_token_again(seed, sort, counts):
     rng = random.Random(seed)
     rows, length = rng.choice(((1, 7), (5, 9), (40, 70), (200, 12)))
     lengths = [rng.randint(1, length) for _ in range(rows)]
@@ -109,6 +121,54 @@ def test_pack_finds_each_token_again(seed, sort):
     assert batch.index.tolist() == index
     where = {place: number for number, place in enumerate(index)}
     assert batch.firsts.tolist() == [where[row * length] for row in range(rows)]
+    assert batch.columns.tolist() == [place % length for place in index]
+    assert batch.sources is None  # gradients go another way
+    with torch.no_grad():
+        sources = pack(mask, sort=sort).sources.tolist()
+    places = range(rows * length)
+    assert sources == [where.get(place, where[place // length * length]) for place in places]
+
+
+@pytest.mark.parametrize("kind", [bool, np.int64])
+def test_a_mask_is_seen(counts, kind):
+    mask = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 0]], dtype=kind)
+    ids = np.array([[5, 6, 1], [7, 1, 1], [1, 8, 1]])
+    _, lengths, begins, to_be_read = looking.seen(mask, ids, 1)
+    assert lengths.tolist() == [2, 2, 1] and not begins and not to_be_read
+    assert looking.seen(mask[:2], None, 0)[2:] == (True, False)
+    ids[1, 1] = 2
+    assert looking.seen(mask, ids, 1).to_be_read
+    assert not looking.seen(mask[::2], ids[::2], 1).to_be_read  # apart in memory
+    assert looking.seen(mask[:, :0], ids[:, :0], 1)[2:] == (False, False)
+
+
+def test_places_of_holes(counts):
+    mask = np.array([[1, 0, 1], [1, 1, 0]], dtype=bool)
+    numbers, sizes = looking.places_of(mask, np.array([2, 2]), None, True)
+    assert sizes == [4, 4, 6]
+    assert numbers.tolist() == [0, 2, 3, 4, 0, 2, 0, 1, 0, 0, 1, 2, 3, 2]
+
+
+def test_the_compiled_module_checks_what_it_is_given():
+    module = compiled.module()
+    if module is None:
+        pytest.skip("no module was built")
+    mask, ids = np.ones((2, 3), dtype=bool), np.ones((2, 3), dtype=np.int64)
+    with pytest.raises(ValueError, match="dense"):
+        module.look(mask.T, None, 0)
+    with pytest.raises(TypeError, match="bool or int64"):
+        module.look(mask.astype(np.float32), None, 0)
+    with pytest.raises(TypeError, match="ids must be"):
+        module.look(mask, ids.T, 0)
+    with pytest.raises(ValueError, match="ids must have"):
+        module.look(mask, ids[:1], 0)
+    for tokens in (5, 7):
+        with pytest.raises(ValueError, match="than was said"):
+            module.places(mask, tokens, True)
+    with pytest.raises(ValueError, match="bounds"):
+        module.tiles(np.zeros(0, dtype=np.int64), 64)
+    with pytest.raises(TypeError):
+        module.tiles(np.zeros(2, dtype=np.int32), 64)
 
 
 def best_time(function, repeats=7):

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..ops import native
+from ..packing import compiled
 
 
 @functools.cache
 def comparisons() -> Any:
     """The compiled module, or where none was built this one."""
-    return native.any_module() or _IN_PYTHON
+    return compiled.module() or _IN_PYTHON
 
 
 def of_kinds(modules: list, kinds: list[type]) -> bool:

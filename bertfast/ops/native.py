@@ -85,8 +85,3 @@ def _version(number: int) -> str:
 
 def module_for(tensor: torch.Tensor) -> Any:
     return _load("_cuda" if tensor.is_cuda else "_host")[0]
-
-
-def any_module() -> Any | None:
-    """One of the modules, for what each of them has."""
-    return _load("_host")[0] or _load("_cuda")[0]

@@ -20,7 +20,7 @@ from ..tracing import can_look_at
 from .buckets import Filled
 from .layout import lay_out_array
 from .lengths import check_bounds
-from .looking import Padding, look, places_of
+from .looking import Padding, firsts_of, look, places_of
 from .planning import plan as plan_batch
 from .sequences import Sequences, sequences_of
 from .tiles import Plan
@@ -188,13 +188,12 @@ def pack(
     if mask.numel() == 0:
         return Batch()
     device = mask.device if device is None else device
-    attended, to_be_read = look(mask, padding)
-    lengths = np.count_nonzero(attended, axis=1)
+    attended, lengths, begins, to_be_read = look(mask, padding)
     tokens = int(lengths.sum())
     if tokens == rows * length:
         return full(mask.shape, device, buckets)
     kept = None
-    if not attended[:, 0].all():
+    if not begins:
         kept = "a row begins with padding, or is nothing else"
     elif to_be_read:
         kept = "tokens at mask 0 are not the padding token: they may be there to be read"
@@ -219,7 +218,7 @@ def pack(
         plan=plan if _wants_plan(backend, device) else None,
         index=index,
         columns=columns,
-        firsts=cu_seqlens[:-1] if order is None else torch.from_numpy(places.firsts),
+        firsts=cu_seqlens[:-1] if order is None else torch.from_numpy(firsts_of(lengths, order)),
         sources=rest[0] if rest else None,
         padded_shape=(rows, length),
         bucket=bucket,

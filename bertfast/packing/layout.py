@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import checks
+from .compiled import module
 from .tiles import Plan, tile_size
 
 
@@ -49,7 +50,11 @@ def lay_out_array(lengths: np.ndarray, device: torch.device) -> tuple[torch.Tens
 
 
 def tiles_of(bounds: np.ndarray, tile: int) -> np.ndarray:
-    """(tiles, 3): sequence, first position in it, number of sequences."""
+    """(tiles, 3): sequence, first position in it, number of sequences. bounds: int64."""
+    compiled = module()
+    if compiled is not None:
+        return compiled.tiles(bounds, tile)
+
     # 1. Were a group to start at sequence i, it would end before sequence `after[i]`.
     batch = bounds.size - 1
     after = np.searchsorted(bounds, bounds[:-1] + tile, side="right") - 1

@@ -1,13 +1,16 @@
 """A mask as the host sees it: which tokens are attended, and where they go in the packed batch.
 
-By numpy, whatever device the mask is on: its values come in one copy, which is waited for, and the
-places go back in one. On the device the same would be a score of small kernels.
+The mask's values come in one copy, which is waited for, and the places go back in one: on the
+device the same would be a score of small kernels. Between the copies a compiled module counts, if
+one was built (csrc/bindings/mask.cpp), and numpy elsewhere.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from .compiled import module
 
 
 class Padding(NamedTuple):
@@ -17,27 +20,45 @@ class Padding(NamedTuple):
     token: int
 
 
-def look(mask: torch.Tensor, padding: Padding | None) -> tuple[np.ndarray, bool]:
-    """The tokens that are attended, bool (rows, length), and True if another is not padding."""
+class Seen(NamedTuple):
+    attended: np.ndarray  # (rows, length), bool or int64: not 0
+    lengths: np.ndarray  # int64, attended tokens of each row
+    begins: bool  # each row's first token is attended
+    to_be_read: bool  # a token that isn't attended is not the padding
+
+
+def look(mask: torch.Tensor, padding: Padding | None) -> Seen:
+    """padding: None where all that isn't attended is taken for it."""
     if padding is None:
-        return _values(mask), False
+        return seen(_values(mask), None, 0)
     ids = padding.ids
     if mask.device == ids.device != torch.device("cpu"):
         # An id of a mask's type might be rounded, a mask of an id's cut off.
         if mask.dtype != ids.dtype:
             mask = mask.bool().to(ids.dtype)
-        both = torch.stack((mask, ids)).cpu().numpy()
-        attended, others = both[0] != 0, both[1]
-    else:
-        attended = _values(mask)
-        if attended.all():
-            return attended, False
-        others = ids.cpu().numpy()
-    return attended, bool(((others != padding.token) > attended).any())  # and not attended
+        attended, others = torch.stack((mask, ids)).cpu().numpy()
+        return seen(attended, others, padding.token)
+    attended = _values(mask)
+    if attended.all():  # then nobody has to wait for ids
+        return seen(attended, None, 0)
+    return seen(attended, ids.cpu().numpy(), padding.token)
 
 
 def _values(mask: torch.Tensor) -> np.ndarray:
     return mask.detach().bool().cpu().numpy()
+
+
+def seen(attended: np.ndarray, ids: np.ndarray | None, token: int) -> Seen:
+    attended = np.ascontiguousarray(attended, None if attended.dtype == bool else np.int64)
+    ids = None if ids is None else np.ascontiguousarray(ids, np.int64)
+    compiled = module()
+    if compiled is not None:
+        return Seen(attended, *compiled.look(attended, ids, token))
+    attended = attended != 0
+    lengths = np.count_nonzero(attended, axis=1)
+    begins = attended.shape[1] > 0 and bool(attended[:, 0].all())
+    read = ids is not None and bool(((ids != token) > attended).any())  # and not attended
+    return Seen(attended, lengths, begins, read)
 
 
 class Places(NamedTuple):
@@ -46,7 +67,6 @@ class Places(NamedTuple):
 
     numbers: np.ndarray
     sizes: list[int]
-    firsts: np.ndarray  # where each row's first token stands in the packed batch
 
 
 def places_of(
@@ -57,23 +77,30 @@ def places_of(
     rows, length = attended.shape
     tokens = int(lengths.sum())
     sizes = [tokens, tokens, *([rows * length] if wants_sources else ())]
+    compiled = module()
+    if order is None and compiled is not None:
+        return Places(compiled.places(attended, tokens, wants_sources), sizes)
     numbers = np.empty(sum(sizes), dtype=np.int64)
     index = numbers[:tokens]
+    begins, counts = np.arange(rows) * length, lengths
     if order is None:
         index[:] = np.flatnonzero(attended)
-        firsts = np.cumsum(lengths) - lengths
     else:
+        begins, counts = begins[order], lengths[order]
         row, column = attended[order].nonzero()
         index[:] = order[row] * length + column
-        firsts = np.empty(rows, dtype=np.int64)
-        firsts[order] = np.cumsum(lengths[order]) - lengths[order]
-    # Where each token's row begins in the padded batch.
-    begins, counts = np.arange(rows) * length, lengths
-    if order is not None:
-        begins, counts = begins[order], lengths[order]
     np.subtract(index, np.repeat(begins, counts), out=numbers[tokens : 2 * tokens])
     if wants_sources:
         sources = numbers[2 * tokens :]
-        sources.reshape(rows, length)[:] = firsts[:, None]
+        sources.reshape(rows, length)[:] = firsts_of(lengths, order)[:, None]
         sources[index] = np.arange(tokens)
-    return Places(numbers, sizes, firsts)
+    return Places(numbers, sizes)
+
+
+def firsts_of(lengths: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Places of the rows' first tokens in the packed batch."""
+    if order is None:
+        return np.cumsum(lengths) - lengths
+    firsts = np.empty(len(lengths), dtype=np.int64)
+    firsts[order] = np.cumsum(lengths[order]) - lengths[order]
+    return firsts
