@@ -4,9 +4,10 @@
 
 The text is what Python brings along (python_text.py), the task MLM alone, the model 4 layers of
 width 256 with a vocabulary of 4,096: its head has the share of the work that BERT-base's has. Both
-train from random weights by AdamW in float32, with dropout 0.1 and 15 % of the tokens predicted,
-the same number of steps with as many real tokens each. Trainer has stock BertForMaskedLM with SDPA
-and DataCollatorForLanguageModeling. Texts are cut in the two ways that are usual there:
+train from random weights by AdamW in float32, with dropout 0.1 and without, 15 % of the tokens
+predicted, the same number of steps with as many real tokens each. Trainer has stock
+BertForMaskedLM with SDPA and DataCollatorForLanguageModeling. Texts are cut in the two ways that
+are usual there:
 
     paragraphs   each is a text of its own. Trainer cuts it at the length, and pads it to the
                  longest of its batch (run_mlm.py with --line_by_line); the recipe packs it
@@ -50,7 +51,8 @@ from bertfast.recipes.pretrain import meter  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "pretrain-speed.json"
 GOALS = {"over_trainer": 2.0, "modelled_tokens_per_second": 600_000}
 LENGTH, TOKENS = 128, 2048  # the longest row, and real tokens of a step
-VOCABULARY, SHARE, DROPOUT, LR = 4096, 0.15, 0.1, 1e-4
+VOCABULARY, SHARE, LR = 4096, 0.15, 1e-4
+DROPOUTS = 0.1, 0.0  # of bert-2018 and of modern
 LAYERS, WIDTH, HEADS = 4, 256, 4
 FIRST = 5  # steps that a turn doesn't count; the recipe prints its figures as often
 CUTS = "paragraphs", "documents"
@@ -59,8 +61,8 @@ WAYS = tuple(f"{who}, {cut}" for cut in CUTS for who in ("recipe", "Trainer"))
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="of a turn, a multiple of 5")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15, help="of a turn, a multiple of 5")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--characters", type=int, help="of text, instead of all")
     told = parser.parse_args(arguments)
@@ -68,9 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         result = measure(Path(folder), told)
     told.out.parent.mkdir(parents=True, exist_ok=True)
     told.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in WAYS:
-        print(f"{name}: {result['measured'][name]['tokens_per_second']:,} real tokens/s")
-    print(f"over Trainer: {result['over_trainer']}")
+    for found in result["measured"]:
+        for name in WAYS:
+            rate = found["ways"][name]["tokens_per_second"]
+            print(f"dropout {found['dropout']}, {name}: {rate:,} real tokens/s")
+        print(f"over Trainer: {found['over_trainer']}")
     return 0
 
 
@@ -84,27 +88,33 @@ def measure(folder: Path, told: argparse.Namespace) -> dict[str, Any]:
     call("prepare", files["paragraphs"], data=data["paragraphs"], tokenizer=tokenizer)
     here = {**asdict(environment("cpu")), "threads": torch.get_num_threads()}
     rows = {cut: tokenised(files[cut], tokenizer, cut) for cut in CUTS}
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    turns: list[dict[str, list[dict[str, float]]]] = [{n: [] for n in WAYS} for _ in DROPOUTS]
     for number in range(told.turns):
-        for name in WAYS:
-            who, cut = name.split(", ")
-            place = folder / f"{who}-{cut}-{number}"
-            if who == "recipe":
-                found = by_recipe(data[cut], place, told.steps, number)
-            else:
-                found = by_trainer(rows[cut], tokenizer, place, told.steps, number)
-            turns[name].append(found)
+        for dropout, found in zip(DROPOUTS, turns, strict=True):
+            for name in WAYS:
+                who, cut = name.split(", ")
+                turn = Turn(folder / f"{who}-{cut}-{dropout}-{number}", told.steps, number, dropout)
+                if who == "recipe":
+                    found[name].append(by_recipe(turn, data[cut]))
+                else:
+                    found[name].append(by_trainer(turn, rows[cut], tokenizer))
     return {
         "goals": GOALS,
         "environment": here,
         "text": about,
         "settings": {
             **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "vocabulary": VOCABULARY},
-            **{"length": LENGTH, "tokens": TOKENS, "masked_share": SHARE, "dropout": DROPOUT},
+            **{"length": LENGTH, "tokens": TOKENS, "masked_share": SHARE},
             **{"steps": told.steps, "turns": told.turns},
         },
-        "measured": {name: summary(found) for name, found in turns.items()},
-        "over_trainer": {cut: over(turns, cut) for cut in CUTS},
+        "measured": [
+            {
+                "dropout": dropout,
+                "ways": {name: summary(one) for name, one in found.items()},
+                "over_trainer": {cut: over(found, cut) for cut in CUTS},
+            }
+            for dropout, found in zip(DROPOUTS, turns, strict=True)
+        ],
         "modelled": pretrain_modelled.h100(),
     }
 
@@ -170,6 +180,13 @@ def tokenizer_of(folder: Path) -> Any:
 # The turns
 
 
+class Turn(NamedTuple):
+    folder: Path
+    steps: int
+    seed: int
+    dropout: float
+
+
 class Moment(NamedTuple):
     processor: float
     wall: float
@@ -187,7 +204,7 @@ def rates(begun: Moment, ended: Moment, tokens: int, steps: int) -> dict[str, fl
     }
 
 
-def by_recipe(data: Path, folder: Path, steps: int, seed: int) -> dict[str, float]:
+def by_recipe(turn: Turn, data: Path) -> dict[str, float]:
     seen: list[tuple[Moment, dict[str, Any]]] = []
     write = meter.Log.write
 
@@ -198,24 +215,22 @@ def by_recipe(data: Path, folder: Path, steps: int, seed: int) -> dict[str, floa
     with mock.patch.object(meter.Log, "write", watched):
         call(
             *("train", "--no-nsp"),
-            **{"data": data, "out": folder, "seed": seed, "steps": FIRST + steps},
+            **{"data": data, "out": turn.folder, "seed": turn.seed, "steps": FIRST + turn.steps},
             **{"length": LENGTH, "tokens": TOKENS, "micro_batches": 1, "masked_share": SHARE},
-            **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "dropout": DROPOUT, "lr": LR},
+            **{"layers": LAYERS, "width": WIDTH, "heads": HEADS, "dropout": turn.dropout, "lr": LR},
             **{"print_every": FIRST, "schedule": "linear", "warmup": 0},
         )
     (begun, _), *counted = [one for one in seen if "input_wait" in one[1]]
     # A line's rate is over its steps' time.
     tokens = sum(x["tokens_per_second"] * x["seconds_per_step"] * FIRST for _, x in counted)
     useful = statistics.mean(x["useful_tokens"] for _, x in counted)
-    return {**rates(begun, counted[-1][0], round(tokens), steps), "useful": useful}
+    return {**rates(begun, counted[-1][0], round(tokens), turn.steps), "useful": useful}
 
 
-def by_trainer(
-    rows: list[dict[str, Any]], saved: Path, folder: Path, steps: int, seed: int
-) -> dict[str, float]:
+def by_trainer(turn: Turn, rows: list[dict[str, Any]], saved: Path) -> dict[str, float]:
     import transformers
 
-    torch.manual_seed(seed)
+    torch.manual_seed(turn.seed)
     tokenizer = tokenizer_of(saved)
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
@@ -224,8 +239,8 @@ def by_trainer(
         num_attention_heads=HEADS,
         intermediate_size=4 * WIDTH,
         max_position_embeddings=LENGTH,
-        hidden_dropout_prob=DROPOUT,
-        attention_probs_dropout_prob=DROPOUT,
+        hidden_dropout_prob=turn.dropout,
+        attention_probs_dropout_prob=turn.dropout,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = transformers.BertForMaskedLM(config)
@@ -245,14 +260,14 @@ def by_trainer(
             ends.append(Moment.now())
 
     arguments = transformers.TrainingArguments(
-        str(folder),
-        max_steps=FIRST + steps,
+        str(turn.folder),
+        max_steps=FIRST + turn.steps,
         per_device_train_batch_size=round(TOKENS / mean),
         learning_rate=LR,
         warmup_steps=0,
         weight_decay=0.01,
         max_grad_norm=1.0,
-        seed=seed,
+        seed=turn.seed,
         use_cpu=True,
         report_to="none",
         save_strategy="no",
@@ -263,10 +278,10 @@ def by_trainer(
     transformers.Trainer(
         model, arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
     ).train()
-    counted = counts[FIRST : FIRST + steps]
+    counted = counts[FIRST : FIRST + turn.steps]
     real = sum(one for one, _ in counted)
     useful = real / sum(every for _, every in counted)
-    return {**rates(ends[FIRST - 1], ends[-1], real, steps), "useful": useful}
+    return {**rates(ends[FIRST - 1], ends[-1], real, turn.steps), "useful": useful}
 
 
 if __name__ == "__main__":
