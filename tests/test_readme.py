@@ -1,6 +1,7 @@
 """The README's Python runs, its links lead somewhere, and its commands exist."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,53 @@ def test_pretraining(tmp_path, monkeypatch, capsys):
     assert "held-out: MLM" in capsys.readouterr().out
     names = run("AutoModelForPreTraining", AutoModelForPreTraining=transformers.BertForPreTraining)
     assert names["model"].config.vocab_size == 60
+
+
+def test_embedding(tmp_path, monkeypatch, capsys):
+    """As it stands, with a tiny encoder under the name of the real one."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("pyarrow")
+    from support import encoders
+
+    from bertfast.recipes.embed.__main__ import run as run_command
+
+    monkeypatch.chdir(tmp_path)
+    encoders.save(tmp_path / "all-MiniLM-L6-v2")
+    encoders.save(tmp_path / "cross-encoder", "BertForSequenceClassification", num_labels=1)
+    names = run("CrossScorer")
+    assert names["vectors"].shape == (2, 32) and names["scores"].shape == (2,)
+    (tmp_path / "corpus.csv").write_text("key,text\na,one text\nb,another\n")
+    (command,) = re.findall(r"^python -m bertfast.recipes.embed (.*)", README, re.MULTILINE)
+    assert run_command([*command.split(), "--device", "cpu"]) == 0
+    table = run("read_table")["table"]
+    assert table.column_names == ["row", "key", "embedding"] and table["key"].to_pylist() == [
+        "a",
+        "b",
+    ]
+
+
+class Texts:
+    """Ray's dataset, of one batch; tests/test_embed_ray.py has the real one."""
+
+    def map_batches(self, kind, *, fn_constructor_args, compute, num_gpus):
+        return kind(*fn_constructor_args)({"text": ["a", "b"]})
+
+
+def test_embedding_in_a_pipeline(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from types import ModuleType
+
+    from support import encoders
+
+    from bertfast.recipes.embed import Embedder
+
+    monkeypatch.chdir(tmp_path)
+    encoders.save(tmp_path / "all-MiniLM-L6-v2")
+    ray = ModuleType("ray")
+    ray.data = ModuleType("ray.data")
+    ray.data.read_csv, ray.data.ActorPoolStrategy = lambda path: Texts(), dict
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert run("map_batches", Embedder=Embedder)["found"]["embedding"].shape == (2, 32)
 
 
 def on_a_cpu(name: str) -> list[str]:

@@ -1,10 +1,14 @@
 """The command's work: shards that are missing, computed here or by Ray's actors."""
 
 import contextlib
+import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from ...commands.errors import UserError
 from . import encoders, output
@@ -15,19 +19,35 @@ from .rows import Columns
 
 
 def embed(options: EmbedOptions) -> int:
+    if options.ray is None:
+        device = encoders.device_of(options.device)
+        return _embed(options, device, _here)
+    from . import scale
+
+    paths = {name: getattr(options, name).resolve() for name in ("input", "output", "model")}
+    options = dataclasses.replace(options, **paths)  # actors have folders of their own
+    with scale.connected(options) as cluster:
+        return _embed(options, cluster.device, functools.partial(scale.on_ray, cluster))
+
+
+def _embed(options: EmbedOptions, device: torch.device, work: Callable[..., Any]) -> int:
+    dtype = encoders.dtype_of(options.precision, device)
+    names = ("pooling", "normalize", "prompt", "prompt_name", "length")
+    asked: dict[str, Any] = {name: getattr(options, name) for name in names}
+    asked["precision"] = next(k for k, known in encoders.DTYPES.items() if known == dtype)
     embedder = Embedder(
         options.model,
-        pooling=options.pooling,
-        normalize=options.normalize,
-        prompt=options.prompt,
-        prompt_name=options.prompt_name,
-        length=options.length,
+        **asked,
         tokens=options.tokens,
         window=options.shard,
-        device=options.device,
-        precision=options.precision,
+        device="auto" if options.ray is not None and device.type == "cuda" else options.device,
     )
     encoders.plan(options.model, embedder._asked)  # a folder that can't be read, before the texts
+    made_of = {
+        "model": str(options.model.resolve()),
+        "model_checksum": output.of_model(options.model),
+        **asked,
+    }
     with output.locked(options.output), _told():
         with _bar("reading", 0, 0) as bar:
             run = output.begin(
@@ -36,7 +56,7 @@ def embed(options: EmbedOptions) -> int:
                 Columns(options.column, options.id),
                 form=options.format,
                 size=options.shard,
-                made_of=_made_of(options),
+                made_of=made_of,
                 overwrite=options.overwrite,
                 bar=bar,
             )
@@ -44,35 +64,16 @@ def embed(options: EmbedOptions) -> int:
         if not missing:
             print(f"{options.output} has all {run.rows:,} rows already")
             if not (run.folder / output.INDEX).exists():
-                run.finish(embedder.width)
+                run.finish()
             return 0
-        if options.ray is None:
-            counts, seconds = _here(run, embedder, missing)
-        else:
-            from . import scale
-
-            counts, seconds = scale.on_ray(run, embedder, missing, options)
-        run.finish(embedder.width)
+        counts, seconds = work(run, embedder, missing)
+        run.finish()
     said = [f"{counts.texts:,} texts", f"{counts.texts / seconds:,.1f} texts/s"]
     if counts.tokens:
         said.append(f"{counts.tokens / seconds:,.0f} tokens/s")
         said.append(f"{100 * counts.tokens / counts.computed:.1f} % useful")
     print(f"{options.output}: {run.rows:,} rows in {run.shards} shards | {' | '.join(said)}")
     return 0
-
-
-def _made_of(options: EmbedOptions) -> dict[str, Any]:
-    names = ("pooling", "normalize", "prompt", "prompt_name", "length")
-    device = encoders.device_of(options.device) if options.ray is None else None
-    precision = options.precision
-    if device is not None:
-        precision = str(encoders.dtype_of(precision, device)).removeprefix("torch.")
-    return {
-        "model": str(options.model.resolve()),
-        "model_checksum": output.of_model(options.model),
-        **{name: getattr(options, name) for name in names},
-        "precision": precision,
-    }
 
 
 @contextlib.contextmanager

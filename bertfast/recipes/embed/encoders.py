@@ -22,7 +22,8 @@ from ...commands.errors import UserError, need, one_of
 from ...settings import is_converted
 
 POOLINGS = ("mean", "cls", "max")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("auto", *DTYPES)
 LONGEST = 2**20  # a tokenizer that knows no limit says some 10^30
 
 
@@ -111,7 +112,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     one_of("precision", name, PRECISIONS)
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def _length(tokenizer: Any, config: Any, folder: int | None, asked: int | None) -> int:

@@ -123,9 +123,9 @@ class Run:
                 write_statistics=["row"],
             )
 
-    def finish(self, width: int) -> None:
+    def finish(self) -> None:
         names = [self.path(shard).name for shard in range(self.shards)]
-        told = {"format": FORMAT, "rows": self.rows, "width": width, "shards": names}
+        told = {"format": FORMAT, "rows": self.rows, "shards": names}
         write_json(self.folder / INDEX, told)
 
 
