@@ -45,7 +45,8 @@ def learning(path: Path) -> str:
     right = [100 * found["nsp_accuracy"] for found in held_out]
     said = (
         f"It learns: {settings['layers']} layers of width {settings['width']}, trained for "
-        f"{settings['seconds'] / 60:.0f} minutes on {where['threads']} cores ({device(where)}) on "
+        f"{settings['seconds'] / 60:.0f} minutes on {where['threads']} cores ({device(where)}; of "
+        f"load {span([run['load_average'] for run in learned['runs']], '.1f')} when each began) on "
         f"the {learned['text']['characters'] / 1e6:.1f} million characters of text that Python "
         f"itself brings along, are {span(gains, '.2f')} nats under the cross-entropy of the "
         f"tokens' frequencies on held-out documents, and tell {span(right, '.1f')} % of "
@@ -131,32 +132,35 @@ def draw_learning(learned: dict[str, Any], path: Path) -> None:
             curve = run["held_out_curve"]
             steps = [step for step, _, _ in curve]
             label = f"seed {run['seed']}"
-            left.plot(steps, [loss for _, loss, _ in curve], color=shade, label=label)
-            right.plot(steps, [100 * share for _, _, share in curve], color=shade, label=label)
+            left.plot(*zip(*run["curve"], strict=True), color=shade, alpha=0.35, linewidth=0.9)
+            left.plot(steps, [loss for _, loss, _ in curve], "o-", color=shade, label=label)
+            right.plot(steps, [100 * share for _, _, share in curve], "o-", color=shade)
         left.axhline(unigram, color=style.INK, linewidth=0.9, linestyle="--")
         left.annotate(
             "by the tokens' frequencies",
-            (1, unigram),
+            (0.3, unigram),
             (0, 3),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             fontsize=8,
         )
         right.axhline(50, color=style.INK, linewidth=0.9, linestyle="--")
-        left.set_title("Masked tokens: held-out loss, nats")
+        left.set_ylim(top=unigram + 1.2)
+        left.set_title("Masked tokens: loss, nats")
         right.set_title("Next sentences: held-out pairs right, %")
         for axes in (left, right):
             axes.set_xlabel("steps")
             axes.grid(axis="y", color=style.PALE, linewidth=0.6)
-        left.legend(fontsize=8, loc="lower left")
+        left.legend(fontsize=8, loc="upper right")
         settings = learned["settings"]
         style.caption(
             left,
             f"{settings['layers']} layers, width {settings['width']}, vocabulary "
             f"{settings['vocabulary']:,}, {settings['seconds']:.0f} s on {where['threads']} "
-            f"threads of {device(where)}; {learned['text']['characters']:,} characters of "
-            f"Python {where['python']}'s own text.",
+            f"threads of {device(where)}, load {span([r['load_average'] for r in runs], '.1f')} "
+            f"when they began; {learned['text']['characters']:,} characters of Python "
+            f"{where['python']}'s own text. Dots: of held-out documents; thin lines: in training.",
         )
         style.save(figure, path)
         plt.close(figure)

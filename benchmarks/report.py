@@ -308,6 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
     for run in found:
         for path in plots.draw(run.rows, run.environment, run.path.parent):
             print(path.relative_to(ROOT))
+    if pretrain_report.LEARNS.exists():
+        learned = json.loads(pretrain_report.LEARNS.read_text())
+        pretrain_report.draw_learning(learned, pretrain_report.LEARNS.with_suffix(".png"))
     readme.write_text(filled(text, found))
     return 0
 

@@ -29,6 +29,35 @@ def scripts():
             sys.modules.pop(name, None)
 
 
+# The committed figures
+
+
+def test_a_small_bert_learned(scripts):
+    report, script = scripts["pretrain_report"], scripts["pretrain_learns"]
+    learned = json.loads(report.LEARNS.read_text())
+    assert report.meets(learned)
+    assert learned["goals"] == script.GOALS
+    settings = learned["settings"]
+    assert settings.items() >= {**script.MODEL, "vocabulary": 4096, "seconds": 300.0}.items()
+    assert learned["environment"]["threads"] == 2
+    assert not learned["environment"]["bertfast_commit"].endswith("modified")
+    assert [run["seed"] for run in learned["runs"]] == [0, 1, 2]
+    for run in learned["runs"]:
+        assert run["seconds"] < 1.1 * settings["seconds"]
+        assert len(run["held_out_curve"]) >= 2 and run["curve"][-1][0] == run["steps"]
+    assert report.LEARNS.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "missed", [{"mlm_loss": 5.01}, {"nsp_accuracy": 0.549}, {"pairs": 1999}, {}], ids=str
+)
+def test_a_goal_that_one_seed_misses_is_seen(scripts, missed):
+    met = {"unigram_cross_entropy": 5.2, "mlm_loss": 4.99, "nsp_accuracy": 0.56, "pairs": 2000}
+    runs = [{"held_out": met}, {"held_out": met | missed}]
+    learned = {"goals": scripts["pretrain_learns"].GOALS, "runs": runs}
+    assert scripts["pretrain_report"].meets(learned) == (not missed)
+
+
 # The scripts
 
 
