@@ -49,6 +49,8 @@ def test_what_is_not_plain_is_run_by_its_library(tmp_path):
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="pooling can't be chosen for .*: it has a module Other"):
         Embedder(folder, pooling="cls")(TEXTS)
+    with pytest.raises(UserError, match="normalize can't be turned off for .*: its pooling is w"):
+        Embedder(folder, normalize=False)(TEXTS)
 
 
 def test_prompts(tmp_path):

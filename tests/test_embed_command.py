@@ -198,6 +198,7 @@ def test_wrong_requests(model, tmp_path, capsys):
         ((source, tmp_path / "out", "--id", "n"), "is text, and has no column 'n' for ids"),
         ((source, tmp_path / "out", "--format", "csv"), "--format must be one of parquet, npy"),
         ((source, source), "can't be written"),
+        ((source, tmp_path / "out", "--id", "row"), "--id can't be 'row', which is a column of"),
         ((source, tmp_path / "out", "--tokens", "0"), "--tokens must be at least 1, got 0"),
     ):
         assert run(model, *arguments) == 2

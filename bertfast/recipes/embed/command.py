@@ -19,6 +19,8 @@ from .rows import Columns
 
 
 def embed(options: EmbedOptions) -> int:
+    if options.id in output.OWN:
+        raise UserError(f"--id can't be {options.id!r}, which is a column of the output's own")
     if options.ray is None:
         device = encoders.device_of(options.device)
         return _embed(options, device, _here)

@@ -75,7 +75,7 @@ class Loaded:
     def features(self, encoded: Any, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """The padded batch of some rows; its mask stays on the host, where bertfast reads it."""
         ids = [encoded["input_ids"][row] for row in rows]
-        longest = max(map(len, ids))
+        longest = max(1, *map(len, ids))
         made = {"input_ids": _padded(ids, longest, self.pad)}
         if "token_type_ids" in encoded:
             types = [encoded["token_type_ids"][row] for row in rows]
@@ -163,7 +163,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     if pooling == "max":
         return hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(1).float()
     sums = torch.bmm(mask[:, None].to(torch.float32), hidden.float())[:, 0]
-    return sums / mask.sum(1, keepdim=True)
+    return sums / mask.sum(1, keepdim=True).clamp(min=1)  # none in a tokenizer's empty text
 
 
 def _dense(folder: Path) -> Any:
@@ -299,6 +299,8 @@ class Library:
         need(f"{folder} isn't plain ({why}), and", ("sentence_transformers",), "embed")
         if asked.pooling is not None:
             raise UserError(f"pooling can't be chosen for {str(folder)!r}: {why}")
+        if asked.normalize is False:
+            raise UserError(f"normalize can't be turned off for {str(folder)!r}: {why}")
         from sentence_transformers import SentenceTransformer
 
         device = device_of(asked.device)

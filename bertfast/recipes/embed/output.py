@@ -28,6 +28,7 @@ from .rows import Columns, Place
 
 RUN, INDEX, LOCK, FORMAT = "_run.json", "_index.json", ".lock", "bertfast embed"
 FORMATS = ("parquet", "npy")
+OWN = ("row", "embedding")  # columns
 HASHED = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
