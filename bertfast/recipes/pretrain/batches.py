@@ -9,6 +9,7 @@ own micro-batches and plans all.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -253,7 +254,8 @@ def read(text: Split, blocks: np.ndarray, two: bool) -> Window:
         first, last = text.document_span(int(blocks[0]))[0], text.document_span(int(blocks[-1]))[1]
         if first == last:
             others = ((int(blocks[-1]) + step) % text.blocks for step in range(text.blocks))
-            guests = [next(n for n in others if text.document_span(n) != (first, first))]
+            with_more = (n for n in others if text.document_span(n) != (first, first))
+            guests = list(itertools.islice(with_more, 1))
     tokens, sentences, pieces, documents = [], [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], []
     for number in [*map(int, blocks), *guests]:
         text_of_block, bounds, starts, document = text.read(number)

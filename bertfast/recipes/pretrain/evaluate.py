@@ -5,6 +5,7 @@ text of training: below it a model has learned more than frequencies.
 """
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def _rounds(
             yield spare, True
             continue
         if spare is None:
-            spare = next(iter(data.batches(options, "held-out")))[1]
+            ((_, spare),) = itertools.islice(data.batches(options, "held-out"), 1)
         yield spare, False
 
 

@@ -9,6 +9,7 @@ there are.
 """
 
 import contextlib
+import itertools
 import math
 import platform
 import signal
@@ -274,7 +275,7 @@ class Run:
         given, processes, progress = self.given, self.processes, self.progress
         begun = time.perf_counter()
         waited = self.batches.waited
-        micro = [next(self.batches) for _ in range(given.micro_batches // processes.world)]
+        micro = list(itertools.islice(self.batches, given.micro_batches // processes.world))
         self.meter.waited += self.batches.waited - waited
         labels, sequences, tokens, terminated, interrupted = processes.add_up(
             [
