@@ -84,7 +84,9 @@ def measure(corpus: list[str]) -> Iterator[dict[str, Any]]:
     here["sentence_transformers"] = version("sentence-transformers")
     stock = SentenceTransformer(folder, device="cpu")
     embedder = Embedder(folder, device="cpu", precision="fp32")
-    pool: Any = stock.start_multi_process_pool(["cpu"] * PROCESSES)
+    pool: Any = None
+    if "encode_multi_process" in WAYS:
+        pool = stock.start_multi_process_pool(["cpu"] * PROCESSES)
     calls: dict[str, Callable[[list[str]], np.ndarray]] = {
         "recipe": embedder,
         "encode": lambda part: stock.encode(part, show_progress_bar=False),
@@ -117,7 +119,8 @@ def measure(corpus: list[str]) -> Iterator[dict[str, Any]]:
             print(turn, file=sys.stderr, flush=True)
             yield {**about, **summary(turns), "largest_difference": difference, "turns": turns}
     finally:
-        stock.stop_multi_process_pool(pool)
+        if pool is not None:
+            stock.stop_multi_process_pool(pool)
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +147,27 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     measured["encode"]["useful"] = round(tokens / sum(turn["computed"] for turn in turns), 3)
     texts = measured["recipe"]["texts"]
     return {"texts": texts, "tokens": tokens, "measured": measured, "over": over}
+
+
+def sentences(found: dict[str, Any]) -> str:
+    """The README's."""
+    here, measured, over = found["environment"], found["measured"], found["over"]
+    ours, encode = measured["recipe"], measured["encode"]
+    one, many = over["encode"], over["encode_multi_process"]
+    goal = found["goal"]["over_encode"]
+    met = "" if one["all"] >= goal else f"The goal, {goal} times, is missed. "
+    return (
+        f"On a CPU it embeds {one['all']} times as many texts as `encode` of sentence-transformers "
+        f"{here['sentence_transformers']} ({one['least']} to {one['greatest']} over parts of "
+        f"{PART}), and {many['all']} times as many as its `encode_multi_process`: "
+        f"{ours['texts_per_second']} and {encode['texts_per_second']} a second of processor time, "
+        f"of {found['texts']:,} texts of {found['words']:.0f} words on average, by "
+        f"all-MiniLM-L6-v2 in float32 ({here['threads']} thread of "
+        f"{here['device'].removeprefix('cpu: ')}, in one run and in turns, "
+        f"`benchmarks/embed_speed.py`). {met}Of the tokens that `encode` "
+        f"computes, {100 * encode['useful']:.0f} % are useful, as it sorts by characters. On a "
+        "GPU: not measured."
+    )
 
 
 def processor(pool: Any) -> float:
