@@ -58,6 +58,34 @@ def test_a_goal_that_one_seed_misses_is_seen(scripts, missed):
     assert scripts["pretrain_report"].meets(learned) == (not missed)
 
 
+def test_the_recipe_is_faster_than_trainer(scripts):
+    script = scripts["pretrain_speed"]
+    found = json.loads(script.RESULT.read_text())
+    goals = found["goals"]
+    assert goals == script.GOALS
+    assert not found["environment"]["bertfast_commit"].endswith("modified")
+    assert [one["dropout"] for one in found["measured"]] == [0.1, 0.0]
+    for one in found["measured"]:
+        assert one["over_trainer"]["paragraphs"]["median"] >= goals["over_trainer"]
+        for way in one["ways"].values():
+            assert len(way["turns"]) == found["settings"]["turns"] >= 3
+        steps = [way["tokens_per_step"] for way in one["ways"].values()]
+        assert max(steps) < 1.1 * min(steps)  # as many real tokens a step
+
+
+def test_what_is_modelled_is_modelled_so(scripts):
+    found = json.loads(scripts["pretrain_speed"].RESULT.read_text())
+    assert found["modelled"] == scripts["pretrain_modelled"].h100()
+    assert found["modelled"]["tokens_per_second"] >= found["goals"]["modelled_tokens_per_second"]
+    assert "not measured" in found["modelled"]["what"]
+
+
+def test_the_readme_quotes_them(scripts):
+    text = scripts["pretrain_report"].text()
+    assert text in (ROOT / "README.md").read_text(), "run benchmarks/report.py"
+    assert "pretrain-learns.png" in text and "Modelled" in text
+
+
 # The scripts
 
 
