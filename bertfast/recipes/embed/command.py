@@ -36,7 +36,7 @@ def _embed(options: EmbedOptions, device: torch.device, work: Callable[..., Any]
     dtype = encoders.dtype_of(options.precision, device)
     names = ("pooling", "normalize", "prompt", "prompt_name", "length")
     asked: dict[str, Any] = {name: getattr(options, name) for name in names}
-    asked["precision"] = next(k for k, known in encoders.DTYPES.items() if known == dtype)
+    asked["precision"] = {known: name for name, known in encoders.DTYPES.items()}[dtype]
     embedder = Embedder(
         options.model,
         **asked,
