@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bertfast.ops import dropout, dropout_keep_mask, layer_norm
+from bertfast.ops import attention, dropout, dropout_keep_mask, layer_norm
 
 # Random123's published vectors for philox4x32: rounds, counters, key, words.
 PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
@@ -232,3 +233,22 @@ def test_seed_is_drawn_from_torchs_generator(target, need):
     torch.manual_seed(1)
     assert torch.equal(once(), first)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_a_seed_torch_draws_on_a_cpu(packed):
+    """Its own mask, where nobody else has to draw it: no seed, no mask of keys, "auto"."""
+    q, k, v = torch.randn(3, 2, 7, 2, 8)
+    inputs, layout = (q, k, v), {}
+    if packed:
+        inputs = [t.flatten(0, 1) for t in inputs]
+        layout = dict(cu_seqlens=torch.tensor([0, 7, 14], dtype=torch.int32), max_seqlen=7)
+    torch.manual_seed(3)
+    out = attention(*inputs, dropout_p=0.4, **layout)
+    torch.manual_seed(3)
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    least = round(0.4 * 65536) / 65536
+    expected = F.scaled_dot_product_attention(*heads, dropout_p=least).transpose(1, 2)
+    assert torch.equal(out, expected.flatten(0, 1) if packed else expected)
+    seeded = attention(*inputs, dropout_p=0.4, seed=torch.tensor([3]), **layout)
+    assert not torch.equal(seeded, out)

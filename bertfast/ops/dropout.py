@@ -79,8 +79,7 @@ def may_be_torchs(
     backend: str, device: torch.device, p: float, *layout: torch.Tensor | None
 ) -> bool:
     """True where no other backend or layout has to draw the same mask, as none was asked for: it
-    may then be torch's own, which is faster on a CPU. layout: a seed, and whatever says where a
-    batch's rows lie."""
+    may then be torch's own, which is faster on a CPU. layout: a seed, and what comes of padding."""
     return (
         p < 1.0
         and device.type == "cpu"
