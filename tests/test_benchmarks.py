@@ -365,6 +365,17 @@ def test_host_time_of_a_replay(tmp_path):
         assert 0 < parts["sum"] < most and parts["weights, copies, launch, unpacking"] > 0
 
 
+def test_the_readme_quotes_the_host_time_of_a_replay():
+    (path,) = (ROOT / "benchmarks" / "results").glob("graph-host-time-*.json")
+    found = json.loads(path.read_text())
+    one, many = (
+        next(parts["sum"] for name, parts in found.items() if name.startswith(start))
+        for start in MOST_OF_A_REPLAY
+    )
+    said = f"takes {one:.0f} us of the host without a mask, and {many:.0f} us with 32 sequences"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_a_masked_lm_loss_alone(capsys):
     """A step by each, as its process prints it: one loss, and ours without all tokens' logits."""
     suite = load("masked_lm_loss")
