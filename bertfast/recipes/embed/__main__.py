@@ -3,16 +3,13 @@
 Stopped at any moment, it goes on by the same command. --ray runs it on Ray, here or on a cluster.
 """
 
-import io
 import re
-import sys
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
-from ...commands.errors import UserError, need
+from ...commands.errors import need
+from .. import command_line
 from ..pretrain import configuration
 from .options import EmbedOptions
 
@@ -22,9 +19,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# What typer raises for an option that it can't read.
-_UsageError: Any
-(_UsageError,) = (c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _embed(options: EmbedOptions) -> int:
@@ -59,22 +53,7 @@ def _with_address(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda text, *_, **__: f"warning: {text}\n"
-    try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except UserError as error:
-        text = str(error)
-    except _UsageError as error:
-        text = error.format_message()
-    finally:
-        warnings.formatwarning = before
-    print(f"bertfast: {' '.join(text.split())}", file=sys.stderr)
-    sys.exit(2)
+    command_line.main(run, arguments)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ python -m bertfast.recipes.pretrain CONFIG.yaml
 torchrun --nproc-per-node 8 -m bertfast.recipes.pretrain CONFIG.yaml
 """
 
-import io
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 
 from ...commands.errors import UserError, need
+from .. import command_line
 from . import configuration
 from .options import EvaluateOptions, PrepareOptions, TrainOptions
 from .parallel import FirstFailed, connected, started
@@ -27,9 +25,6 @@ app = typer.Typer(
     epilog="Exit status: 0 if all is well, 2 for a request that can't be met, 143 or 130 where "
     "SIGTERM or Ctrl-C ended training: its checkpoint is written, and the same command goes on.",
 )
-# What typer raises for an option that it can't read.
-_UsageError: Any
-(_UsageError,) = (c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _prepare(options: PrepareOptions) -> int:
@@ -84,24 +79,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda text, *_, **__: f"warning: {text}\n"
-    try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except FirstFailed:
-        sys.exit(2)
-    except UserError as error:
-        text = str(error)
-    except _UsageError as error:
-        text = error.format_message()
-    finally:
-        warnings.formatwarning = before
-    print(f"bertfast: {' '.join(text.split())}", file=sys.stderr)
-    sys.exit(2)
+    command_line.main(run, arguments, (FirstFailed,))
 
 
 if __name__ == "__main__":
