@@ -1,7 +1,7 @@
 """The comparisons that tell a model's call that nothing changed since an earlier one.
 
 In Python here; the compiled modules have the same by the same names (csrc/bindings/watch.cpp), and
-take a third of the time. Lists that belong together have one length.
+take half the time. Lists that belong together have one length.
 """
 
 import functools
