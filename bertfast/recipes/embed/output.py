@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...commands.errors import UserError
+from .. import folders
 from ..pretrain.shards import write_json
 from . import rows
 from .rows import Columns, Place
@@ -183,7 +184,7 @@ def begin(
     if path.exists():
         state = _state(path)
         changed = _changed_options(state["options"], options)
-        changed += _changed_inputs(state["inputs"], inputs)
+        changed += folders.changed_inputs(state["inputs"], inputs)
         if changed:
             raise UserError(
                 f"{str(folder)!r} was begun with something else: {'; '.join(changed)}. Give "
@@ -239,32 +240,15 @@ def _changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _changed_inputs(before: list[list], now: list[list]) -> list[str]:
-    old, new = ({path: rest for path, *rest in listed} for listed in (before, now))
-    changed = []
-    for path in {**old, **new}:
-        if path not in new:
-            changed.append(f"{path} was an input and is none now")
-        elif path not in old:
-            changed.append(f"{path} is new among the inputs")
-        elif old[path] != new[path]:
-            changed.append(f"{path} has changed")
-    return changed[:5] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One run at a time writes in a folder. A process that ends lets go of it, however it ends."""
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w")
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} can't be written: {error.strerror}") from None
-    with file:
+    """One run at a time writes in a folder."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {str(folder)!r}") from None
+            busy = f"another run is writing to {str(folder)!r}"
+            held.enter_context(folders.alone(folder / LOCK, busy))
+        except BlockingIOError as error:
+            raise UserError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"{str(folder)!r} can't be written: {error.strerror}") from None
         yield

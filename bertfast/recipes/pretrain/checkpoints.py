@@ -10,7 +10,6 @@ many processes had them, so another number of processes can go on from it.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from ...commands.errors import UserError
+from .. import folders
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -189,25 +189,16 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run's folder: no other run may write there. The lock ends with its process. What
-    an earlier one left half written is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+")
-    except OSError as error:
-        raise UserError(f"--out: {str(folder)!r} can't be written: {error.strerror}") from None
-    with file:
+    """Holds a run's folder: no other run may write there. What an earlier one left half written is
+    removed."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"--out: another run is at work in {str(folder)!r}, process {holder}"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+            busy = f"--out: another run is at work in {str(folder)!r}"
+            held.enter_context(folders.alone(folder / "lock", busy))
+        except BlockingIOError as error:
+            raise UserError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"--out: {str(folder)!r} can't be written: {error.strerror}") from None
         for path in (folder / "checkpoints").glob(f"*{_ASIDE}"):
             shutil.rmtree(path, ignore_errors=True)
         yield

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import checks
+from .. import folders
 from . import documents, shards
 from .documents import Document, Source
 from .prefetch import Prefetch
@@ -107,7 +108,8 @@ def prepare(
         seed,
         shard_tokens,
     )
-    with _locked(out), _room(out):
+    busy = f"another run is preparing text in {out}"
+    with folders.alone(out / LOCK, busy), _room(out):
         run = _Run(found.files, out, options, progress)
         state = run.begin(overwrite)
         if state is not None:
@@ -194,7 +196,8 @@ class _Run:
                 changed = _changed_options(state["made_of"]["options"], made_of["options"])
                 if state["made_of"]["inputs"] != made_of["inputs"]:
                     before = json.loads((self.out / INPUTS).read_bytes())
-                    changed += _changed_inputs(before, inputs)
+                    different = folders.changed_inputs(before, inputs)
+                    changed += different or ["the inputs were in another order"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.out} isn't a folder of prepared text, or is damaged: {error!r}. Give "
@@ -428,35 +431,6 @@ def _changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, value in now.items()
         if before.get(name) != value
     ]
-
-
-def _changed_inputs(before: list[list], now: list[list]) -> list[str]:
-    old, new = ({path: rest for path, *rest in listed} for listed in (before, now))
-    changed = []
-    for path in {**old, **new}:
-        if path not in new:
-            changed.append(f"{path} was among the inputs")
-        elif path not in old:
-            changed.append(f"{path} is new among the inputs")
-        elif old[path] != new[path]:
-            changed.append(f"{path} has changed")
-    if not changed:
-        return ["the inputs were in another order"]
-    return changed[:5] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One call at a time writes in a folder. A process that ends lets go of it, however it ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(f"another run is preparing text in {folder}") from error
-        yield
 
 
 @contextlib.contextmanager
