@@ -1,8 +1,9 @@
-"""Hugging Face's BERT-like models: the table of swapped classes.
+"""Hugging Face's BERT-like models: the swapped classes, by the names of the original ones.
 
 A converted module keeps its parameters, children, hooks and class name; only its class becomes a
 subclass of the original one, found here by name, so that pickles find it too:
-`bertfast.hf.BertLayer` is made from transformers' BertLayer when it is first asked for.
+`bertfast.hf.BertLayer` is made from transformers' BertLayer when it is first asked for. Which
+classes there are stands in `families/`, a file each.
 
 Importing this also makes attn_implementation="bertfast" known to transformers (see attention.py).
 """
@@ -21,7 +22,8 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     )
 
 from ..settings import is_converted  # noqa: E402
-from . import attention, bert, distilbert, heads, model  # noqa: E402
+from . import attention, heads, model  # noqa: E402
+from .families import FAMILIES  # noqa: E402
 
 __all__ = [
     "attention",
@@ -32,44 +34,12 @@ __all__ = [
     "why_unknown",
 ]
 
-_BERT_LIKE = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm_roberta": "XLMRoberta",
-    "camembert": "Camembert",
-    "electra": "Electra",
+_TABLE: dict[str, tuple[str, Any]] = {
+    name: (family.module, front) for family in FAMILIES for name, front in family.swapped.items()
 }
-
-
-def _table() -> dict[str, tuple[str, Any]]:
-    """Class name -> the module of the original, and the class that is put in front of it."""
-    table: dict[str, tuple[str, Any]] = {}
-    for family, prefix in _BERT_LIKE.items():
-        module = f"transformers.models.{family}.modeling_{family}"
-        table[prefix + "Layer"] = module, bert.Layer
-        table[prefix + "Encoder"] = module, model.Encoder
-        table[prefix + "Model"] = module, bert.Model
-    module = "transformers.models.distilbert.modeling_distilbert"
-    table["TransformerBlock"] = module, distilbert.Layer
-    table["Transformer"] = module, model.Encoder
-    table["DistilBertModel"] = module, distilbert.Model
-    return table
-
-
-def _heads() -> dict[str, tuple[str, Any]]:
-    """As _table, of the heads of masked language models."""
-    kinds = {"bert": heads.Bert, "electra": heads.Electra}
-    table: dict[str, tuple[str, Any]] = {}
-    for family, prefix in (*_BERT_LIKE.items(), ("distilbert", "DistilBert")):
-        module = f"transformers.models.{family}.modeling_{family}"
-        kind = heads.DistilBert if family == "distilbert" else kinds.get(family, heads.Roberta)
-        table[prefix + "ForMaskedLM"] = module, kind
-    table["BertForPreTraining"] = table["BertForMaskedLM"][0], heads.BertPreTraining
-    return table
-
-
-_TABLE = _table()
-_HEADS = _heads()
+_HEADS: dict[str, tuple[str, Any]] = {
+    name: (family.module, front) for family in FAMILIES for name, front in family.heads.items()
+}
 _classes: dict[str, type] = {}
 
 
@@ -117,13 +87,10 @@ def why_unknown(kind: Any) -> str | None:
     if kind.__name__ not in _TABLE or kind.__module__ != _TABLE[kind.__name__][0]:
         return None
     parameters = list(inspect.signature(kind.forward).parameters.values())
-    expected = ["input_ids", "attention_mask"]
-    if not issubclass(_TABLE[kind.__name__][1], model.Model):
-        expected = ["hidden_states", "attention_mask"]
     names = [parameter.name for parameter in parameters[1:]]
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     # Up to transformers 4 a layer's third argument was head_mask, and it returned a tuple.
-    if set(expected) <= set(names) and passes_on and "head_mask" not in names:
+    if set(_TABLE[kind.__name__][1].TAKES) <= set(names) and passes_on and "head_mask" not in names:
         return None
     return f"its forward takes ({', '.join(names)}): bertfast knows transformers 5.0 to 5.23"
 

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA: one layer under five names."""
+"""BERT's layer and model, which many families have under their own names."""
 
 import sys
 from typing import Any
@@ -54,3 +54,8 @@ class Model(model.Model):
         if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's skip padding
             return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
         return embeddings.position_ids[:, : input_ids.shape[1]]
+
+
+def classes(prefix: str) -> dict[str, Any]:
+    """Of a family whose classes are named as BERT's: each name, and what is put in front of it."""
+    return {prefix + "Layer": Layer, prefix + "Encoder": model.Encoder, prefix + "Model": Model}

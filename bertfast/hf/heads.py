@@ -24,7 +24,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .. import tracing
 from ..nn.hooks import has_global_hooks, has_user_hooks, is_replaced
-from ..nn.modules import Weights, has_own_forward, is_hooked, is_spread, plain, read_linear
+from ..nn.modules import Weights, has_own_forward, is_spread, plain, read_linear
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..ops import linear_cross_entropy
@@ -241,10 +241,10 @@ class Bert(Head):
     def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
         return {
             "_containers": (
-                ("cls", family.BertOnlyMLMHead),
-                ("predictions", family.BertLMPredictionHead),
+                ("cls", getattr(family, prefix + "OnlyMLMHead")),
+                ("predictions", getattr(family, prefix + "LMPredictionHead")),
             ),
-            "_own": (family.BertPredictionHeadTransform,),
+            "_own": (getattr(family, prefix + "PredictionHeadTransform"),),
         }
 
     def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
@@ -265,8 +265,8 @@ class BertPreTraining(Bert):
         found = super().of_family(family, prefix)
         _, predictions = found["_containers"]
         return found | {
-            "_containers": (("cls", family.BertPreTrainingHeads), predictions),
-            "_output": family.BertForPreTrainingOutput,
+            "_containers": (("cls", getattr(family, prefix + "PreTrainingHeads")), predictions),
+            "_output": getattr(family, prefix + "ForPreTrainingOutput"),
         }
 
     def why_original_now(self, arguments: dict, options: dict) -> str | None:
@@ -286,7 +286,7 @@ class BertPreTraining(Bert):
 
 
 class Roberta(Head):
-    """RoBERTa, XLM-RoBERTa and CamemBERT."""
+    """RoBERTa's, with which others share it."""
 
     _own = ()
     _moves_labels = True
@@ -301,45 +301,3 @@ class Roberta(Head):
 
     def decoder(self) -> Any:
         return self.lm_head.decoder
-
-
-class Electra(Head):
-    """The generator's. ElectraForPreTraining is the discriminator: it has no vocabulary."""
-
-    _containers = ()
-
-    @classmethod
-    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
-        return {"_own": (family.ElectraGeneratorPredictions,)}
-
-    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
-        return (self.generator_predictions,)
-
-    def decoder(self) -> Any:
-        return self.generator_lm_head
-
-
-class DistilBert(Head):
-    _containers = ()
-    _own = ()
-    _cuts_by_config = False
-
-    @classmethod
-    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
-        return {}
-
-    def encode(self, input_ids: Any, arguments: dict) -> Any:
-        return self.distilbert(input_ids=input_ids, **arguments)
-
-    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
-        return self.vocab_transform, self.activation, self.vocab_layer_norm
-
-    def decoder(self) -> Any:
-        return self.vocab_projector
-
-    def why_original(self) -> str | None:
-        loss = self.mlm_loss_fct
-        form = (type(loss), loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
-        if form != (nn.CrossEntropyLoss, None, IGNORED, "mean", 0.0) or is_hooked(loss):
-            return "its mlm_loss_fct isn't CrossEntropyLoss as it was"
-        return super().why_original()

@@ -60,6 +60,7 @@ else:
 class Layer(Swapped):
     """Stands in front of the original layer class. A subclass names the layer's parts."""
 
+    TAKES = ("hidden_states", "attention_mask")  # arguments that the original's forward must know
     _original: Any  # the class that was swapped
     _container_kinds: tuple[type, ...]  # what containers() must be, class by class
 

@@ -39,21 +39,18 @@ _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 class Model(Swapped):
     """Stands in front of the original model class (BertModel, ...)."""
 
+    TAKES = ("input_ids", "attention_mask")  # arguments that the original's forward must know
     _original: Any
     _embeddings_kind: type
 
     @classmethod
     def subclass(cls, original: Any, module: str) -> type[nn.Module]:
-        family = sys.modules[original.__module__]
-        prefix = (
-            "" if original.__name__ == "DistilBertModel" else original.__name__[: -len("Model")]
-        )
         body = {
             "__module__": module,
             "__qualname__": original.__name__,
             "__doc__": original.__doc__,
             "_original": original,
-            "_embeddings_kind": getattr(family, prefix + "Embeddings"),
+            "_embeddings_kind": cls.embeddings_kind(original),
             # With the original's signature, by which trainers choose a dataset's columns.
             "forward": _model_forward(original),
             # transformers finds these out by reading the source around the class.
@@ -63,6 +60,12 @@ class Model(Swapped):
         made = type(original.__name__, (cls, original), body)
         keep_recording(original, made)
         return made
+
+    @classmethod
+    def embeddings_kind(cls, original: type) -> type:
+        """The class of its embeddings, as it was written."""
+        name = original.__name__.removesuffix("Model") + "Embeddings"
+        return getattr(sys.modules[original.__module__], name)
 
     def encoder_module(self) -> nn.Module:
         raise NotImplementedError
@@ -297,6 +300,7 @@ class Encoder(Swapped):
     """Stands in front of the original encoder class: takes the padding out before the first layer,
     if the model hasn't, and puts it back after the last."""
 
+    TAKES = ("hidden_states", "attention_mask")
     _original: Any
 
     @classmethod

@@ -1,5 +1,6 @@
 """Tiny Hugging Face models and batches for them."""
 
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -25,15 +26,27 @@ _DISTILBERT = dict(
     max_position_embeddings=POSITIONS,
     pad_token_id=PAD,
 )
-# Prefix of the class names -> the configuration's arguments.
-FAMILIES = {
-    "Bert": _BERT,
-    "Roberta": _BERT,
-    "XLMRoberta": _BERT,
-    "Camembert": _BERT,
-    "Electra": _BERT | {"embedding_size": 32},
-    "DistilBert": _DISTILBERT,
+# What a tiny model of some families has besides.
+_OWN = {
+    "Electra": {"embedding_size": 32},
 }
+
+
+def _families() -> dict[str, dict]:
+    """The prefix of the class names of each family that bertfast knows -> its configuration."""
+    if not find_spec("transformers"):
+        return {}
+    from bertfast.hf.families import FAMILIES
+
+    return {
+        family.prefix: _DISTILBERT
+        if family.prefix == "DistilBert"
+        else _BERT | _OWN.get(family.prefix, {})
+        for family in FAMILIES
+    }
+
+
+FAMILIES = _families()
 
 
 def tiny(name: str = "BertModel", **config) -> torch.nn.Module:

@@ -1,14 +1,17 @@
 """DistilBERT: the same layer with other names, and no dropout after the attention."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn.bert import gelu_form
-from ..nn.parts import Parts
-from . import layer, model
+from ...nn.bert import gelu_form
+from ...nn.modules import is_hooked
+from ...nn.parts import Parts
+from .. import heads, layer, model
+from ..family import Family
 
 
 class Layer(layer.Layer):
@@ -58,8 +61,48 @@ class Layer(layer.Layer):
 
 
 class Model(model.Model):
+    @classmethod
+    def embeddings_kind(cls, original: type) -> type:
+        family: Any = sys.modules[original.__module__]
+        return family.Embeddings
+
     def encoder_module(self) -> nn.Module:
         return self.transformer
 
     def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings.position_ids[:, : input_ids.shape[1]]
+
+
+class Head(heads.Head):
+    _containers = ()
+    _own = ()
+    _cuts_by_config = False
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {}
+
+    def encode(self, input_ids: Any, arguments: dict) -> Any:
+        return self.distilbert(input_ids=input_ids, **arguments)
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        return self.vocab_transform, self.activation, self.vocab_layer_norm
+
+    def decoder(self) -> Any:
+        return self.vocab_projector
+
+    def why_original(self) -> str | None:
+        loss = self.mlm_loss_fct
+        form = (type(loss), loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+        if form != (nn.CrossEntropyLoss, None, heads.IGNORED, "mean", 0.0) or is_hooked(loss):
+            return "its mlm_loss_fct isn't CrossEntropyLoss as it was"
+        return super().why_original()
+
+
+FAMILY = Family(
+    "DistilBERT",
+    "DistilBert",
+    "transformers.models.distilbert.modeling_distilbert",
+    {"TransformerBlock": Layer, "Transformer": model.Encoder, "DistilBertModel": Model},
+    {"DistilBertForMaskedLM": Head},
+)
