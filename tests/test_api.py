@@ -81,3 +81,6 @@ def test_the_reference_is_made_of_these_docstrings():
     spec.loader.exec_module(generate)
     current = generate.API.read_text() == generate.render()
     assert current, "python docs/generate.py writes docs/api.md again"
+    pytest.importorskip("transformers")
+    text = generate.README.read_text()
+    assert generate.with_families(text) == text, "python docs/generate.py writes the table again"

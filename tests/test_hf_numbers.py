@@ -34,7 +34,7 @@ def test_families(family):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layouts(family, layout, packed):
     model, inputs = tiny(family + "Model"), batch(**LAYOUTS[layout])
     real = inputs["attention_mask"].bool()
@@ -97,6 +97,9 @@ def test_segments_and_positions_are_packed_with_their_tokens():
     check(tiny(), inputs)
     model = tiny("RobertaModel", type_vocab_size=2)
     check(model, inputs)
+    inputs["task_type_ids"] = torch.randint(3, shape)
+    check(tiny("ErnieModel"), inputs)
+    del inputs["task_type_ids"]
     one_for_all = dict(inputs, position_ids=torch.arange(shape[1])[None] + 3)
     expected = model(**one_for_all)[0]
     got = bertfast.optimize(model)(**one_for_all)[0]

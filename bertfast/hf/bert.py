@@ -56,6 +56,11 @@ class Model(model.Model):
         return embeddings.position_ids[:, : input_ids.shape[1]]
 
 
-def classes(prefix: str) -> dict[str, Any]:
+def classes(
+    prefix: str,
+    layer: type[Layer] = Layer,
+    encoder: type[model.Encoder] = model.Encoder,
+    whole: type[Model] = Model,
+) -> dict[str, Any]:
     """Of a family whose classes are named as BERT's: each name, and what is put in front of it."""
-    return {prefix + "Layer": Layer, prefix + "Encoder": model.Encoder, prefix + "Model": Model}
+    return {prefix + "Layer": layer, prefix + "Encoder": encoder, prefix + "Model": whole}

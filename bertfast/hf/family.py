@@ -13,3 +13,6 @@ class Family(NamedTuple):
     module: str  # in which its classes are
     swapped: Mapping[str, Any]  # names of its layer, encoder and model -> what is put in front
     heads: Mapping[str, Any]  # the same of heads of masked language models
+    # For the README's table: what is converted, and what runs its original code.
+    layer: str = "post-norm layers"
+    original: str = "decoders, cross-attention, `chunk_size_feed_forward`"

@@ -30,8 +30,9 @@ from .layer import ARGUMENT, Layer, Swapped, changes_layers
 
 # Arguments that the model itself deals with; the layers have to know any other.
 _HANDLED = frozenset(
-    ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "output_attentions")
-) | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+    ("inputs_embeds", "attention_mask", "output_attentions")
+    + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+)
 # Wrappers around a layer that hand on any argument, and where they keep it.
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
@@ -40,6 +41,8 @@ class Model(Swapped):
     """Stands in front of the original model class (BertModel, ...)."""
 
     TAKES = ("input_ids", "attention_mask")  # arguments that the original's forward must know
+    # Those with a number for each token, which its embeddings take.
+    TOKENS: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids")
     _original: Any
     _embeddings_kind: type
 
@@ -160,7 +163,8 @@ class Model(Swapped):
             return facts.untold
         if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
             return "attention weights were asked for"
-        name = changes_layers({k: v for k, v in arguments.items() if k not in _HANDLED}, config)
+        others = {k: v for k, v in arguments.items() if k not in _HANDLED and k not in self.TOKENS}
+        name = changes_layers(others, config)
         if name is not None:
             return f"{name} was given"
         x = _tokens_of(arguments)
@@ -227,7 +231,7 @@ class Model(Swapped):
     def _pack(self, arguments: dict, batch: Batch, facts: Facts) -> None:
         """Replaces the padded arguments by packed ones, if the embeddings see one token at a time.
         Otherwise the encoder packs what comes out of them."""
-        names = [n for n in ("input_ids", "token_type_ids", "position_ids") if n in arguments]
+        names = [n for n in self.TOKENS if n in arguments]
         given = {name: arguments[name] for name in names if arguments[name] is not None}
         if "input_ids" not in given or not facts.embeddings_plain:
             return

@@ -29,24 +29,27 @@ _DISTILBERT = dict(
 # What a tiny model of some families has besides.
 _OWN = {
     "Electra": {"embedding_size": 32},
+    "Ernie": {"use_task_id": True},
 }
 
 
-def _families() -> dict[str, dict]:
-    """The prefix of the class names of each family that bertfast knows -> its configuration."""
+def _families() -> tuple[dict[str, dict], list[str]]:
+    """The prefix of the class names of each family that bertfast knows -> its configuration; and
+    one family of each layer."""
     if not find_spec("transformers"):
-        return {}
+        return {}, []
     from bertfast.hf.families import FAMILIES
 
-    return {
-        family.prefix: _DISTILBERT
-        if family.prefix == "DistilBert"
-        else _BERT | _OWN.get(family.prefix, {})
-        for family in FAMILIES
-    }
+    found, kinds = {}, {}
+    for family in FAMILIES:
+        own = _BERT | _OWN.get(family.prefix, {})
+        found[family.prefix] = _DISTILBERT if family.prefix == "DistilBert" else own
+        layer, *_ = family.swapped.values()
+        kinds.setdefault(layer, family.prefix)
+    return found, list(kinds.values())
 
 
-FAMILIES = _families()
+FAMILIES, LAYERS_OF = _families()
 
 
 def tiny(name: str = "BertModel", **config) -> torch.nn.Module:

@@ -6,16 +6,13 @@ import torch
 from support.hf_models import VOCABULARY, batch, tiny
 
 import bertfast
+from bertfast.hf import families
 
 # Each head that loses its logits -> the name of what it returns them as.
 HEADS = {
-    "BertForMaskedLM": "logits",
-    "BertForPreTraining": "prediction_logits",
-    "RobertaForMaskedLM": "logits",
-    "XLMRobertaForMaskedLM": "logits",
-    "CamembertForMaskedLM": "logits",
-    "ElectraForMaskedLM": "logits",
-    "DistilBertForMaskedLM": "logits",
+    name: "prediction_logits" if name.endswith("PreTraining") else "logits"
+    for family in families.FAMILIES
+    for name in family.heads
 }
 
 

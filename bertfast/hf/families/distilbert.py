@@ -105,4 +105,5 @@ FAMILY = Family(
     "transformers.models.distilbert.modeling_distilbert",
     {"TransformerBlock": Layer, "Transformer": model.Encoder, "DistilBertModel": Model},
     {"DistilBertForMaskedLM": Head},
+    original="`chunk_size_feed_forward`",
 )
