@@ -1,6 +1,7 @@
 """Tiny saved encoders with a tokenizer of a few words: what the recipes are given."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ def save(folder: Path, kind: str = "BertModel", **more: object) -> Path:
     import transformers
 
     torch.manual_seed(3)
-    prefix = kind.removesuffix("ForSequenceClassification").removesuffix("Model")
+    prefix = re.split("For|Model", kind)[0]
     sizes: dict[str, object] = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     if prefix == "DistilBert":
         sizes = {"n_layers": 2, "dim": 32, "n_heads": 2, "hidden_dim": 64}
