@@ -140,6 +140,27 @@ def test_pretraining(tmp_path, monkeypatch, capsys):
     assert names["model"].config.vocab_size == 60
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_a_retriever_and_a_reranker(tmp_path, monkeypatch):
+    """As it stands, with tiny models under the names of the real ones."""
+    pytest.importorskip("datasets", reason="sentence-transformers' trainers need it")
+    library = pytest.importorskip("sentence_transformers")
+    from support import retrieval
+
+    from bertfast.recipes.embed import CrossScorer, Embedder
+
+    monkeypatch.chdir(tmp_path)
+    retrieval.bi_encoder(tmp_path / "all-MiniLM-L6-v2")
+    retrieval.reranker(tmp_path / "ms-marco-MiniLM-L6-v2")
+    before = library.SentenceTransformer("all-MiniLM-L6-v2", device="cpu").encode(["a cat"])
+    names = run("SentenceTransformerTrainer(")
+    assert all(row.reason is None for row in bertfast.report(names["reranker"]))
+    vectors = Embedder("retriever")(["a cat"])
+    assert abs(vectors - names["retriever"].encode(["a cat"])).max() < 2e-5
+    assert abs(vectors - before).max() > 1e-4
+    assert CrossScorer("reranker")([("a", "b")]).shape == (1,)
+
+
 def test_embedding(tmp_path, monkeypatch, capsys):
     """As it stands, with a tiny encoder under the name of the real one."""
     pytest.importorskip("transformers")

@@ -1,11 +1,14 @@
-"""Steps of training with what a GPU's trainers add: a GradScaler, a fused optimizer, replicas."""
+"""Steps of training with what a GPU's trainers add: a GradScaler, a fused optimizer, replicas,
+losses that run each mini-batch twice."""
 
 import pytest
 import torch
+from support import retrieval
 from support.hf_models import batch, tiny
 from support.simulated_gpu import kernels
 
 import bertfast
+from bertfast.nn import layer
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,3 +73,26 @@ def test_trainer_on_two_devices(tmp_path):
         found.append(trainer.train().training_loss)
     assert {launch.device for launch in kernels.launches} == {0, 1}
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_both_passes_of_a_cached_loss_drop_the_same(packed, tmp_path, monkeypatch):
+    """Between them the generator of the inputs' device is set back, and of no other: the simulated
+    devices share one, so which one draws is looked at."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    model = retrieval.bi_encoder(tmp_path).to("cuda:1", torch.bfloat16).train()
+    bertfast.optimize(model, packed=packed)
+    loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
+    inputs = retrieval.features(model, retrieval.QUERIES[:5], retrieval.PASSAGES[:5])
+    drawn_on = set()
+
+    def draw(device, draw=layer.draw_seed):
+        drawn_on.add(str(device))
+        return draw(device)
+
+    monkeypatch.setattr(layer, "draw_seed", draw)
+    kernels.launches.clear()
+    assert retrieval.same_bits(retrieval.both_passes(model, loss, inputs))
+    assert {launch.device for launch in kernels.launches} == {1} and drawn_on == {"cuda:1"}
+    with retrieval.draws_one_more(model):
+        assert not retrieval.same_bits(retrieval.both_passes(model, loss, inputs))
