@@ -25,7 +25,7 @@ from torch import nn
 
 from . import checks, tracing
 from .nn.eligibility import Facts
-from .nn.modules import Weights
+from .nn.modules import Weights, read_norm
 from .nn.parts import Parts, read
 from .nn.watching import comparisons
 from .notice import warn_once
@@ -288,7 +288,9 @@ class _Watched:
         self.facts = facts
         layers: Any = facts.layers
         self.why_not = next(filter(None, (_why_not(layer.parts()) for layer in layers)), None)
-        modules = [module for layer in layers for module in layer.modules()]
+        if not all(isinstance(read_norm(module, clean=True), Norm) for module in facts.beside):
+            self.why_not = "a module beside the layers has to be called"
+        modules = [module for part in (*layers, *facts.beside) for module in part.modules()]
         places = [(m._parameters, name) for m in modules for name in m._parameters]
         places += [(vars(m), name) for m in modules for name in _VALUES if name in vars(m)]
         self._owners, self._names = [where for where, _ in places], [name for _, name in places]

@@ -13,6 +13,7 @@ from support.hf_models import LAYERS_OF, batch, packs, tiny
 from support.masked_lm import same
 
 import bertfast
+from bertfast.graphs import _Watched
 from bertfast.testing.model import HIDDEN_ATOL, numbers
 
 transformers = pytest.importorskip("transformers")
@@ -209,8 +210,11 @@ def test_revert_after_use(prefix):
 
 @each_layer
 def test_dropout(prefix):
-    """Packed it is the padded one, and each call draws anew."""
+    """Packed it is the padded one, and each call draws anew. A pre-norm layer's residuals have
+    torch's own dropout, which is another."""
     _, model = both(prefix)
+    if model.layers()[0].parts().norm_first:
+        _, model = both(prefix, hidden_dropout_prob=0.0)
     model.train()
     inputs = batch((20, 20, 7))
     real = inputs["attention_mask"].bool()
@@ -221,3 +225,85 @@ def test_dropout(prefix):
         results.append(model(**inputs)[0][real])
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
     assert not torch.equal(model(**inputs)[0][real], results[1])
+
+
+@each_layer
+def test_a_hook_beside_the_layers_sees_rows(prefix):
+    """On whatever else the encoder calls, and what is around layers."""
+    stock, model = both(prefix)
+    inputs = batch()
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = {id(part) for layer in model.layers() for part in layer.modules()}
+    encoder = model.encoder_module()
+    for module in encoder.modules():
+        if id(module) in inside or isinstance(module, torch.nn.ModuleList) or module is encoder:
+            continue
+        seen = []
+        for one in (stock, model):
+            part = one.get_submodule(names[id(module)])
+            handle = part.register_forward_hook(
+                lambda m, a, out, seen=seen: seen.append(tensor(out).shape)
+            )
+            close(one(**inputs), stock(**inputs), inputs)
+            handle.remove()
+        assert len(set(seen)) == 1, names[id(module)]
+    assert packs(model, inputs)
+
+
+def tensor(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore:bertfast runs the original code")
+@pytest.mark.parametrize("config", [{"is_decoder": True}, {"chunk_size_feed_forward": 5}], ids=str)
+def test_what_is_not_done_runs_as_before(prefix, config):
+    stock, model = both(prefix, **config)
+    inputs = batch()
+    assert torch.equal(model(**inputs)[0], stock(**inputs)[0]) and not packs(model, inputs)
+    if "is_decoder" not in config or hasattr(model.layers()[0], "is_decoder"):
+        assert all(row.reason for row in bertfast.report(model))
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore:bertfast runs the original code")
+@pytest.mark.parametrize("how", ["another class", "another forward", "a hook"])
+def test_each_container_is_called_if_it_has_to_be(prefix, how, monkeypatch):
+    """Those whose work the fused layer does in their stead."""
+    inputs = batch()
+    for number in range(len(both(prefix)[1].layers()[0].containers())):
+        stock, model = both(prefix)
+        names = {id(module): name for name, module in model.named_modules()}
+        part = model.layers()[0].containers()[number]
+        kind, before = type(part), type(part).forward
+
+        def twice(self, *args, before=before, **kwargs):
+            return double(self, args, before(self, *args, **kwargs))
+
+        with monkeypatch.context() as patch:
+            if how == "another forward":
+                patch.setattr(kind, "forward", twice)
+            for one in (stock.get_submodule(names[id(part)]), part):
+                if how == "another class":
+                    one.__class__ = type(kind.__name__, (kind,), {"forward": twice})
+                elif how == "a hook":
+                    one.register_forward_hook(double)
+            close(model(**inputs), stock(**inputs), inputs, 1e-4)
+            assert bertfast.report(model)[0].reason and not packs(model, inputs)
+
+
+def double(module, args, out):
+    return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+
+@each_layer
+def test_graphs_watch_all_that_the_encoder_reads(prefix):
+    """Norms beside the layers too: a graph would read them where they were."""
+    _, model = both(prefix)
+    encoder = model.encoder_module()
+    watched = _Watched(model.facts())
+    assert set(map(id, watched._parameters)) == set(map(id, encoder.parameters()))
+    for module in model.facts().beside:
+        norm = next(name for name, child in encoder.named_children() if child is module)
+        setattr(encoder, norm, torch.nn.Identity())
+        assert _Watched(model.facts()).why_not == "a module beside the layers has to be called"

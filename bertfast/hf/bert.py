@@ -44,6 +44,17 @@ class Layer(layer.Layer):
         return super().why_not()
 
 
+class PreNormLayer(Layer):
+    """One whose LayerNorms come before its blocks, and may be anywhere in it."""
+
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        """The one before the attention, and the one before the MLP."""
+        raise NotImplementedError
+
+    def parts(self) -> Parts:
+        return bert_parts(self, self.norms())
+
+
 class Model(model.Model):
     def encoder_module(self) -> nn.Module:
         return self.encoder

@@ -6,6 +6,8 @@ A family is one file in `families/`, whose FAMILY is found there.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+PRE_NORM = "pre-norm layers, but for residuals and their dropout, which are torch's"
+
 
 class Family(NamedTuple):
     title: str  # as its users call it

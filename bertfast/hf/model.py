@@ -201,9 +201,16 @@ class Model(Swapped):
                 break
             if rows_seen is None and (reason := layer.why_rows_are_seen()) is not None:
                 rows_seen = f"in layer {number} {reason}"
+        around, beside = _other_modules(self.encoder_module(), layers)
+        for module in beside:
+            rows_seen = rows_seen or why_rows_are_seen(module)
+        for module in around:
+            if rows_seen is None and sees_layout(module):
+                rows_seen = f"a hook on a {type(module).__name__} sees its rows"
         return Facts(
             *(None, unfused, rows_seen),
             embeddings_plain=self._embeddings_are_plain(),
+            beside=tuple(beside),
             **layer_facts(layers),
         )
 
@@ -266,6 +273,23 @@ def _unwrapped(layer: nn.Module) -> Any:
     for name in _WRAPPED:
         layer = getattr(layer, name, layer)
     return layer
+
+
+def _other_modules(encoder: nn.Module, layers: list[Any]) -> tuple[list[nn.Module], ...]:
+    """The modules of an encoder with layers inside, and the outermost of those without, which are
+    called beside layers."""
+    own = set(map(id, layers))
+    around, beside, left = [], [], list(encoder.children())
+    while left:
+        module = left.pop()
+        if id(module) in own:
+            continue
+        if own.isdisjoint(map(id, module.modules())):
+            beside.append(module)
+        else:
+            around.append(module)
+            left += module.children()
+    return around, beside
 
 
 def _tokens_of(arguments: dict) -> Any:

@@ -11,8 +11,9 @@ from .modules import untouched
 from .parts import Parts
 
 
-def bert_parts(layer: nn.Module) -> Parts:
-    """The parts of a layer with the names of Hugging Face's BertLayer."""
+def bert_parts(layer: nn.Module, norms_first: tuple[nn.Module, nn.Module] | None = None) -> Parts:
+    """The parts of a layer with the names of Hugging Face's BertLayer. norms_first: of a pre-norm
+    layer, the LayerNorms before its two blocks."""
     # By the dicts of modules, as attributes of a Module take three times as long.
     modules: dict[str, Any] = layer._modules
     attention, intermediate = modules["attention"]._modules, modules["intermediate"]._modules
@@ -28,15 +29,16 @@ def bert_parts(layer: nn.Module) -> Parts:
         inside["dropout"].p if attend.training else 0.0,
         attended["dense"],
         attended["dropout"],
-        attended["LayerNorm"],
+        attended["LayerNorm"] if norms_first is None else norms_first[0],
         intermediate["dense"],
         activation,
         gelu_form(activation),
         output["dense"],
-        output["dropout"],
-        output["LayerNorm"],
+        output.get("dropout"),
+        output["LayerNorm"] if norms_first is None else norms_first[1],
         attend.num_attention_heads,
         attend.scaling,
+        norm_first=norms_first is not None,
     )
 
 
