@@ -39,12 +39,29 @@ def is_converted(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__ and is_swapped(module)
 
 
+# The blocks of `disabled` that the thread is in, kept twice: torch hands its store on to the threads
+# in which a backward runs on a device, and the other is one that a compiler can trace.
 _off = threading.local()
+_BLOCKS = "bertfast.disabled"
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
+def _blocks() -> tuple[Any, ...]:
+    if tracing.is_compiling():
+        return getattr(_off, "blocks", ())
+    if torch._C._is_key_in_tls(_BLOCKS):
+        return torch._C._get_obj_in_tls(_BLOCKS)
+    return ()
+
+
+def _set_blocks(blocks: tuple[Any, ...]) -> None:
+    _off.blocks = blocks
+    if not tracing.is_compiling():
+        torch._C._stash_obj_in_tls(_BLOCKS, blocks)
+
+
 def is_disabled() -> bool:
-    blocks = getattr(_off, "blocks", ())
+    blocks = _blocks()
     frame, again = _checkpoint()
     if frame is None or frame in blocks:
         return bool(blocks)
@@ -57,21 +74,22 @@ def is_disabled() -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Runs the original code of converted models, in this thread, as a context or a decorator.
+    """Runs the original code of converted models, in this thread and in the backward passes that it
+    starts, as a context or a decorator.
 
         with bertfast.disabled():
             stock = model(**tokens)
 
     What a non-reentrant checkpoint runs again in the backward does as it did in the forward. A
-    reentrant one leaves no trace of that: it goes by the block and the thread that its backward
-    is in, which on a GPU is torch's own, and may draw other dropout than its forward did.
+    reentrant one leaves no trace of that, nor does a loss that runs the model again (GradCache):
+    they go by the block that their backward is in, so have both passes in the block, or neither.
     """
-    blocks = getattr(_off, "blocks", ())
-    _off.blocks = (*blocks, _checkpoint()[0])
+    blocks = _blocks()
+    _set_blocks((*blocks, _checkpoint()[0]))
     try:
         yield
     finally:
-        _off.blocks = blocks
+        _set_blocks(blocks)
 
 
 def _checkpoint() -> tuple[Any, bool]:

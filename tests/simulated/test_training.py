@@ -4,8 +4,9 @@ losses that run each mini-batch twice."""
 import pytest
 import torch
 from support import retrieval
-from support.hf_models import batch, tiny
+from support.hf_models import batch, rows_seen, tiny
 from support.simulated_gpu import kernels
+from torch.utils.checkpoint import checkpoint
 
 import bertfast
 from bertfast.nn import layer
@@ -96,3 +97,35 @@ def test_both_passes_of_a_cached_loss_drop_the_same(packed, tmp_path, monkeypatc
     assert {launch.device for launch in kernels.launches} == {1} and drawn_on == {"cuda:1"}
     with retrieval.draws_one_more(model):
         assert not retrieval.same_bits(retrieval.both_passes(model, loss, inputs))
+
+
+def cached_loss(tmp_path):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    model = bertfast.optimize(retrieval.bi_encoder(tmp_path).to("cuda:1")).train()
+    inputs = retrieval.features(model, retrieval.QUERIES[:5], retrieval.PASSAGES[:5])
+    loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
+    return model, lambda: loss(inputs, None)
+
+
+def reentrant_checkpoint(tmp_path):
+    model = bertfast.optimize(tiny().to("cuda:1")).train()
+    mask = batch()["attention_mask"].to("cuda:1")
+    x = torch.randn(*mask.shape, 64, device="cuda:1", requires_grad=True)
+
+    def call(x):
+        return model(inputs_embeds=x, attention_mask=mask)[0]
+
+    return model, lambda: checkpoint(call, x, use_reentrant=True).square().sum()
+
+
+@pytest.mark.parametrize("make", [cached_loss, reentrant_checkpoint])
+def test_a_backward_in_a_block_of_disabled_is_in_it(make, tmp_path):
+    """There the model is run again, in a thread of torch's own."""
+    model, forward = make(tmp_path)
+
+    def step():
+        with bertfast.disabled():
+            forward().backward()
+
+    assert rows_seen(step, {}) == []  # no layer was fused
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layer.0" in n)
