@@ -195,7 +195,10 @@ def test_wrong_requests(model, tmp_path, capsys):
     source = written(tmp_path, "txt")
     for arguments, error in (
         ((tmp_path / "no.csv", tmp_path / "out"), "no.csv, the input, doesn't exist"),
-        ((source, tmp_path / "out", "--id", "n"), "is text, and has no column 'n' beside its lines"),
+        (
+            (source, tmp_path / "out", "--id", "n"),
+            "is text, and has no column 'n' beside its lines",
+        ),
         ((source, tmp_path / "out", "--format", "csv"), "--format must be one of parquet, npy"),
         ((source, source), "can't be written"),
         ((source, tmp_path / "out", "--id", "row"), "--id can't be 'row', which is a column of"),

@@ -59,7 +59,7 @@ function showText(box, describe, choose) {
   tokens.forEach((token, place) => {
     if (token.segment !== null) segment = token.segment;
     const part = parts[segment];
-    if (token.before) part.append(token.before);
+    if (token.before) part.append(make("span", "", token.before));
     const added = token.segment === null;
     const span = make("span", "token", token.text || token.token);
     if (added) span.classList.add("added");
@@ -69,23 +69,30 @@ function showText(box, describe, choose) {
     span.dataset.place = place;
     spans.push(span);
     part.append(span);
-    const label = data.labels && data.labels[place];
-    if (label && !added && label[0] !== "O") {
-      const tag = make("span", "tag", label[0]);
-      tag.setAttribute("aria-hidden", "true");
-      part.append(tag);
-    }
     if (added) part.append(" ");
+  });
+  (data.labels || []).forEach((label, place) => {
+    if (!label || tokens[place].segment === null || label[0] === "O") return;
+    let last = place; // of the word's tokens
+    while (last + 1 < tokens.length && !data.labels[last + 1] && tokens[last + 1].segment !== null) last++;
+    const tag = make("span", "tag", label[0]);
+    tag.setAttribute("aria-hidden", "true");
+    spans[last].after(tag);
   });
   data.rest.forEach((rest, segment) => {
     if (!rest) return;
     /* Behind the last token of the text itself, before the tokenizer's own. */
     const own = spans.filter((_, place) => tokens[place].segment === segment);
-    const piece = data.cut && rest.trim() ? make("span", "rest", rest) : rest;
-    if (own.length) own[own.length - 1].after(piece);
-    else parts[segment].append(piece);
+    const piece = make("span", data.cut && rest.trim() ? "rest" : "", rest);
+    if (own.length) {
+      const last = own[own.length - 1];
+      const tag = last.nextElementSibling;
+      (tag && tag.classList.contains("tag") ? tag : last).after(piece);
+    } else parts[segment].append(piece);
   });
   box.replaceChildren(...parts);
+  /* A text that turns its direction by control characters would turn what stands behind them. */
+  box.classList.toggle("isolated", /[\u202a-\u202e\u2066-\u2069]/.test(box.textContent));
 
   function select(place, focus) {
     spans[current].tabIndex = -1;
@@ -200,6 +207,7 @@ function showTarget(chosen) {
   at("sum").textContent = signed(target.sum, precise);
   at("delta").textContent = signed(target.delta, Math.max(precise, 5));
   at("steps").textContent = String(target.steps);
+  at("outlined").hidden = !target.span;
   const order = tokens.map((_, place) => place);
   order.sort((a, b) => Math.abs(target.scores[b]) - Math.abs(target.scores[a]) || a - b);
   at("ranking").replaceChildren(...order.map((place) => {
@@ -369,6 +377,25 @@ function heatmap(size, state, choose) {
   let margin = 0;
   let cell = 1;
 
+  const small = make("canvas");
+  let painted = [];
+
+  /* One dot for each weight, kept until the weights or the colours change. */
+  function picture(weights, largest, colour) {
+    if (painted[0] === weights && painted[1] === colour) return small;
+    painted = [weights, colour];
+    small.width = size;
+    small.height = size;
+    const context = small.getContext("2d");
+    const dots = context.createImageData(size, size);
+    const [red, green, blue] = colour.match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+    weights.forEach((weight, place) => {
+      dots.data.set([red, green, blue, 255 * Math.sqrt(weight / largest)], 4 * place);
+    });
+    context.putImageData(dots, 0, 0);
+    return small;
+  }
+
   function draw() {
     const { weights, largest, query } = state();
     const width = canvas.clientWidth;
@@ -382,14 +409,8 @@ function heatmap(size, state, choose) {
     canvas.height = Math.round(width * scale);
     const context = canvas.getContext("2d");
     context.scale(scale, scale);
-    context.fillStyle = colour("--weight");
-    for (let line = 0; line < size; line++) {
-      for (let column = 0; column < size; column++) {
-        context.globalAlpha = Math.sqrt(weights[line * size + column] / largest);
-        context.fillRect(margin + column * cell, margin + line * cell, cell, cell);
-      }
-    }
-    context.globalAlpha = 1;
+    context.imageSmoothingEnabled = cell * scale < 1;
+    context.drawImage(picture(weights, largest, colour("--weight")), margin, margin, width - margin, width - margin);
     context.strokeStyle = colour("--line");
     context.strokeRect(margin + 0.5, margin + 0.5, width - margin - 1, width - margin - 1);
     context.strokeStyle = colour("--ink");
