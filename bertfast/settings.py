@@ -39,8 +39,8 @@ def is_converted(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__ and is_swapped(module)
 
 
-# The blocks of `disabled` that the thread is in, kept twice: torch hands its store on to the threads
-# in which a backward runs on a device, and the other is one that a compiler can trace.
+# The blocks of `disabled` that the thread is in, kept twice: torch hands its store on to the
+# threads in which a backward runs on a device, and the other is one that a compiler can trace.
 _off = threading.local()
 _BLOCKS = "bertfast.disabled"
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
