@@ -50,7 +50,7 @@ class Loaded:
         self.dtype = dtype_of(asked.precision, self.device)
         config = saved.load(AutoConfig, str(folder))
         self.tokenizer = saved.load(AutoTokenizer, str(folder))
-        self.length = _length(self.tokenizer, config, length, asked.length)
+        self.length = length_of(self.tokenizer, config, length, asked.length)
         model = saved.load(kind, str(folder), dtype=self.dtype)
         model = model.to(self.device).eval()
         # Masked tokens are padding here, and the mask is on the host: it never waits for the GPU.
@@ -115,7 +115,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _length(tokenizer: Any, config: Any, folder: int | None, asked: int | None) -> int:
+def length_of(tokenizer: Any, config: Any, folder: int | None, asked: int | None) -> int:
     """The most tokens of a text: what is asked for, what the folder says, what the model can."""
     try:
         most = saved.positions(config)

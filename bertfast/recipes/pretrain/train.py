@@ -11,21 +11,18 @@ there are.
 import contextlib
 import itertools
 import math
-import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
-import bertfast
-
 from ...commands.errors import UserError
+from ..interrupts import STATUS, Interrupts
+from ..versions import device_name, versions
 from . import card, checkpoints, meter, optimizers, options, states
 from . import model as models
 from .batches import Batches, Place
@@ -39,7 +36,6 @@ from .prefetch import Prefetch
 from .prepared import Prepared, data_options
 
 AHEAD = 8  # micro-batches that are ready before they are needed
-STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def train(given: TrainOptions, processes: Processes) -> int:
@@ -77,29 +73,6 @@ def _checked(given: TrainOptions, processes: Processes) -> tuple[Prepared, Preci
     data = Prepared.open(given.data)
     processes.same_everywhere("the data", data.fingerprint)
     return data, precision
-
-
-class Interrupts:
-    """SIGTERM and SIGINT as a wish to stop. The second SIGINT is Python's own."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in STATUS:
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
 
 
 @dataclass
@@ -440,20 +413,3 @@ def _pinned(batches: Batches) -> Iterator[tuple[Place, PackedBatch]]:
     """In memory that a GPU copies from while the host goes on."""
     for place, batch in batches:
         yield place, batch.pinned()
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "bertfast": bertfast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
