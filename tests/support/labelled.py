@@ -33,7 +33,9 @@ def pairs(count: int = 60, scored: bool = False) -> list[dict]:
         same = first is second
         label = round(4.0 * same + draw.random(), 2) if scored else int(same)
         texts = _text(draw, first, 5), _text(draw, second, 5)
-        rows.append({"sentence1": texts[0], "sentence2": texts[1], "score" * scored or "label": label})
+        rows.append(
+            {"sentence1": texts[0], "sentence2": texts[1], "score" * scored or "label": label}
+        )
     return rows
 
 

@@ -115,27 +115,28 @@ def load(options: FinetuneOptions, task: Task, steps: int | None = None) -> Any:
     if options.convert:
         bertfast.optimize(model)
     if base != folder:
-        import peft
-
         if options.data is not None:
             raise UserError(
                 f"--model: {str(folder)!r} is an adapter; training begins with a whole model, "
                 "such as --merge saves"
             )
-        model = saved.load(_Adapted(peft.PeftModel, model), str(folder))
+        model = with_adapter(model, folder)
     elif options.peft is not None and steps is not None:
         model = adapted(model, options, task, steps)
     return model
 
 
-class _Adapted:
-    """peft's from_pretrained, which takes the model first."""
+def with_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """With a saved adapter. trainable: also AdaLoRA's loss can be computed."""
+    import peft
 
-    def __init__(self, kind: Any, model: Any) -> None:
-        self.kind, self.model = kind, model
-
-    def from_pretrained(self, folder: str, local_files_only: bool) -> Any:
-        return self.kind.from_pretrained(self.model, folder)
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # a broken file may end in any of several libraries' own
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"{str(folder)!r} can't be loaded: {type(error).__name__}: {lines[0]}"
+        ) from error
 
 
 def _dropouts(folder: Path, share: float) -> dict[str, float]:

@@ -97,7 +97,8 @@ def read(
     number = -1
     for path in paths:
         ahead, reading = _opened(path, form)
-        columns, found = _roles(path, ahead, roles, given, labelled, usual)
+        if ahead:  # else all that was looked at is wrong, and says so below
+            columns, found = _roles(path, ahead, roles, given, labelled, usual)
         if id is not None and all(id not in cells for cells in ahead):
             raise UserError(f"--id: {path} has no column {id!r} among {records.listed(*ahead[:1])}")
         for cells, where, fault in reading:

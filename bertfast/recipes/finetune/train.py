@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import transformers
 
+import bertfast
+
 from ...commands import saved
 from ...commands.errors import UserError, one_of
 from .. import folders
@@ -128,6 +130,7 @@ class Run:
         self.steps = math.ceil(len(self.batches) / options.accumulate) * options.epochs
         transformers.set_seed(options.seed)
         self.model = model.load(options, self.task, self.steps)
+        self._tell_layers()
         self.begun = time.perf_counter()
 
     def say(self, line: str) -> None:
@@ -179,6 +182,11 @@ class Run:
         ]
         self.say(f"columns: {', '.join(told)}")
 
+    def _tell_layers(self) -> None:
+        told = list(bertfast.report(self.model))
+        fused = sum(row.reason is None for row in told)
+        self.say(f"{fused} of {len(told)} layers run on bertfast")
+
     def _tell_bad(self, bad: Sequence[tables.Bad]) -> None:
         path = self.options.out / SKIPPED
         if not bad:
@@ -202,6 +210,10 @@ class Run:
     def to_the_end(self, interrupts: Interrupts) -> int:
         made = self._trainer(interrupts)
         last = self._last_checkpoint()
+        if last is not None and self.options.peft == "adalora":
+            self.say("beginning anew: peft's checkpoints of AdaLoRA don't have how it chose ranks")
+            shutil.rmtree(last.parent)
+            last = None
         if last is not None:
             self.say(f"going on after {last.name}")
         made.train(resume_from_checkpoint=None if last is None else str(last))
@@ -268,7 +280,14 @@ class Run:
             compute_loss_func=None if counts is None else trainer.weighted_loss(counts),
             callbacks=callbacks,
             batches=self.batches,
+            # A checkpoint of AdaLoRA has only the ranks that were kept when it was written, which
+            # the model of another step has no room for.
+            reload=self._adapter_of if options.peft == "adalora" else None,
         )
+
+    def _adapter_of(self, checkpoint: Path) -> Any:
+        whole = model.load(self.options, self.task)
+        return model.with_adapter(whole, checkpoint, trainable=True)
 
     def _evaluated_at_once(self) -> int:
         if self.options.tokens is None:
@@ -297,7 +316,7 @@ class Run:
         report.write(options.out, figures, told, made.state.log_history)
         folder = options.out / "model.writing"
         shutil.rmtree(folder, ignore_errors=True)
-        model.save(self.model, self.tokenizer, task, folder, options.merge)
+        model.save(made.model, self.tokenizer, task, folder, options.merge)
         facts = {
             "options": as_json(options) | {"lr": options.rate},
             "base": saved.name(str(model.base_of(options.model))),

@@ -18,9 +18,16 @@ from .tasks import Task
 class Finetuner(Trainer):
     """A Trainer that takes its batches from `Batches`."""
 
-    def __init__(self, *args: Any, batches: Batches | None = None, **named: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        batches: Batches | None = None,
+        reload: Callable[[Path], Any] | None = None,
+        **named: Any,
+    ) -> None:
+        """reload: how the best checkpoint is read, where Trainer's way can't."""
         super().__init__(*args, **named)
-        self.batches = batches
+        self.batches, self.reload = batches, reload
         # The two that print dicts, or draw a bar for each evaluation.
         self.remove_callback(transformers.PrinterCallback)
         self.remove_callback(transformers.ProgressCallback)
@@ -34,6 +41,13 @@ class Finetuner(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def _load_best_model(self) -> None:
+        if self.reload is None:
+            super()._load_best_model()
+        else:
+            best = Path(str(self.state.best_model_checkpoint))
+            self.model = self.model_wrapped = self.reload(best).to(self.args.device)
 
 
 class Epochs(TrainerCallback):
