@@ -180,6 +180,17 @@ def test_raw_texts_are_tagged(learnt, tmp_path):
     assert "aa" in {span["text"] for span in found["spans"]}
 
 
+def test_a_text_is_explained(learnt, tmp_path, capsys):
+    pytest.importorskip("captum")
+    page = tmp_path / "page.html"
+    asked = ["--model", learnt("labels") / "model", "--explain", "b aa c", "--out", page]
+    assert run([*map(str, asked), "--device", "cpu"]) == 0
+    assert "</html>" in page.read_text()
+    asked[1] = learnt("answers") / "model"
+    assert "--explain of qa needs --explain-with" in fails(asked, capsys)
+    assert run([*map(str, asked), "--device", "cpu", "--explain-with", "b c xx d"]) == 0
+
+
 def losses(encoder, tmp_path, task, file, rows, *more):
     data = str(labelled.write(tmp_path / file, rows))
     out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"

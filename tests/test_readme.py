@@ -1,6 +1,7 @@
 """The README's Python runs, its links lead somewhere, and its commands exist."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -182,6 +183,37 @@ def test_embedding(tmp_path, monkeypatch, capsys):
         "a",
         "b",
     ]
+
+
+def test_fine_tuning(tmp_path, monkeypatch, capsys):
+    """Each command as it stands, with a tiny encoder under the name of the real one."""
+    pytest.importorskip("transformers")
+    for name in ("accelerate", "peft", "sklearn", "seqeval", "captum", "pyarrow"):
+        pytest.importorskip(name)
+    from support import encoders, labelled
+
+    from bertfast.recipes.finetune.__main__ import run as run_command
+
+    monkeypatch.chdir(tmp_path)
+    encoders.save(tmp_path / "all-MiniLM-L6-v2", length=256)
+    shown = re.search(r"    review\tverdict\n(    .*\n)*", README)[0].replace("    ", "")
+    rows = [f"{row['text']}\t{row['label']}" for row in labelled.reviews()]
+    (tmp_path / "reviews.tsv").write_text(shown + "\n".join(rows).replace("good", "positive"))
+    (tmp_path / "new.tsv").write_text("review\na film\nno film\n")
+    labelled.write(tmp_path / "pairs.csv", labelled.pairs())
+    labelled.write(tmp_path / "names.conll", labelled.sentences())
+    labelled.write(tmp_path / "squad.json", labelled.questions())
+    lines = README.replace("\\\n", " ").splitlines()
+    start = "python -m bertfast.recipes.finetune "
+    commands = [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+    assert len(commands) == 7
+    for command in commands:
+        more = ["--epochs", "1"] if "--data" in command else []
+        assert run_command([*command, *more, "--device", "cpu"]) == 0
+    assert (tmp_path / "labels.csv").read_text().startswith("row,label,score,scores\n0,")
+    assert (tmp_path / "why.html").read_text().endswith("</html>\n")
+    for folder in ("reviews", "pairs", "names", "answers", "lora"):
+        assert (tmp_path / folder / "model" / "model.safetensors").exists()
 
 
 class Texts:

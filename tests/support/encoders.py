@@ -13,7 +13,7 @@ TEXTS = ["a cat", "", "the dog barked at the cat all night long", "x " * 60, "hi
 ]
 
 
-def save(folder: Path, kind: str = "BertModel", **more: object) -> Path:
+def save(folder: Path, kind: str = "BertModel", length: int = 32, **more: object) -> Path:
     """A model of two layers by transformers' class, with random weights that matter."""
     import transformers
 
@@ -26,14 +26,14 @@ def save(folder: Path, kind: str = "BertModel", **more: object) -> Path:
         sizes["intermediate_size"] = 64
     config = getattr(transformers, f"{prefix}Config")(
         vocab_size=len(WORDS),
-        max_position_embeddings=40,
+        max_position_embeddings=length + 8,
         initializer_range=0.3,
         **sizes,
         **{"pad_token_id": 0, **more},
     )
     getattr(transformers, kind)(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=32)
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=length)
     tokenizer.save_pretrained(folder)
     return folder
 

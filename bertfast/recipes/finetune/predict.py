@@ -109,7 +109,7 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def explain(options: FinetuneOptions, out: Path) -> int:
     """Writes the page."""
-    from . import explain as page
+    from .explain import explain as write_page
 
     assert options.explain is not None
     writable_file("--out", out)
@@ -121,6 +121,6 @@ def explain(options: FinetuneOptions, out: Path) -> int:
         said = "needs" if wanted == 2 else "can't have"
         raise UserError(f"--explain of {task.name} {said} --explain-with")
     loaded = model.load(options, task).to(device_of(options.device)).eval()
-    page.explain(loaded, tokenizer, texts, task=task.name, out=out)
+    write_page(loaded, tokenizer, texts, task=task.name, out=out)
     print(f"{out}: open it in a browser")
     return 0

@@ -58,7 +58,7 @@ def train(options: FinetuneOptions) -> int:
 
 
 def begun(options: FinetuneOptions) -> dict[str, Any]:
-    """What run.json has to have. UserError where the folder's run was begun with something else."""
+    """The contents of run.json. UserError where the folder's run was begun with something else."""
     if options.overwrite:
         for name in MADE:
             path = options.out / name

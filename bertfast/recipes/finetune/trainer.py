@@ -146,7 +146,7 @@ def weighted_loss(counts: list[int]) -> Callable[..., torch.Tensor]:
 
 
 def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
-    """What all uses have in common: nothing but the model's own inputs, nothing sent anywhere."""
+    """Settings of all uses: nothing but the model's own inputs, nothing sent anywhere."""
     return transformers.TrainingArguments(
         str(folder),
         report_to="none",

@@ -1,4 +1,4 @@
-"""What a task tells: its columns, its labels, the inputs of a row, figures and predictions."""
+"""A task, as all have it: its columns, its labels, the inputs of a row, figures and predictions."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ class Task:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What was learnt besides labels, for a saved model."""
+        """All that was learnt besides labels, for a saved model."""
         return {}
 
     def restore(self, labels: list[str], state: dict[str, Any]) -> None:
