@@ -279,10 +279,12 @@ NASTY = "</script><b>x</b><!--<script> & \"q\" 'a' \\u003c ${data} \u2028 \u202e
 def test_a_nasty_text_is_data(loaded, tmp_path):
     model, tokenizer = loaded("pair")
     model.config._name_or_path = "<i>$"
-    made = explain(model, tokenizer, (NASTY[:30], "x"), task="pair", out=tmp_path / "page.html")
+    model.config.id2label = {0: NASTY, 1: "yes", 2: "no"}
+    made = explain(model, tokenizer, (NASTY * 2, "x"), task="pair", out=tmp_path / "page.html")
     data = read(made)
     text = "".join(t["before"] + t["text"] for t in data["tokens"] if t["segment"] == 0)
-    assert text + data["rest"][0] == NASTY[:30] and data["model"] == "<i>$"
+    assert text + data["rest"][0] == NASTY * 2 and data["model"] == "<i>$"
+    assert NASTY in [one["name"] for one in data["targets"]]
     for piece in re.findall(r"<[^>]*>|\S", NASTY):
         assert json.loads(page.embedded(piece)) == piece
         assert not re.search("[<>&\u2028]", page.embedded(piece))

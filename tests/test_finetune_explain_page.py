@@ -148,14 +148,17 @@ def test_layers_and_heads_are_chosen_and_their_weights_shown(browser, opened):
 
 
 def test_a_nasty_text_is_shown_verbatim(browser, opened):
-    opened("classify", NASTY, num_labels=3)
+    # Behind the tokens that are read, and in a label, it isn't cut into tokens.
+    opened("classify", NASTY * 2, id2label={0: NASTY, 1: "other"})
+    assert NASTY in texts_of(browser, ".target .name")
+    assert "</script>" in texts_of(browser, "#text .rest")[0]
     for box in ("text", "queries"):
         shown = browser.run(
             f"(() => {{ const box = document.getElementById('{box}').cloneNode(true);"
             "box.querySelectorAll('.added').forEach(e => { e.nextSibling.remove(); e.remove(); });"
             "return box.textContent; })()"
         )
-        assert shown == NASTY
+        assert shown == NASTY * 2
     assert browser.run("document.querySelectorAll('main b, main img, script').length") == 2
     assert browser.run("document.title") == "model: classify, explained"
 
@@ -193,6 +196,8 @@ def test_keys_alone_do_it_all(browser, opened):
     assert texts_of(browser, "#attends")[0].endswith("(place 2) attends to")
     tags = texts_of(browser, "#text .tag")
     assert tags == [made[0] for made in told["labels"] if made and made[0] != "O"]
+    names = {f"{word} \u2192" for word in ("a", "cat", ",", "dog")}
+    assert {name[: name.index("\u2192") + 1] for name in texts_of(browser, ".name")} == names
 
 
 def test_an_answer_and_a_text_that_was_cut(browser, opened):

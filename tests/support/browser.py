@@ -35,7 +35,7 @@ def found() -> str | None:
     for name in NAMES:
         # Ubuntu's chromium is a script that asks for a snap.
         if path := shutil.which(name):
-            if "snap" not in Path(path).read_bytes()[:2000].decode(errors="ignore"):
+            if "/snap/bin" not in Path(path).read_bytes()[:2000].decode(errors="ignore"):
                 return path
     return None
 

@@ -37,6 +37,13 @@ function percent(part) {
 /* What a token is called where it stands alone. */
 const nameOf = (place) => tokens[place].text || tokens[place].token;
 
+/* The last token of a word that has a label, which its first one has. */
+function endOfWord(place) {
+  let last = place;
+  while (last + 1 < tokens.length && !data.labels[last + 1] && tokens[last + 1].segment !== null) last++;
+  return last;
+}
+
 /* ---- a text of tokens, of which one is chosen by pointer or keys ---- */
 
 function showText(box, describe, choose) {
@@ -73,11 +80,9 @@ function showText(box, describe, choose) {
   });
   (data.labels || []).forEach((label, place) => {
     if (!label || tokens[place].segment === null || label[0] === "O") return;
-    let last = place; // of the word's tokens
-    while (last + 1 < tokens.length && !data.labels[last + 1] && tokens[last + 1].segment !== null) last++;
     const tag = make("span", "tag", label[0]);
     tag.setAttribute("aria-hidden", "true");
-    spans[last].after(tag);
+    spans[endOfWord(place)].after(tag);
   });
   data.rest.forEach((rest, segment) => {
     if (!rest) return;
@@ -192,7 +197,9 @@ const attributionText = showText(
 );
 
 function nameOfTarget(made) {
-  return data.task === "tag" ? `${nameOf(made.span[0])} \u2192 ${made.name}` : made.name;
+  if (data.task !== "tag") return made.name;
+  const word = tokens.slice(made.span[0], endOfWord(made.span[0]) + 1);
+  return `${word.map((token) => token.text).join("")} \u2192 ${made.name}`;
 }
 
 function showTarget(chosen) {
