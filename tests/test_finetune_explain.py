@@ -195,6 +195,21 @@ def test_weights_are_the_original_eager_ones(family, form, loaded):
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
+def test_an_adapter_before_the_text(loaded, tmp_path):
+    """Its positions are left out, and what they take of the weights is told."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = loaded("classify")
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = peft.get_peft_model(bertfast.optimize(model), config).eval()
+    encoded, _, made = explained(model, tokenizer, "classify")
+    assert all(one.converged and float(one.scores.abs().max()) > 0.01 for one in made)
+    with unchanged(model):
+        weights = attention_module.weights_of(model, encoded)
+    assert weights.shape[2:] == (len(encoded), len(encoded))
+    data = read(explain(model, tokenizer, "a cat sat", task="classify", out=tmp_path / "p.html"))
+    assert 0.1 < data["attention"]["outside"] == pytest.approx(1 - float(weights.sum(-1).mean()))
+
+
 def state(model):
     """All that explaining could change."""
     modules = {}
@@ -301,6 +316,7 @@ def test_a_page_holds_the_numbers(loaded, tmp_path):
         assert told["scores"] == pytest.approx(one.scores.tolist(), rel=1e-5)
         assert told["probability"] == pytest.approx(one.target.probability)
     assert sum(told["probability"] for told in data["targets"]) == pytest.approx(1)
+    assert abs(data["attention"]["outside"]) < 1e-6
     packed = zlib.decompress(base64.b64decode(data["attention"]["bytes"]))
     stored = (torch.frombuffer(bytearray(packed), dtype=torch.uint8) / 255) ** 2
     # sqrt(p) is half a byte off at most, so p by 2 sqrt(p) / 510 + 1 / 510^2

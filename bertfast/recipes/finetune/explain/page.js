@@ -321,6 +321,11 @@ function showAttention(bytes) {
   at("head").append(option(-1, `mean of all ${heads}`));
   for (let head = 0; head < kept && !mean; head++) at("head").append(option(head, `${head + 1} of ${heads}`));
   at("means").hidden = !mean;
+  if (data.attention.outside > 0.001) {
+    const outside = percent(data.attention.outside);
+    at("outside").textContent = `Positions that an adapter puts before the text take ${outside} on average.`;
+    at("outside").hidden = false;
+  }
 
   function read() {
     const layer = Number(at("layer").value);

@@ -111,12 +111,14 @@ def _rounded(number: float) -> float:
 
 def _attention(weights: torch.Tensor) -> dict[str, Any]:
     layers, heads = weights.shape[:2]
+    outside = 1 - float(weights.sum(-1).mean())
     mean = weights.numel() > MOST_WEIGHTS
     if mean:
         weights = weights.mean(1, keepdim=True)
     made = weights.clamp(0, 1).sqrt().mul(255).round().to(torch.uint8).numpy().tobytes()
     deflated = base64.b64encode(zlib.compress(made, 9)).decode()
-    return {"layers": layers, "heads": heads, "mean": mean, "bytes": deflated}
+    told = {"layers": layers, "heads": heads, "mean": mean, "outside": _rounded(outside)}
+    return {**told, "bytes": deflated}
 
 
 def _shortened(text: str) -> str:
