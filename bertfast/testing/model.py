@@ -5,7 +5,10 @@
 for the largest error and for the root mean square. The oracle is the stock model in float64. The
 yardstick is the stock model itself in the tested dtype, the worst of `WAYS` right ways to run it:
 the batch at once, one row after another, and the batch with the terms of every matrix product, of
-forward and backward, summed in a random order. scale is |reference|.
+forward and backward, summed in a random order. Two more have softmax's backward as every fused
+attention has it: dS = P (dP - sum(dO O)), where O is the context as it was rounded. An eager model's
+own sum, sum(dP P) = sum(dO P V), has no such error, which all gradients of a row's scores share.
+scale is |reference|.
 
 Why so many: one run's error is one draw, and where few numbers are compared, or many that share one
 rounding (the largest errors of a gradient come from one token), a second right draw may be any
@@ -109,8 +112,9 @@ def beside_stock(
     at_once = numbers(stock, inputs, real, gradients)
     ways = [_all_errors(at_once, exact)]
     ways.append(_all_errors(numbers(stock, inputs, real, gradients, by_row=True), exact))
-    for seed in range(WAYS - len(ways)):
-        with _ShuffledSums(seed):
+    shuffled = WAYS - len(ways)
+    for seed in range(shuffled + 2):
+        with _ShuffledSums(seed, by_contexts=seed >= shuffled):
             ways.append(_all_errors(numbers(stock, inputs, real, gradients), exact))
     found = []
     for name, reference in exact.items():
@@ -130,22 +134,53 @@ def beside_stock(
 
 
 class _ShuffledSums(TorchDispatchMode):
-    """The terms of each matrix product are summed in a random order, in the backward too."""
+    """The terms of each matrix product are summed in a random order, in the backward too.
+    by_contexts: the rows' sums in softmax's backward are made of the contexts."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, by_contexts: bool = False) -> None:
         super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
+        self._by_contexts = by_contexts
+        # By the address of what was made, which is kept for that: softmax's outputs; of them the
+        # contexts; and the first operand of any other batched product, which may be dP = dO V^T.
+        self._shares: dict[int, torch.Tensor] = {}
+        self._contexts: dict[int, torch.Tensor] = {}
+        self._operands: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if func is _SOFTMAX_BACKWARD and self._by_contexts:
+            return self._softmax_backward(*args)
+        given = args
         if func in _PRODUCTS:
             *rest, a, b = args
             order = torch.randperm(a.shape[-1], generator=self._generator).to(a.device)
             args = (*rest, a.index_select(-1, order), b.index_select(-2, order))
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func is _SOFTMAX:
+            self._shares[made.data_ptr()] = made
+        elif func is _BATCHED and given[0].data_ptr() in self._shares:
+            self._contexts.setdefault(given[0].data_ptr(), made)  # the next is dV = P^T dO
+        elif func is _BATCHED:
+            self._operands[made.data_ptr()] = given[0], made
+        return made
+
+    def _softmax_backward(
+        self, dp: torch.Tensor, p: torch.Tensor, dim: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        context = self._contexts.get(p.data_ptr())
+        operand, _ = self._operands.get(dp.data_ptr(), (None, None))
+        if context is None or operand is None or operand.shape != context.shape:
+            return _SOFTMAX_BACKWARD(dp, p, dim, dtype)
+        high = torch.promote_types(dtype, torch.float32)
+        sums = (operand.to(high) * context.to(high)).sum(-1).view(*dp.shape[:-1], 1)
+        return (p.to(high) * (dp.to(high) - sums)).to(dtype)
 
 
+_BATCHED = torch.ops.aten.bmm.default
+_SOFTMAX = torch.ops.aten._softmax.default
+_SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 _PRODUCTS = tuple(
     getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")
 )
