@@ -276,7 +276,7 @@ def may_serve(x: torch.Tensor) -> bool:
 
 # Attributes of modules that a capture reads, besides their parameters.
 _VALUES = (
-    *("eps", "scaling", "num_attention_heads", "num_heads", "approximate"),
+    *("eps", "scaling", "num_attention_heads", "attention_head_size", "num_heads", "approximate"),
     *("intermediate_act_fn", "activation"),  # where they are functions
 )
 

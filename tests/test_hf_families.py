@@ -307,3 +307,44 @@ def test_graphs_watch_all_that_the_encoder_reads(prefix):
         norm = next(name for name, child in encoder.named_children() if child is module)
         setattr(encoder, norm, torch.nn.Identity())
         assert _Watched(model.facts()).why_not == "a module beside the layers has to be called"
+
+
+@each_layer
+def test_packed_by_the_caller(prefix):
+    stock, model = both(prefix)
+    ids = [torch.randint(5, 90, (n,)) for n in (5, 20, 13)]
+    bounds = torch.tensor([0, 5, 25, 38], dtype=torch.int32)
+    positions = [model.position_ids(one[None])[0] for one in ids]
+    given = dict(input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None])
+    packed = model(**given, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)[0][0]
+    expected = torch.cat([stock(one[None])[0][0] for one in ids])
+    torch.testing.assert_close(packed, expected, rtol=0, atol=HIDDEN_ATOL)
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore:bertfast runs the original code")
+@pytest.mark.parametrize("part", ["layer", "encoder"])
+def test_a_part_by_itself(prefix, part):
+    """In a model that was not converted, with a mask and without."""
+    stock, model = both(prefix)
+    chosen = model.layers()[1] if part == "layer" else model.encoder_module()
+    bertfast.revert(model)
+    bertfast.optimize(chosen)
+    for inputs in (batch(), {"input_ids": batch((9, 9))["input_ids"]}):
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        close(model(**inputs), stock(**inputs), {"attention_mask": real})
+    assert not any(row.status == "fused" for row in bertfast.report(model))
+
+
+@each_layer
+def test_tuples_and_errors(prefix):
+    stock, model = both(prefix)
+    inputs = batch()
+    got, expected = (one(**inputs, return_dict=False) for one in (model, stock))
+    assert type(got) is tuple and len(got) == len(expected)
+    close(got, expected, inputs)
+    x = torch.randn(3, 20, hf_models.WIDTH)
+    for wrong in ({}, inputs | {"inputs_embeds": x}):
+        for one in (stock, model):
+            with pytest.raises(ValueError, match="input"):
+                one(**wrong)

@@ -90,7 +90,9 @@ def why_unknown(kind: Any) -> str | None:
     names = [parameter.name for parameter in parameters[1:]]
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     # Up to transformers 4 a layer's third argument was head_mask, and it returned a tuple.
-    if set(_TABLE[kind.__name__][1].TAKES) <= set(names) and passes_on and "head_mask" not in names:
+    front = _TABLE[kind.__name__][1]
+    passes_on = passes_on or not front.PASSES_ON
+    if set(front.TAKES) <= set(names) and passes_on and "head_mask" not in names:
         return None
     return f"its forward takes ({', '.join(names)}): bertfast knows transformers 5.0 to 5.23"
 

@@ -114,11 +114,8 @@ class Head(Swapped):
         labels = arguments["labels"]
         if not self.training or labels is None:
             return ""
-        if options.get("return_dict", None) is None:
-            as_tuple = not self.config.return_dict
-        else:
-            as_tuple = not options["return_dict"]
-        if as_tuple:
+        as_dict = options.get("return_dict", arguments.get("return_dict"))
+        if not (self.config.return_dict if as_dict is None else as_dict):
             return "return_dict=False asks for a tuple, in which logits have their place"
         if (reason := self.why_original()) is not None:
             return reason

@@ -61,6 +61,8 @@ class Layer(Swapped):
     """Stands in front of the original layer class. A subclass names the layer's parts."""
 
     TAKES = ("hidden_states", "attention_mask")  # arguments that the original's forward must know
+    PASSES_ON = True  # and any other
+    RETURNS_TUPLE = False  # (hidden states, attention weights)
     _original: Any  # the class that was swapped
     _container_kinds: tuple[type, ...]  # what containers() must be, class by class
 
@@ -90,6 +92,13 @@ class Layer(Swapped):
 
     def self_attention(self) -> nn.Module:
         raise NotImplementedError
+
+    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
+        """The mask as the original code wants it."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        attention: Any = self.self_attention()
+        return create_bidirectional_mask(attention.config, hidden_states, key_mask)
 
     def why_not(self) -> str | None:
         """Why this layer runs its original code, whatever the call; None if it needn't."""
@@ -137,6 +146,8 @@ def _forward(original: Any) -> Callable:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if type(attention_mask) is Batch:  # of an encoder that hands down nothing else
+            kwargs[ARGUMENT], attention_mask = attention_mask, None
         told = ARGUMENT in kwargs
         batch: Any = kwargs.pop(ARGUMENT) if told else _batch_of(self, attention_mask, args, kwargs)
         reason = batch if isinstance(batch, str) else None
@@ -150,14 +161,15 @@ def _forward(original: Any) -> Callable:
             if reason:
                 warn_once(f"runs the original code of a {original.__name__}: {reason}")
             if told and batch is not None and batch.key_mask is not None:
-                attention_mask = _original_mask(self, hidden_states, batch.key_mask)
+                attention_mask = self.original_mask(hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
         settings = self.__dict__[ATTRIBUTE]
         call = Call(
             *(batch, self._bertfast_joined, self.training),
             *(settings.backend, settings.recompute, id(self)),
         )
-        return run_layer(self.parts(), hidden_states, call)
+        y = run_layer(self.parts(), hidden_states, call)
+        return (y, None) if self.RETURNS_TUPLE else y
 
     return forward
 
@@ -168,12 +180,13 @@ def _batch_of(layer: Layer, attention_mask: Any, args: tuple, kwargs: dict) -> B
     if is_disabled() or not is_converted(layer):
         return ""
     attention: Any = layer.self_attention()
-    if any(value is not None for value in args):
+    if any(value is not None and value is not False for value in args):
         return "it was given more than hidden_states and attention_mask"
-    name = changes_layers(kwargs, attention.config)
+    config = getattr(attention, "config", None)
+    name = changes_layers(kwargs, config)
     if name is not None:
         return f"{name} was given"
-    if attention._forward_hooks or getattr(attention.config, "output_attentions", False):
+    if attention._forward_hooks or getattr(config, "output_attentions", False):
         return "attention weights are recorded"
     if attention_mask is None:
         return Batch()
@@ -192,14 +205,7 @@ def changes_layers(kwargs: dict, config: Any) -> str | None:
     for name, value in kwargs.items():
         if value is None or value is False or name in _HARMLESS:
             continue
-        if name in _LOOKED_AT or config._attn_implementation not in _IMPLEMENTATIONS:
+        implementation = getattr(config, "_attn_implementation", None)
+        if name in _LOOKED_AT or implementation not in _IMPLEMENTATIONS:
             return name
     return None
-
-
-def _original_mask(layer: Layer, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
-    """The mask as the original code wants it."""
-    from transformers.masking_utils import create_bidirectional_mask
-
-    attention: Any = layer.self_attention()
-    return create_bidirectional_mask(attention.config, hidden_states, key_mask)

@@ -41,6 +41,7 @@ class Model(Swapped):
     """Stands in front of the original model class (BertModel, ...)."""
 
     TAKES = ("input_ids", "attention_mask")  # arguments that the original's forward must know
+    PASSES_ON = True  # and any other
     # Those with a number for each token, which its embeddings take.
     TOKENS: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids")
     _original: Any
@@ -146,11 +147,18 @@ class Model(Swapped):
         embedding: Any = self.get_input_embeddings()
         self(input_ids=torch.full((rows, length), token, device=embedding.weight.device))
 
+    def call(self, arguments: dict) -> Any:
+        """The original forward, told how the batch lies by ARGUMENT."""
+        return self._original.forward(self, **arguments)
+
+    def asked(self, arguments: dict, name: str) -> bool:
+        """True if the call, or the configuration, asks for an output (output_attentions, ...)."""
+        given = arguments.get(name)
+        return getattr(self.config, name, False) if given is None else given
+
     def _shows_layers(self, arguments: dict) -> bool:
         """True if each layer's output is asked for."""
-        return arguments.get(
-            "output_hidden_states", getattr(self.config, "output_hidden_states", False)
-        )
+        return self.asked(arguments, "output_hidden_states")
 
     def _why_original(self, arguments: dict, facts: Facts) -> str | None:
         """The reason for the original code, "" if it needs no telling; None if there is none."""
@@ -161,7 +169,7 @@ class Model(Swapped):
             return "the model is a decoder"
         if facts.untold is not None:
             return facts.untold
-        if arguments.get("output_attentions", getattr(config, "output_attentions", False)):
+        if self.asked(arguments, "output_attentions"):
             return "attention weights were asked for"
         others = {k: v for k, v in arguments.items() if k not in _HANDLED and k not in self.TOKENS}
         name = changes_layers(others, config)
@@ -319,7 +327,7 @@ def _model_forward(original: Any) -> Callable:
                 self._pack(arguments, batch, facts)
         elif self._why_untold() is not None:
             del arguments[ARGUMENT]  # another library's encoder doesn't take it
-        return original.forward(self, **arguments)
+        return self.call(arguments)
 
     return forward
 
@@ -329,6 +337,7 @@ class Encoder(Swapped):
     if the model hasn't, and puts it back after the last."""
 
     TAKES = ("hidden_states", "attention_mask")
+    PASSES_ON = True
     _original: Any
 
     @classmethod
@@ -344,6 +353,10 @@ class Encoder(Swapped):
 
     def prepare(self) -> None:
         pass
+
+    def call(self, x: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        """The original forward, told how the batch lies by ARGUMENT."""
+        return self._original.forward(self, x, *args, **kwargs)
 
     def width(self) -> int:
         """Of the tokens."""
@@ -363,8 +376,8 @@ def _encoder_forward(original: Any) -> Callable:
             if outputs is not None:
                 return outputs
         if batch is None or batch.padded_shape is None:
-            return original.forward(self, hidden_states, *args, **kwargs)
-        outputs = original.forward(self, hidden_states, *args, **kwargs)
+            return self.call(hidden_states, args, kwargs)
+        outputs = self.call(hidden_states, args, kwargs)
         last = outputs.last_hidden_state
         if batch.index is not None and batch.index.device != last.device:
             batch = batch.to(last.device)  # the last layer is on another device than the first
@@ -380,8 +393,7 @@ def _by_graph(
     graphs: Graphs = encoder.__dict__[GRAPHS]
 
     def run(tokens: torch.Tensor, any_batch: Batch) -> torch.Tensor:
-        told = {**kwargs, ARGUMENT: any_batch}
-        outputs = encoder._original.forward(encoder, tokens, *args, **told)
+        outputs = encoder.call(tokens, args, {**kwargs, ARGUMENT: any_batch})
         if len(outputs) != 1:
             raise RuntimeError("the encoder returns more than its last hidden state")
         graphs.outputs = type(outputs)

@@ -22,6 +22,7 @@ def bert_parts(layer: nn.Module, norms_first: tuple[nn.Module, nn.Module] | None
     activation = intermediate.get("intermediate_act_fn")
     if activation is None:  # a plain function
         activation = modules["intermediate"].intermediate_act_fn
+    scale = attend.__dict__.get("scaling")
     return Parts(
         inside["query"],
         inside["key"],
@@ -37,7 +38,7 @@ def bert_parts(layer: nn.Module, norms_first: tuple[nn.Module, nn.Module] | None
         output.get("dropout"),
         output["LayerNorm"] if norms_first is None else norms_first[1],
         attend.num_attention_heads,
-        attend.scaling,
+        attend.attention_head_size**-0.5 if scale is None else scale,
         norm_first=norms_first is not None,
     )
 

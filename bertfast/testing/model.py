@@ -6,9 +6,9 @@ for the largest error and for the root mean square. The oracle is the stock mode
 yardstick is the stock model itself in the tested dtype, the worst of `WAYS` right ways to run it:
 the batch at once, one row after another, and the batch with the terms of every matrix product, of
 forward and backward, summed in a random order. Two more have softmax's backward as every fused
-attention has it: dS = P (dP - sum(dO O)), where O is the context as it was rounded. An eager model's
-own sum, sum(dP P) = sum(dO P V), has no such error, which all gradients of a row's scores share.
-scale is |reference|.
+attention has it: dS = P (dP - sum(dO O)), where O is the context as it was rounded. An eager
+model's own sum, sum(dP P) = sum(dO P V), has no such error, which all gradients of a row's scores
+share. scale is |reference|.
 
 Why so many: one run's error is one draw, and where few numbers are compared, or many that share one
 rounding (the largest errors of a gradient come from one token), a second right draw may be any
