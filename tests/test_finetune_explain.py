@@ -305,6 +305,33 @@ def test_a_nasty_text_is_data(loaded, tmp_path):
         assert not re.search("[<>&\u2028]", page.embedded(piece))
 
 
+@pytest.mark.parametrize("trim", [True, False])
+def test_tokens_of_bytes_spell_the_text(trim, loaded):
+    """Several tokens may stand for one character, and one for a word and the space before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["[PAD]", "[CLS]", "[SEP]", *letters, "\u0120a", "ca"]
+    merges = [("\u0120", "a"), ("c", "a")]
+    made = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.RobertaProcessing(
+        ("[SEP]", 2), ("[CLS]", 1), trim_offsets=trim, add_prefix_space=False
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    model, _ = loaded("classify")
+    text = " a  cat \U0001f600\u00e9! "
+    encoded = encode(model, tokenizer, text, "classify")
+    own = [token for token in encoded.tokens if not token.special]
+    assert "".join(token.before + token.text for token in own) + encoded.rest[0] == text
+    # 3 and 1 bytes behind a character's first one, and trimmed, 4 spaces that are tokens
+    assert [token.text for token in own].count("") == 3 + 1 + 4 * trim
+    assert [token.special for token in encoded.tokens].count(True) == 2
+
+
 def test_a_page_holds_the_numbers(loaded, tmp_path):
     model, tokenizer = loaded("classify")
     encoded, prediction, made = explained(model, tokenizer, "classify")

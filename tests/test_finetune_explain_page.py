@@ -163,6 +163,17 @@ def test_a_nasty_text_is_shown_verbatim(browser, opened):
     assert browser.run("document.title") == "model: classify, explained"
 
 
+def test_a_text_gives_its_own_direction(browser, opened):
+    opened("pair", ("\u0647\u0630\u0627 a", "a cat"), num_labels=2)
+    shown = browser.run(
+        "[...document.querySelectorAll('#text p')].map(p => p.matches(':dir(rtl)'))"
+    )
+    assert shown == [True, False]
+    browser.run("document.querySelector('#text .token').focus()")
+    browser.press("ArrowLeft", "ArrowDown", "ArrowLeft", "ArrowRight")
+    assert browser.run("document.activeElement.dataset.place") == "2"
+
+
 def test_keys_alone_do_it_all(browser, opened):
     opened("tag", "a cat, a dog", id2label={0: "O", 1: "animal", 2: "other"})
     told = data(browser)

@@ -57,6 +57,7 @@ function showText(box, describe, choose) {
     part.setAttribute("role", "none");
     if (segments > 1) {
       const name = make("span", "part", names[segment]);
+      name.dir = "ltr"; // so that the text alone gives the part its direction
       name.setAttribute("aria-hidden", "true");
       part.append(name);
     }
@@ -69,8 +70,10 @@ function showText(box, describe, choose) {
     if (token.before) part.append(make("span", "", token.before));
     const added = token.segment === null;
     const span = make("span", "token", token.text || token.token);
-    if (added) span.classList.add("added");
-    else if (!token.text) span.classList.add("bit");
+    if (added) {
+      span.classList.add("added");
+      span.dir = "ltr";
+    } else if (!token.text) span.classList.add("bit");
     span.setAttribute("role", "option");
     span.tabIndex = -1;
     span.dataset.place = place;
@@ -81,6 +84,7 @@ function showText(box, describe, choose) {
   (data.labels || []).forEach((label, place) => {
     if (!label || tokens[place].segment === null || label[0] === "O") return;
     const tag = make("span", "tag", label[0]);
+    tag.dir = "ltr";
     tag.setAttribute("aria-hidden", "true");
     spans[endOfWord(place)].after(tag);
   });
@@ -126,8 +130,9 @@ function showText(box, describe, choose) {
     if (place !== null && place !== current) select(place, false);
   });
   box.addEventListener("keydown", (event) => {
+    const right = spans[current].parentElement.matches(":dir(rtl)") ? -1 : 1;
     const moves = {
-      ArrowRight: current + 1, ArrowDown: current + 1, ArrowLeft: current - 1, ArrowUp: current - 1,
+      ArrowRight: current + right, ArrowLeft: current - right, ArrowDown: current + 1, ArrowUp: current - 1,
       Home: 0, End: tokens.length - 1,
     };
     if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
