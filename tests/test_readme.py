@@ -176,13 +176,15 @@ def test_embedding(tmp_path, monkeypatch, capsys):
     names = run("CrossScorer")
     assert names["vectors"].shape == (2, 32) and names["scores"].shape == (2,)
     (tmp_path / "corpus.csv").write_text("key,text\na,one text\nb,another\n")
-    (command,) = re.findall(r"^python -m bertfast.recipes.embed (.*)", README, re.MULTILINE)
-    assert run_command([*command.split(), "--device", "cpu"]) == 0
-    table = run("read_table")["table"]
-    assert table.column_names == ["row", "key", "embedding"] and table["key"].to_pylist() == [
-        "a",
-        "b",
-    ]
+    (tmp_path / "pairs.csv").write_text("query,passage\nwho,he\nwhat,that\nwhere,here\n")
+    commands = re.findall(r"^python -m bertfast.recipes.embed (.*)", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert run_command([*command.split(), "--device", "cpu"]) == 0
+    names = run("read_table")
+    assert names["table"].column_names == ["row", "key", "embedding"]
+    assert names["table"]["key"].to_pylist() == ["a", "b"]
+    assert names["scores"].column_names == ["row", "score"] and names["scores"].num_rows == 3
 
 
 def test_fine_tuning(tmp_path, monkeypatch, capsys):

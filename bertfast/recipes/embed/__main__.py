@@ -1,4 +1,5 @@
-"""`python -m bertfast.recipes.embed INPUT OUTPUT --model DIR`: vectors of a corpus, in shards.
+"""`python -m bertfast.recipes.embed INPUT OUTPUT --model DIR`: vectors of a corpus, or scores of
+pairs, in shards.
 
 Stopped at any moment, it goes on by the same command. --ray runs it on Ray, here or on a cluster.
 """

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 from ...commands.errors import UserError
-from . import encoders, output
-from .embedder import Counts, Embedder
+from . import encoders, output, skipped
+from .embedder import Counts, CrossScorer, Embedder
 from .options import EmbedOptions
-from .output import Run
+from .output import Keys, Run
 from .rows import Columns
 
 
 def embed(options: EmbedOptions) -> int:
-    if options.id in output.OWN:
-        raise UserError(f"--id can't be {options.id!r}, which is a column of the output's own")
+    _check(options)
     if options.ray is None:
         device = encoders.device_of(options.device)
         return _embed(options, device, _here)
@@ -32,36 +31,67 @@ def embed(options: EmbedOptions) -> int:
         return _embed(options, cluster.device, functools.partial(scale.on_ray, cluster))
 
 
-def _embed(options: EmbedOptions, device: torch.device, work: Callable[..., Any]) -> int:
+# Options that say how tokens become a vector.
+VECTORS = ("pooling", "normalize", "prompt", "prompt_name")
+
+
+def _check(options: EmbedOptions) -> None:
+    if options.id in output.OWN:
+        raise UserError(f"--id can't be {options.id!r}, which is a column of the output's own")
+    if options.pair is None:
+        return
+    if options.pair == options.column:
+        raise UserError(f"--pair must be another column than --column, got {options.pair!r} twice")
+    for name in VECTORS:
+        if getattr(options, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for vectors, and --pair asks for scores")
+
+
+def _computes(options: EmbedOptions, device: torch.device) -> tuple[Embedder | CrossScorer, dict]:
+    """The class that computes the rows, and the options that decide their numbers. A folder that
+    can't be read is an error, before any text is."""
     dtype = encoders.dtype_of(options.precision, device)
-    names = ("pooling", "normalize", "prompt", "prompt_name", "length")
-    asked: dict[str, Any] = {name: getattr(options, name) for name in names}
-    asked["precision"] = {known: name for name, known in encoders.DTYPES.items()}[dtype]
-    embedder = Embedder(
-        options.model,
-        **asked,
-        tokens=options.tokens,
-        window=options.shard,
-        device="auto" if options.ray is not None and device.type == "cuda" else options.device,
-    )
-    encoders.plan(options.model, embedder._asked)  # a folder that can't be read, before the texts
+    precision = {known: name for name, known in encoders.DTYPES.items()}[dtype]
+    asked: dict[str, Any] = {"length": options.length, "precision": precision}
+    common: dict[str, Any] = {
+        "tokens": options.tokens,
+        "window": options.shard,
+        "device": "auto" if options.ray is not None and device.type == "cuda" else options.device,
+    }
+    if options.pair is not None:
+        encoders.check_scorer(options.model)
+        return CrossScorer(options.model, **asked, **common), asked
+    asked |= {name: getattr(options, name) for name in VECTORS}
+    embedder = Embedder(options.model, **asked, **common)
+    encoders.plan(options.model, embedder._asked)
+    return embedder, asked
+
+
+def _embed(options: EmbedOptions, device: torch.device, work: Callable[..., Any]) -> int:
+    embedder, asked = _computes(options, device)
     made_of = {
         "model": str(options.model.resolve()),
         "model_checksum": output.of_model(options.model),
         **asked,
     }
+    what = "texts" if options.pair is None else "pairs"
     with output.locked(options.output), _told():
-        with _bar("reading", 0, 0) as bar:
+        with _bar("reading", what, 0, 0) as bar:
             run = output.begin(
                 options.output,
                 options.input,
-                Columns(options.column, options.id),
+                Columns(options.column, options.id, options.pair),
                 form=options.format,
                 size=options.shard,
                 made_of=made_of,
+                skip_bad=options.skip_bad,
                 overwrite=options.overwrite,
                 bar=bar,
             )
+        if run.skipped:
+            lines = skipped.lines(run.folder, len(run.skipped))
+            print("\n".join(lines), file=sys.stderr)
         missing = run.missing()
         if not missing:
             print(f"{options.output} has all {run.rows:,} rows already")
@@ -70,7 +100,7 @@ def _embed(options: EmbedOptions, device: torch.device, work: Callable[..., Any]
             return 0
         counts, seconds = work(run, embedder, missing)
         run.finish()
-    said = [f"{counts.texts:,} texts", f"{counts.texts / seconds:,.1f} texts/s"]
+    said = [f"{counts.texts:,} {what}", f"{counts.texts / seconds:,.1f} {what}/s"]
     if counts.tokens:
         said.append(f"{counts.tokens / seconds:,.0f} tokens/s")
         said.append(f"{100 * counts.tokens / counts.computed:.1f} % useful")
@@ -89,30 +119,30 @@ def _told() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
-def _here(run: Run, embedder: Embedder, missing: list[int]) -> tuple[Counts, float]:
+def _here(run: Run, embedder: Embedder | CrossScorer, missing: list[int]) -> tuple[Counts, float]:
     embedder.encoder  # noqa: B018  its loading is no part of the speed
-    ids: dict[int, list[Any] | None] = {}
+    keys: dict[int, Keys] = {}
 
-    def texts() -> Iterator[list[str]]:
+    def items() -> Iterator[list[Any]]:
         for shard in missing:
-            read = run.read(shard)
-            ids[shard] = read.ids
-            yield read.texts
+            read, keys[shard] = run.read(shard)
+            yield read
 
-    done = run.rows - sum(map(run.count, missing))
-    with Meter(run.rows, done) as meter:
-        vectors = embedder.windows(texts(), meter.add)
-        with contextlib.closing(vectors):  # type: ignore[type-var]
-            for shard, made in zip(missing, vectors, strict=True):
-                run.write(shard, made, ids.pop(shard))
+    with Meter(run, missing) as meter:
+        made = embedder.windows(items(), meter.add)
+        with contextlib.closing(made):  # type: ignore[type-var]
+            for shard, rows in zip(missing, made, strict=True):
+                run.write(shard, rows, keys.pop(shard))
     return embedder.counts, meter.seconds
 
 
 class Meter:
-    """The progress bar: texts, time left, tokens/s and their useful share of what is computed."""
+    """The progress bar: rows, time left, tokens/s and their useful share of what is computed."""
 
-    def __init__(self, rows: int, done: int) -> None:
-        self._bar = _bar("texts", rows, done)
+    def __init__(self, run: Run, missing: list[int]) -> None:
+        done = run.rows - sum(map(run.count, missing))
+        what = "texts" if run.columns.pair is None else "pairs"
+        self._bar = _bar(what, what, run.rows, done)
         self._counts = Counts()
         self._begun = time.perf_counter()
         self.seconds = 0.0
@@ -134,9 +164,9 @@ class Meter:
         self._bar.close()
 
 
-def _bar(what: str, total: int, done: int) -> Any:
+def _bar(label: str, what: str, total: int, done: int) -> Any:
     from tqdm import tqdm
 
     seldom = {} if sys.stderr.isatty() else {"mininterval": 30}
-    unit = {"desc": what, "unit": " texts"}
+    unit = {"desc": label, "unit": f" {what}"}
     return tqdm(total=total or None, initial=done, leave=False, **unit, **seldom)

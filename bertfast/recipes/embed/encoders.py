@@ -51,7 +51,9 @@ class Loaded:
         config = saved.load(AutoConfig, str(folder))
         self.tokenizer = saved.load(AutoTokenizer, str(folder))
         self.length = length_of(self.tokenizer, config, length, asked.length)
-        model = saved.load(kind, str(folder), dtype=self.dtype)
+        model, about = saved.load(kind, str(folder), dtype=self.dtype, output_loading_info=True)
+        # What an encoder lacks is its pooler, which isn't used.
+        self.absent = sorted(about["missing_keys"])
         model = model.to(self.device).eval()
         # Masked tokens are padding here, and the mask is on the host: it never waits for the GPU.
         self.model = bertfast.optimize(model, packed="always")
@@ -321,30 +323,45 @@ class Library:
         return found.astype("float32").reshape(len(texts), -1)
 
 
+def check_scorer(folder: Path) -> None:
+    """Raises UserError where Scorer can't follow the folder."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model must be a folder with a config.json, got {str(folder)!r}")
+    if (folder / "modules.json").is_file():
+        modules = [one["type"].rpartition(".")[2] for one in _json(folder / "modules.json")]
+        if modules != ["Transformer"]:
+            raise UserError(
+                f"model must be one Transformer, and {str(folder)!r} has the modules "
+                f"{', '.join(modules)}"
+            )
+    kinds = _json(folder / "config.json").get("architectures") or []
+    if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(
+            f"model must be a cross-encoder, which gives labels to sequences, and {str(folder)!r} "
+            f"is a {kinds[0]}"
+        )
+    told = _optional(folder / "config_sentence_transformers.json")
+    if (told.get("prompts") or {}).get(told.get("default_prompt_name")):
+        raise UserError(f"{str(folder)!r} puts a prompt before its pairs, which isn't done here")
+
+
 class Scorer:
     """Pairs to scores by a folder of transformers' SequenceClassification."""
 
     def __init__(self, folder: Path, asked: Asked) -> None:
         from transformers import AutoModelForSequenceClassification as Kind
 
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model must be a folder with a config.json, got {str(folder)!r}")
-        if (folder / "modules.json").is_file():
-            modules = [one["type"].rpartition(".")[2] for one in _json(folder / "modules.json")]
-            if modules != ["Transformer"]:
-                raise UserError(
-                    f"model must be one Transformer, and {str(folder)!r} has the modules "
-                    f"{', '.join(modules)}"
-                )
+        check_scorer(folder)
         length = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
         self.loaded = Loaded(folder, Kind, length, asked)
+        if absent := self.loaded.absent:
+            raise UserError(
+                f"model must be a cross-encoder, and {str(folder)!r} has no weights for "
+                f"{', '.join(absent[:3])}"
+            )
         config = self.loaded.model.config
         self.labels = config.num_labels
         told = _optional(folder / "config_sentence_transformers.json")
-        if (told.get("prompts") or {}).get(told.get("default_prompt_name")):
-            raise UserError(
-                f"{str(folder)!r} puts a prompt before its pairs, which isn't done here"
-            )
         named = (
             told.get("activation_fn")
             or (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")

@@ -16,7 +16,8 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """Vectors of a file's or folder's texts, in shards; called again, it goes on."""
+    """Vectors of a file's or folder's texts, or scores of its pairs, in shards; called again, it
+    goes on."""
 
     input: Path = _option(
         *(dataclasses.MISSING, "Parquet, CSV, TSV, JSON lines or text, or a folder of such."),
@@ -27,6 +28,9 @@ class EmbedOptions:
         dataclasses.MISSING, "Folder saved by sentence-transformers or transformers."
     )
     column: str = _option("text", "Which holds the texts; a text file has lines.")
+    pair: str | None = _option(
+        None, "Column of second texts: scores of pairs, by a cross-encoder, in place of vectors."
+    )
     id: str | None = _option(None, "Column that goes along; rows are numbered anyway.")
     format: str = _option("parquet", "Of shards; npy: with ids beside.", known=FORMATS)
     shard: int = _option(8192, "Rows of a shard, which are sorted by length together.", least=1)
@@ -36,7 +40,9 @@ class EmbedOptions:
     normalize: bool | None = _option(None, "To length 1. Default: as the model's folder says.")
     prompt: str | None = _option(None, "Put before each text.")
     prompt_name: str | None = _option(None, "One of those of the model's folder.")
-    length: int | None = _option(None, "Most tokens of a text. Default: the model's.", least=1)
+    length: int | None = _option(
+        None, "Most tokens of a text, or pair. Default: the model's.", least=1
+    )
     tokens: int = _option(8192, "Most tokens of a batch.", least=1)
     device: str = _option("auto", "auto: a GPU where there is one.")
     precision: str = _option("auto", "auto: fp16 on a GPU, else fp32.", known=PRECISIONS)
@@ -45,6 +51,9 @@ class EmbedOptions:
     )
     workers: int | None = _option(
         None, "Ray's actors. Default: one for each GPU, or else each CPU.", least=1
+    )
+    skip_bad: bool = _option(
+        False, "Leave bad rows out, and list them in _skipped.jsonl. Default: the first ends it."
     )
     overwrite: bool = _option(False, "Replace what was made of something else.")
 

@@ -1,14 +1,17 @@
-"""A folder of shards: each holds the vectors of so many rows, and is whole or absent.
+"""A folder of shards: each holds the vectors or scores of so many rows, and is whole or absent.
 
     _run.json               what the shards are made of, and where each one's rows begin
-    shard-00000.parquet     row (int64, from 0 over all files), the id if asked for, embedding
-    shard-00000.npy         or: float32 (rows, width), beside
+    _skipped.jsonl          the bad rows that were left out
+    shard-00000.parquet     row (int64, from 0 over all files, bad ones too), the id if asked for,
+                            embedding or score
+    shard-00000.npy         or: float32 (rows, width), or (rows,) of single scores, beside
     shard-00000.ids.npy     the ids, or the rows' numbers
     _index.json             the shards, once all are there
 
 Which shards are missing says where to go on. Readers of Parquet folders pass over names with a _.
 """
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -26,15 +29,19 @@ from .. import folders
 from ..pretrain.shards import write_json
 from . import rows
 from .rows import Columns, Place
+from .skipped import SKIPPED, Skipped
 
 RUN, INDEX, LOCK, FORMAT = "_run.json", "_index.json", ".lock", "bertfast embed"
 FORMATS = ("parquet", "npy")
-OWN = ("row", "embedding")  # columns
+VECTOR, SCORE = "embedding", "score"
+OWN = ("row", VECTOR, SCORE)  # columns
 HASHED = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
-class Texts(NamedTuple):
-    texts: list[str]
+class Keys(NamedTuple):
+    """The columns of a shard that aren't computed."""
+
+    numbers: list[int]
     ids: list[Any] | None
 
 
@@ -48,34 +55,51 @@ class Run:
     columns: Columns
     form: str
     size: int
-    rows: int
+    total: int  # rows of the input
     places: list[Place]
+    skipped: list[int]  # the numbers of bad rows, which are left out
+    id_kind: str | None
+
+    @property
+    def rows(self) -> int:
+        """Of the output."""
+        return self.total - len(self.skipped)
 
     @property
     def shards(self) -> int:
         return len(self.places)
 
-    def first(self, shard: int) -> int:
-        return shard * self.size
+    def numbers(self, shard: int) -> range:
+        """Those of its rows, bad ones too."""
+        return range(shard * self.size, min((shard + 1) * self.size, self.total))
 
     def count(self, shard: int) -> int:
-        return min(self.size, self.rows - self.first(shard))
+        """Of its rows in the output."""
+        return len(self.numbers(shard)) - len(self.skipped_in(shard))
+
+    def skipped_in(self, shard: int) -> list[int]:
+        of = self.numbers(shard)
+        first, end = (bisect.bisect_left(self.skipped, number) for number in (of.start, of.stop))
+        return self.skipped[first:end]
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.{self.form}"
 
-    def read(self, shard: int) -> Texts:
-        place = self.places[shard]
+    def read(self, shard: int) -> tuple[list[Any], Keys]:
+        """Its texts or pairs, and what goes along."""
+        place, numbers, bad = self.places[shard], self.numbers(shard), set(self.skipped_in(shard))
         self.check_unchanged(place.file)
-        found = list(
-            itertools.islice(rows.read(self.paths, self.columns, place), self.count(shard))
-        )
+        found = list(itertools.islice(rows.read(self.paths, self.columns, place), len(numbers)))
         if found:
             self.check_unchanged(found[-1].end.file)
-        if len(found) != self.count(shard):
+        if len(found) != len(numbers):
             raise UserError(f"{self.paths[-1]} has changed since the run began: it has fewer rows")
-        ids = None if self.columns.id is None else [row.id for row in found]
-        return Texts([row.text for row in found], ids)
+        good = {n: row for n, row in zip(numbers, found, strict=True) if n not in bad}
+        for row in good.values():
+            if row.fault:
+                raise UserError(f"{row.where}: {row.fault}, which has changed since the run began")
+        ids = None if self.columns.id is None else [row.id for row in good.values()]
+        return [row.item for row in good.values()], Keys(list(good), ids)
 
     def check_unchanged(self, file: int) -> None:
         if told(self.paths[file]) != self.inputs[file]:
@@ -98,24 +122,31 @@ class Run:
         except Exception:  # a broken file may end in any of pyarrow's and numpy's own
             return False
 
-    def write(self, shard: int, vectors: np.ndarray, ids: list[Any] | None) -> None:
-        first = self.first(shard)
-        numbers = np.arange(first, first + len(vectors), dtype=np.int64)
+    def write(self, shard: int, made: np.ndarray, keys: Keys) -> None:
+        """made: float32 (rows, width)."""
+        numbers = np.array(keys.numbers, np.int64)
+        ids = None
+        if keys.ids is not None:
+            ids = np.array(keys.ids, np.int64 if self.id_kind == "int" else str)
+        single = self.columns.pair is not None and made.shape[1] == 1
+        values = np.ascontiguousarray(made).reshape(-1)
         if self.form == "npy":
             beside = self.path(shard).with_suffix(".ids.npy")
             with _aside(beside) as aside, open(aside, "wb") as file:
-                np.save(file, numbers if ids is None else np.array(ids), allow_pickle=False)
+                np.save(file, numbers if ids is None else ids, allow_pickle=False)
             with _aside(self.path(shard)) as aside, open(aside, "wb") as file:
-                np.save(file, vectors)
+                np.save(file, values if single else made)
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         columns: dict[str, Any] = {"row": pa.array(numbers)}
-        if ids is not None and self.columns.id is not None:
-            columns[self.columns.id] = pa.array(ids)
-        flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        if keys.ids is not None and self.columns.id is not None:
+            kind = pa.int64() if self.id_kind == "int" else pa.string()
+            columns[self.columns.id] = pa.array(keys.ids, kind)
+        flat = pa.array(values)
+        name = VECTOR if self.columns.pair is None else SCORE
+        columns[name] = flat if single else pa.FixedSizeListArray.from_arrays(flat, made.shape[1])
         with _aside(self.path(shard)) as aside:
             # Vectors don't compress, and dictionaries of their numbers are larger than they.
             pq.write_table(
@@ -127,7 +158,8 @@ class Run:
 
     def finish(self) -> None:
         names = [self.path(shard).name for shard in range(self.shards)]
-        told = {"format": FORMAT, "rows": self.rows, "shards": names}
+        counts = {"rows": self.rows, "skipped": len(self.skipped)}
+        told = {"format": FORMAT, **counts, "shards": names}
         write_json(self.folder / INDEX, told)
 
 
@@ -166,20 +198,22 @@ def begin(
     form: str,
     size: int,
     made_of: dict[str, Any],
+    skip_bad: bool,
     overwrite: bool,
     bar: Any,
 ) -> Run:
-    """The run of a folder: begun, or to go on with. made_of: all else that decides the vectors.
+    """The run of a folder: begun, or to go on with. made_of: all else that decides the numbers.
 
     Raises UserError where the folder was made of something else, which it names.
     """
     paths = rows.find(source, folder)
     inputs = [told(path) for path in paths]
-    options = {**made_of, "column": columns.text, "id": columns.id, "format": form, "shard": size}
+    named = {"column": columns.text, "pair": columns.pair, "id": columns.id}
+    options = {**made_of, **named, "format": form, "shard": size}
     path = folder / RUN
     if overwrite:
         remove(folder)
-    for part in folder.glob("shard-*.part"):
+    for part in (*folder.glob("shard-*.part"), *folder.glob(f"{SKIPPED}.*.part")):
         part.unlink()
     if path.exists():
         state = _state(path)
@@ -190,13 +224,19 @@ def begin(
                 f"{str(folder)!r} was begun with something else: {'; '.join(changed)}. Give "
                 "--overwrite, or another folder"
             )
+        if state["skipped"] and not skip_bad:
+            raise UserError(
+                f"{str(folder)!r} was begun without {len(state['skipped']):,} bad rows: give "
+                "--skip-bad, or --overwrite"
+            )
     else:
         if any(folder.glob("shard-*")):
             raise UserError(
                 f"{str(folder)!r} has shards, and no {RUN} that says of what: give --overwrite, "
                 "or another folder"
             )
-        table = rows.scan(paths, columns, size, bar)
+        (folder / SKIPPED).unlink(missing_ok=True)
+        table, skipped = _scan(paths, columns, size, folder if skip_bad else None, bar)
         if [told(path) for path in paths] != inputs:
             raise UserError(f"{str(source)!r} changed while it was read")
         state = {
@@ -205,10 +245,25 @@ def begin(
             "inputs": inputs,
             "rows": table.rows,
             "places": table.places,
+            "skipped": skipped,
+            "id_kind": table.ids,
         }
         write_json(path, state)
     places = [Place(*place) for place in state["places"]]
-    return Run(folder, paths, inputs, columns, form, size, state["rows"], places)
+    counts = (state["rows"], places, state["skipped"], state["id_kind"])
+    return Run(folder, paths, inputs, columns, form, size, *counts)
+
+
+def _scan(
+    paths: list[Path], columns: Columns, size: int, folder: Path | None, bar: Any
+) -> tuple[rows.Table, list[int]]:
+    """All rows, and the numbers of bad ones, which are listed in the folder; None: there may be
+    none."""
+    if folder is None:
+        return rows.scan(paths, columns, size, bar), []
+    with _aside(folder / SKIPPED) as aside, open(aside, "w") as file:
+        skip = Skipped(file, paths)
+        return rows.scan(paths, columns, size, bar, skip), skip.numbers
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -216,6 +271,7 @@ def _state(path: Path) -> dict[str, Any]:
         state = json.loads(path.read_bytes())
         if state["format"] != FORMAT:
             raise KeyError("format")
+        state["skipped"], state["id_kind"]
         return state
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -226,7 +282,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 def remove(folder: Path) -> None:
     """Removes what an earlier run made, and nothing else."""
-    for path in (folder / INDEX, folder / RUN, *folder.glob("shard-[0-9]*")):
+    for path in (*(folder / n for n in (INDEX, RUN, SKIPPED)), *folder.glob("shard-[0-9]*")):
         path.unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
-"""Rows of files: a text each, perhaps with an id, read from any place on."""
+"""Rows of files: a text or a pair of texts each, perhaps with an id, read from any place on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +11,17 @@ from ..records import Place, Record
 
 
 class Row(NamedTuple):
-    text: str
+    item: Any  # a text, or a pair of texts
     id: Any
+    where: str  # "FILE, line 12"
     end: Place  # where the next one begins, if this file has one
+    fault: str = ""  # why it is a bad row, which has no item
 
 
 class Columns(NamedTuple):
     text: str
     id: str | None = None
+    pair: str | None = None  # of second texts
 
 
 def find(given: Path, without: Path) -> list[Path]:
@@ -35,7 +38,7 @@ def find(given: Path, without: Path) -> list[Path]:
 def read(paths: Sequence[Path], columns: Columns, start: Place | None = None) -> Iterator[Row]:
     """The rows of all files, one after another, from a place on."""
     start = start or Place(0, 0, 0)
-    wanted = [name for name in columns if name is not None]
+    wanted = [name for name in (columns.text, columns.pair, columns.id) if name is not None]
     for number in range(start.file, len(paths)):
         here = start if number == start.file else Place(number, 0, 0)
         for record in records.read(paths[number], wanted, here):
@@ -43,14 +46,16 @@ def read(paths: Sequence[Path], columns: Columns, start: Place | None = None) ->
 
 
 def _row(record: Record, columns: Columns) -> Row:
+    if record.fault:
+        return Row(None, None, record.where, record.end, record.fault)
     try:
-        if record.fault:
-            raise ValueError(record.fault)
-        text = records.string(record.cells[columns.text], columns.text)
+        item: Any = records.string(record.cells[columns.text], columns.text)
+        if columns.pair is not None:
+            item = (item, records.string(record.cells[columns.pair], columns.pair))
         id = None if columns.id is None else _id(record.cells[columns.id], columns.id)
     except ValueError as error:
-        raise ValueError(f"{record.where}: {error}") from error
-    return Row(text, id, record.end)
+        return Row(None, None, record.where, record.end, str(error))
+    return Row(item, id, record.where, record.end)
 
 
 def _id(value: Any, column: str) -> Any:
@@ -68,28 +73,41 @@ class Table(NamedTuple):
 
     rows: int
     places: list[Place]  # of the first row, and of each further one after `size` rows
+    ids: str | None  # the kind of all ids: str or int
 
 
-def scan(paths: Sequence[Path], columns: Columns, size: int, bar: Any) -> Table:
-    """Reads everything once, so that a bad row is told before anything is computed."""
+def scan(
+    paths: Sequence[Path],
+    columns: Columns,
+    size: int,
+    bar: Any,
+    skip: Callable[[int, Row], object] | None = None,
+) -> Table:
+    """Reads everything once, so that a bad row is told before anything is computed. skip: is given
+    each bad row with its number; None: the first one is an error."""
     places: list[Place] = []
-    count, place = 0, Place(0, 0, 0)
+    count, bad, place = 0, 0, Place(0, 0, 0)
     kind: type | None = None
     for row in read(paths, columns):
         if row.end.file != place.file:
             place = Place(row.end.file, 0, 0)
-        if columns.id is not None:
+        if columns.id is not None and not row.fault:
             kind = kind or type(row.id)
             if type(row.id) is not kind:
-                raise ValueError(
-                    f"{paths[place.file]}, near line {place.line + 1}: {columns.id!r} must be "
-                    f"{checks.kind(kind())} as in the rows before, got {checks.kind(row.id)}"
-                )
+                said = (checks.kind(kind()), checks.kind(row.id))
+                fault = "{!r} must be {} as in the rows before, got {}".format(columns.id, *said)
+                row = row._replace(fault=fault)
+        if row.fault:
+            if skip is None:
+                raise ValueError(f"{row.where}: {row.fault}")
+            skip(count, row)
+            bad += 1
         if count % size == 0:
             places.append(place)
         place = row.end
         count += 1
         bar.update()
-    if not count:
-        raise ValueError(f"{paths[0]} has no rows" if len(paths) == 1 else "the files have no rows")
-    return Table(count, places)
+    if count == bad:
+        one = f"{paths[0]} has" if len(paths) == 1 else "the files have"
+        raise ValueError(f"{one} no rows" + (f" but {bad:,} bad ones" if bad else ""))
+    return Table(count, places, None if kind is None else kind.__name__)

@@ -15,15 +15,16 @@ import torch
 
 from ...commands.errors import UserError, need
 from .command import Meter
-from .embedder import Counts, Embedder
+from .embedder import Counts, CrossScorer, Embedder
 from .options import EmbedOptions
 from .output import Run
 
 
 class Worker:
-    """An actor. It is given a run and an Embedder, whose model it loads with its first shard."""
+    """An actor. It is given a run and what computes it, which loads its model with the first
+    shard."""
 
-    def __init__(self, run: Run, embedder: Embedder, threads: int | None) -> None:
+    def __init__(self, run: Run, embedder: Embedder | CrossScorer, threads: int | None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.run, self.embedder = run, embedder
@@ -33,9 +34,9 @@ class Worker:
         for shard in map(int, batch["shard"]):
             before = self.embedder.counts
             if not self.run.has(shard):  # another actor may have died after it
-                read = self.run.read(shard)
-                (vectors,) = self.embedder.windows([read.texts])
-                self.run.write(shard, vectors, read.ids)
+                items, keys = self.run.read(shard)
+                (made,) = self.embedder.windows([items])
+                self.run.write(shard, made, keys)
             counts = self.embedder.counts - before
             for name, value in zip(found, (shard, *counts), strict=True):
                 found[name].append(value)
@@ -87,9 +88,9 @@ def connected(options: EmbedOptions) -> Iterator[Cluster]:
 
 
 def on_ray(
-    cluster: Cluster, run: Run, embedder: Embedder, missing: list[int]
+    cluster: Cluster, run: Run, embedder: Embedder | CrossScorer, missing: list[int]
 ) -> tuple[Counts, float]:
-    with Meter(run.rows, run.rows - sum(map(run.count, missing))) as meter:
+    with Meter(run, missing) as meter:
         counts = Counts()
         for row in _results(cluster, run, embedder, missing):
             made = Counts(*(int(row[name]) for name in Counts._fields))
@@ -104,7 +105,7 @@ def on_ray(
 
 
 def _results(
-    cluster: Cluster, run: Run, embedder: Embedder, missing: list[int]
+    cluster: Cluster, run: Run, embedder: Embedder | CrossScorer, missing: list[int]
 ) -> Iterator[dict[str, Any]]:
     import ray.data
 
