@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support.hf_models import FAMILIES, INNER, LAYERS, tiny
+from support.hf_models import GRAPHED, INNER, LAYERS, tiny
 
 import bertfast
 from bertfast.commands.bench.case import relative
@@ -55,7 +55,7 @@ def same(model, other, inputs):
     return y
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GRAPHED)
 def test_replays_have_the_numbers_of_calls(family):
     model, other = pair(family + "Model")
     for number in range(8):

@@ -11,6 +11,9 @@ import torch
 from support import hf_models
 from support.hf_models import LAYERS_OF, batch, packs, tiny
 from support.masked_lm import same
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import bertfast
 from bertfast.graphs import _Watched
@@ -79,7 +82,8 @@ def test_every_head(name):
             numbers(model, inputs, real)
     else:
         same(numbers(model, inputs, real), expected, rtol=1e-10)
-    assert [row.reason for row in bertfast.report(model)] == [None] * hf_models.LAYERS
+    reasons = [row.reason for row in bertfast.report(model)]
+    assert reasons and not any(reasons)
 
 
 each_layer = pytest.mark.parametrize("prefix", LAYERS_OF)
@@ -88,6 +92,10 @@ each_layer = pytest.mark.parametrize("prefix", LAYERS_OF)
 def both(prefix, **config):
     stock = tiny(prefix + "Model", **config)
     return stock, bertfast.optimize(copy.deepcopy(stock), strict=True)
+
+
+def one_layer(prefix):
+    return {"n_layers" if prefix == "DistilBert" else "num_hidden_layers": 1}
 
 
 def close(got, expected, inputs, atol=HIDDEN_ATOL):
@@ -99,11 +107,25 @@ def close(got, expected, inputs, atol=HIDDEN_ATOL):
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.triton)])
 def test_gradients_by_each_backend(prefix, backend):
     """The kernels' blocks in the interpreter, those that are called and those that are read."""
-    stock, inputs = tiny(prefix + "Model"), batch((3, 6))
+    stock, inputs = tiny(prefix + "Model", **one_layer(prefix)), batch((3, 6))
     model = bertfast.optimize(copy.deepcopy(stock), backend=backend)
     real = inputs["attention_mask"].bool()
     same(numbers(model, inputs, real), numbers(stock, inputs, real), rtol=1e-4)
     assert packs(model, inputs)
+    nodes = {"_AttentionBlockBackward", "_MlpBlockBackward"} & nodes_of(model(**inputs)[0])
+    as_nodes = backend == "triton" and not model.layers()[0].parts().norm_first
+    assert len(nodes) == (2 if as_nodes else 0)
+
+
+def nodes_of(tensor):
+    """The names of the autograd nodes behind it."""
+    seen, left = set(), [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}
 
 
 @each_layer
@@ -143,7 +165,7 @@ def test_autocast(prefix):
 
 @each_layer
 def test_fullgraph_and_export(prefix):
-    stock, model = both(prefix)
+    stock, model = both(prefix, **one_layer(prefix))
     torch._dynamo.reset()
     inputs = batch((5, 12))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -209,15 +231,24 @@ def test_revert_after_use(prefix):
 
 
 @each_layer
-def test_dropout(prefix):
-    """Packed it is the padded one, and each call draws anew. A pre-norm layer's residuals have
-    torch's own dropout, which is another."""
+def test_dropout(prefix, monkeypatch):
+    """Packed it is the padded one, and each call and each layer draws anew, also one that comes
+    again. Not compared are the residuals' of a pre-norm layer, which are torch's own, and the
+    embeddings', which are drawn before the layers' where these draw for themselves."""
     _, model = both(prefix)
-    if model.layers()[0].parts().norm_first:
+    layers = model.layers()
+    if layers[0].parts().norm_first or len(set(layers)) < len(layers):
         _, model = both(prefix, hidden_dropout_prob=0.0)
     model.train()
     inputs = batch((20, 20, 7))
     real = inputs["attention_mask"].bool()
+    attention, drawn = bertfast.ops.attention, []
+
+    def spy(*args, seed, site, **options):
+        drawn.append((int(seed), site))
+        return attention(*args, seed=seed, site=site, **options)
+
+    monkeypatch.setattr(bertfast.ops, "attention", spy)
     results = []
     for packed in (True, False):
         bertfast.optimize(model, packed=packed)
@@ -225,6 +256,7 @@ def test_dropout(prefix):
         results.append(model(**inputs)[0][real])
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
     assert not torch.equal(model(**inputs)[0][real], results[1])
+    assert len(drawn) == 3 * len(layers) and len(set(drawn)) == 2 * len(layers)
 
 
 @each_layer
@@ -348,3 +380,39 @@ def test_tuples_and_errors(prefix):
         for one in (stock, model):
             with pytest.raises(ValueError, match="input"):
                 one(**wrong)
+
+
+GROUPS = dict(num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2)
+
+
+def test_albert_in_groups():
+    """Two groups of two layers, each group called twice."""
+    stock, model = both("Albert", **GROUPS)
+    inputs = batch()
+    assert len(model.layers()) == 8 and len(bertfast.report(model)) == 4
+    real = inputs["attention_mask"].bool()
+    for wrapped in (False, True):
+        if wrapped:
+            apply_activation_checkpointing(model, check_fn=lambda m: m in set(model.groups()))
+            bertfast.optimize(model)
+        got = numbers(model, inputs, real)
+        got = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in got.items()}
+        same(got, numbers(stock, inputs, real), rtol=5e-5)
+        assert packs(model, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:bertfast runs the original code")
+def test_a_group_of_somebody_elses():
+    """It may hand down what it likes."""
+    stock, inputs = tiny("AlbertModel", **GROUPS), batch()
+    group = stock.encoder.albert_layer_groups[1]
+
+    class Mine(type(group)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            return 2 * super().forward(hidden_states, attention_mask)
+
+    group.__class__ = Mine
+    model = bertfast.optimize(copy.deepcopy(stock))
+    close(model(**inputs), stock(**inputs), inputs)
+    assert not packs(model, inputs)
+    assert "one of its groups is a Mine" in str(bertfast.report(model).notes)

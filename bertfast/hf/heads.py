@@ -251,35 +251,52 @@ class Bert(Head):
         return self.cls.predictions.decoder
 
 
-class BertPreTraining(Bert):
-    """With the loss of the next sentence, which is made as it was."""
+class PreTraining(Head):
+    """In front of a subclass of Head: with the loss of a second task, which is made as it was."""
 
     _output: Any
+    _scores: str  # the name by which the second task's are returned
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        output = getattr(family, prefix + "ForPreTrainingOutput")
+        return super().of_family(family, prefix) | {"_output": output}
+
+    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Of the second task, for two classes."""
+        raise NotImplementedError
+
+    def why_original_now(self, arguments: dict, options: dict) -> str | None:
+        if arguments[self._targets[1]] is None:
+            return ""  # the original makes no loss either
+        return super().why_original_now(arguments, options)
+
+    def outputs(self, loss: torch.Tensor, encoded: Any, *more: Any) -> Any:
+        (labels,) = more
+        scores = self.scores(encoded[1])
+        return type(self)._output(
+            loss=loss + F.cross_entropy(scores.view(-1, 2), labels.view(-1)),
+            **{self._scores: scores},
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+class BertPreTraining(PreTraining, Bert):
+    """With the loss of the next sentence."""
+
     _targets = "labels", "next_sentence_label"
+    _scores = "seq_relationship_logits"
 
     @classmethod
     def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
         found = super().of_family(family, prefix)
         _, predictions = found["_containers"]
-        return found | {
-            "_containers": (("cls", getattr(family, prefix + "PreTrainingHeads")), predictions),
-            "_output": getattr(family, prefix + "ForPreTrainingOutput"),
-        }
+        both = getattr(family, prefix + "PreTrainingHeads")
+        return found | {"_containers": (("cls", both), predictions)}
 
-    def why_original_now(self, arguments: dict, options: dict) -> str | None:
-        if arguments["next_sentence_label"] is None:
-            return ""  # the original makes no loss either
-        return super().why_original_now(arguments, options)
-
-    def outputs(self, loss: torch.Tensor, encoded: Any, *more: Any) -> Any:
-        (not_next,) = more
-        scores = self.cls.seq_relationship(encoded[1])
-        return type(self)._output(
-            loss=loss + F.cross_entropy(scores.view(-1, 2), not_next.view(-1)),
-            seq_relationship_logits=scores,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.cls.seq_relationship(pooled)
 
 
 class Roberta(Head):

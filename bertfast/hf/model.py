@@ -79,7 +79,7 @@ class Model(Swapped):
 
     def layers(self) -> list[Any]:
         encoder: Any = self.encoder_module()
-        return [_unwrapped(layer) for layer in encoder.layer.children()]
+        return [unwrapped(layer) for layer in encoder.layer.children()]
 
     def prepare(self) -> None:
         pass
@@ -199,7 +199,7 @@ class Model(Swapped):
         return facts_of(self, self._find, self._attributes)
 
     def _find(self) -> Facts:
-        untold = self._why_untold()
+        untold = self.why_untold()
         if untold is not None:
             return Facts(untold)
         layers, unfused, rows_seen = self.layers(), None, None
@@ -225,7 +225,7 @@ class Model(Swapped):
     def _attributes(self) -> list[tuple[dict, str]]:
         return [attribute for layer in self.layers() for attribute in layer.attributes()]
 
-    def _why_untold(self) -> str | None:
+    def why_untold(self) -> str | None:
         """Why some layer can't be told how the batch lies, or the encoder can't unpack it."""
         encoder = self.encoder_module()
         if not (isinstance(encoder, Encoder) and is_converted(encoder)):
@@ -275,7 +275,7 @@ class Model(Swapped):
         )
 
 
-def _unwrapped(layer: nn.Module) -> Any:
+def unwrapped(layer: nn.Module) -> Any:
     if isinstance(layer, Layer):
         return layer
     for name in _WRAPPED:
@@ -325,7 +325,7 @@ def _model_forward(original: Any) -> Callable:
             arguments["attention_mask"] = None  # the layers have it in the batch
             if batch.padded_shape is not None:
                 self._pack(arguments, batch, facts)
-        elif self._why_untold() is not None:
+        elif self.why_untold() is not None:
             del arguments[ARGUMENT]  # another library's encoder doesn't take it
         return self.call(arguments)
 
@@ -338,6 +338,7 @@ class Encoder(Swapped):
 
     TAKES = ("hidden_states", "attention_mask")
     PASSES_ON = True
+    GRAPHS = True  # may serve it
     _original: Any
 
     @classmethod
@@ -359,9 +360,11 @@ class Encoder(Swapped):
         return self._original.forward(self, x, *args, **kwargs)
 
     def width(self) -> int:
-        """Of the tokens."""
+        """Of the tokens, where graphs may launch the layers; 0 elsewhere."""
+        if not self.GRAPHS:
+            return 0
         first, *_ = self.layer.children()
-        return _unwrapped(first).parts().attention_norm.weight.shape[0]
+        return unwrapped(first).parts().attention_norm.weight.shape[0]
 
 
 def _encoder_forward(original: Any) -> Callable:

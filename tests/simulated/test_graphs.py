@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from support.hf_models import FAMILIES, tiny
+from support.hf_models import GRAPHED, tiny
 from support.simulated_gpu import cuda
 from support.simulated_gpu.recording import Recording
 
@@ -66,7 +66,7 @@ def real(inputs, y):
     return y[inputs["attention_mask"].bool()] if "attention_mask" in inputs else y
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GRAPHED)
 def test_a_replay_has_the_numbers_of_the_call(family):
     model = make(family + "Model")
     first = request(9, 5, 20)

@@ -27,29 +27,33 @@ _DISTILBERT = dict(
     pad_token_id=PAD,
 )
 # What a tiny model of some families has besides.
+_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 _OWN = {
+    "Albert": _DROPOUT | {"embedding_size": 32},
     "Electra": {"embedding_size": 32},
     "Ernie": {"use_task_id": True},
 }
 
 
-def _families() -> tuple[dict[str, dict], list[str]]:
-    """The prefix of the class names of each family that bertfast knows -> its configuration; and
-    one family of each layer."""
+def _families() -> tuple[dict[str, dict], list[str], list[str]]:
+    """The prefix of the class names of each family that bertfast knows -> its configuration; one
+    family of each layer; and those that graphs serve."""
     if not find_spec("transformers"):
-        return {}, []
+        return {}, [], []
     from bertfast.hf.families import FAMILIES
 
-    found, kinds = {}, {}
+    found, kinds, graphed = {}, {}, []
     for family in FAMILIES:
         own = _BERT | _OWN.get(family.prefix, {})
         found[family.prefix] = _DISTILBERT if family.prefix == "DistilBert" else own
-        layer, *_ = family.swapped.values()
+        layer, encoder, _ = family.swapped.values()
         kinds.setdefault(layer, family.prefix)
-    return found, list(kinds.values())
+        if encoder.GRAPHS:
+            graphed.append(family.prefix)
+    return found, list(kinds.values()), graphed
 
 
-FAMILIES, LAYERS_OF = _families()
+FAMILIES, LAYERS_OF, GRAPHED = _families()
 
 
 def tiny(name: str = "BertModel", **config) -> torch.nn.Module:

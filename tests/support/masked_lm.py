@@ -21,6 +21,8 @@ def stock_head(name: str = "BertForMaskedLM", **config) -> torch.nn.Module:
     off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     if name.startswith("DistilBert"):
         off = dict.fromkeys(("dropout", "attention_dropout"), 0.0)
+    if name.startswith("Albert"):
+        off["classifier_dropout_prob"] = 0.0
     return tiny(name, **(off | config)).train()
 
 
@@ -40,7 +42,8 @@ def labelled_batch(
     labels = torch.randint(5, VOCABULARY, real.shape)
     inputs["labels"] = labels.where(counted, -100)
     if type(model).__name__.endswith("PreTraining"):
-        inputs["next_sentence_label"] = torch.randint(0, 2, (len(lengths),))
+        second = "sentence_order" if type(model).__name__.startswith("Albert") else "next_sentence"
+        inputs[second + "_label"] = torch.randint(0, 2, (len(lengths),))
     return inputs
 
 
