@@ -28,6 +28,7 @@ const Binding binding([](py::module_& m) {
   m.def("set_schedule", &host::set_schedule, py::arg("name"), py::arg("seed") = 0);
   m.def("set_perturb", &host::set_perturb, py::arg("on"), py::arg("seed") = 0);
   m.def("set_dry_launch", &host::set_dry_launch, py::arg("on"));
+  m.def("set_shared_memory", &host::set_shared_memory, py::arg("kilobytes"));
   m.def("reset_records", &host::reset_records);
   m.def("launch_count", &host::launch_count);
   m.def("bank_conflicts", &bank_conflicts);

@@ -36,7 +36,7 @@ struct Shared {
 // The T's that start `byte_offset` into the block's dynamic shared memory.
 template<class T>
 __device__ __forceinline__ Shared<T> shared_memory(int byte_offset) {
-  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
   return {reinterpret_cast<T*>(dynamic_shared_memory + byte_offset)};
 }
 
@@ -49,6 +49,12 @@ __device__ __forceinline__ int anew(int value) {
 __device__ __forceinline__ float anew(float value) {
   asm volatile("" : "+f"(value));
   return value;
+}
+
+// The vector V that begins at an element, as one access. It must begin at a multiple of its size.
+template<class V, class T>
+__device__ __forceinline__ V* vector_at(T* element) {
+  return reinterpret_cast<V*>(element);
 }
 
 #ifdef __CUDACC__  // the bindings, plain C++, include this header too

@@ -136,7 +136,7 @@ struct Tile {
         const int c = chunk + lane % kLanes;
         uint4 bits = tile.load(place(r, c));
         if (zeroes) bits = make_uint4(0, 0, 0, 0);
-        if (writes && 8 * c < columns) *reinterpret_cast<uint4*>(values + 8 * c) = bits;
+        if (writes && 8 * c < columns) *vector_at<uint4>(values + 8 * c) = bits;
       }
     }
   }

@@ -72,12 +72,12 @@ struct Vec {
   // Through the read-only path: no store of the kernel may touch what it loads, so the compiler is
   // free to issue all loads before the first store.
   static __device__ __forceinline__ Vec load(const T* from) {
-    return {__ldg(reinterpret_cast<const Bits*>(from))};
+    return {__ldg(vector_at<const Bits>(from))};
   }
 
   // Not kept in registers from one store of the kernel to the next.
   static __device__ __forceinline__ Vec load_again(const T* from) {
-    return {*reinterpret_cast<const Bits*>(from)};
+    return {*vector_at<const Bits>(from)};
   }
 
   __device__ __forceinline__ float operator[](int i) const {
@@ -115,7 +115,7 @@ struct Vec {
 #pragma unroll
       for (int i = 0; i < kCount; i += 2) store_pair(element + i, values[i], values[i + 1]);
     }
-    *reinterpret_cast<Bits*>(to) = rounded.bits;
+    *vector_at<Bits>(to) = rounded.bits;
   }
 };
 

@@ -5,6 +5,7 @@
 #include "host/launch.h"
 #include "host/perturb.h"
 #include "host/scheduler.h"
+#include "host/shared_memory.h"
 
 namespace bertfast {
 namespace host {
@@ -27,6 +28,14 @@ void set_perturb(bool on, uint64_t seed) {
 
 void set_dry_launch(bool on) {
   dry_launch = on;
+}
+
+void set_shared_memory(int kilobytes) {
+  if (kilobytes != 99 && kilobytes != 163 && kilobytes != 227) {
+    throw std::invalid_argument("shared memory must be 99, 163 or 227 KB, got " +
+                                std::to_string(kilobytes));
+  }
+  shared_memory::most_bytes = kilobytes * 1024;
 }
 
 int64_t launch_count() {

@@ -19,6 +19,10 @@ void set_perturb(bool on, uint64_t seed);
 // Whether launches only check their arguments, which leaves the cost of a call.
 void set_dry_launch(bool on);
 
+// What a block may have of shared memory, in KB: 227 (the default, of sm_90 and sm_100), 163
+// (sm_80) or 99 (sm_86, sm_89 and sm_120).
+void set_shared_memory(int kilobytes);
+
 // The number of kernels launched, and their bank conflicts, since the last reset.
 int64_t launch_count();
 std::vector<BankConflicts> bank_conflicts();

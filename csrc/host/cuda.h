@@ -18,6 +18,7 @@
 #include "host/launch.h"
 #include "host/math.h"
 #include "host/shared_memory.h"
+#include "host/vector_access.h"
 #include "host/vector_types.h"
 
 #define __global__
@@ -26,4 +27,5 @@
 // Only a hint here: forcing it makes a kernel file take half as long again to compile.
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)

@@ -54,6 +54,12 @@ inline int current_lanes() {
   return rest < warpSize ? rest : warpSize;
 }
 
+// Any lane may be elected, if it is the same each time.
+inline bool elect_one(Site site) {
+  warp_collective("elect_one", site, nullptr, nullptr);
+  return current_lane() == (schedule.order == Order::kReverse ? current_lanes() - 1 : 0);
+}
+
 template<class T>
 T shuffle(const char* name, unsigned mask, T value, int source, int width, Site site) {
   static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),

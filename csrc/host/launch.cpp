@@ -26,7 +26,7 @@ bool dry_launch = false;
 std::atomic<int64_t> launches{0};
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes) {
-  if (shared_bytes < 0 || shared_bytes > shared_memory::kMaxBytes) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > shared_memory::most_bytes) return cudaErrorInvalidValue;
   bool grid_fits = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535u &&
                    grid.z >= 1 && grid.z <= 65535u;
   bool block_fits = block.x >= 1 && block.x <= 1024u && block.y >= 1 && block.y <= 1024u &&

@@ -1,11 +1,10 @@
 #include "host/matrix.h"
 
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "host/perturb.h"
+#include "host/matrix_sum.h"
 #include "host/scheduler.h"
 
 namespace bertfast {
@@ -40,27 +39,6 @@ float value(unsigned pair, int half) {
   return kBFloat16 ? __bfloat162float({bits}) : __half2float({bits});
 }
 
-// a + b with the bits that don't fit cut off.
-float add_and_cut(float a, float b) {
-  const double exact = double(a) + double(b);
-  const float rounded = float(exact);
-  if (!std::isfinite(rounded) || std::fabs(double(rounded)) <= std::fabs(exact)) return rounded;
-  return __uint_as_float(__float_as_uint(rounded) - 1);
-}
-
-float perturbed_sum(const float* a, const float (*b)[kN], int column, float sum) {
-  int order[kK] = {};
-  uint64_t bits = uint64_t(__float_as_uint(sum)) << 8 | unsigned(column);
-  for (int k = 0; k < kK; ++k) {
-    bits = perturb::random(bits);
-    const int other = int(bits % uint64_t(k + 1));
-    order[k] = order[other];
-    order[other] = k;
-  }
-  for (int k : order) sum = add_and_cut(sum, a[k] * b[k][column]);
-  return sum;
-}
-
 template<bool kBFloat16>
 void compute_mma(void* const* lane_data, int lanes) {
   check_full_warp("mma_m16n8k16", lanes);
@@ -76,17 +54,7 @@ void compute_mma(void* const* lane_data, int lanes) {
       for (int i = 0; i < 2; ++i) c[g + i * 8][2 * t + half] = from.c[2 * i + half];
     }
   }
-  for (int row = 0; row < kM; ++row) {
-    if (perturb::enabled()) {
-      float sums[kN];
-      for (int n = 0; n < kN; ++n) sums[n] = perturbed_sum(a[row], b, n, c[row][n]);
-      std::memcpy(c[row], sums, sizeof(sums));
-      continue;
-    }
-    for (int k = 0; k < kK; ++k) {
-      for (int n = 0; n < kN; ++n) c[row][n] += a[row][k] * b[k][n];
-    }
-  }
+  for (int row = 0; row < kM; ++row) add_products<kK, kN>(c[row], a[row], b);
   for (int lane = 0; lane < warpSize; ++lane) {
     MmaLane& to = *static_cast<MmaLane*>(lane_data[lane]);
     for (int i = 0; i < 4; ++i) to.c[i] = c[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];

@@ -4,10 +4,6 @@
 //   of A (16 x 16)  rows g, g + 8, g, g + 8 and columns 2 t, 2 t, 2 t + 8, 2 t + 8 (and the next)
 //   of B (16 x 8)   column g and rows 2 t, 2 t + 8 (and the next)
 // and the floats of C (16 x 8) are row g columns 2 t, 2 t + 1, then the same of row g + 8.
-//
-// Products are exact and sums are float32, from the first to the last. How the hardware rounds
-// inside isn't documented: with perturb on, each sum runs in an order of its own and cuts off
-// instead of rounding.
 #pragma once
 
 #include "host/half.h"

@@ -10,8 +10,12 @@
 #include <vector>
 
 #include "host/bank_conflicts.h"
+#include "host/bulk_copy.h"
+#include "host/clocks.h"
 #include "host/fiber.h"
-#include "host/race_check.h"
+#include "host/mbarrier.h"
+#include "host/named_barrier.h"
+#include "host/registers.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -30,21 +34,29 @@ constexpr int kMaxThreads = 1024;
 // Unwinds a thread that waits for others when one of them has failed.
 struct Aborted {};
 
+// Whom a thread waits for: all threads of its block, warpgroup or warp, or an event.
+enum class Waiting { kBlock, kWarpgroup, kWarp, kEvent };
+
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   uint3 index;
   bool returned;
   const char* waits_at;  // the call it waits in, or null
+  Waiting waits_for;
   Site site;
 };
 
-struct Warp {
-  int lanes;
+// A warp or a warpgroup.
+struct Group {
+  const char* words[2];  // what it and one of its threads are called
+  Waiting kind;
+  int first;
+  int size;
   int arrived;
   int returned;
-  const char* name;  // of the collective that its lanes are arriving at
+  const char* name;  // of the collective that its threads are arriving at
   Collective compute;
-  void* lane_data[warpSize];
+  void* data[kWarpgroupThreads];
 };
 
 // The threads that can go on, less the one that runs.
@@ -76,7 +88,8 @@ class ReadySet {
 
 // One block at a time, and one running thread: everything about them is in these.
 std::vector<Thread> threads;  // the fibers stay, for the next block
-Warp warps[kMaxThreads / warpSize];
+Group warps[kMaxThreads / warpSize];
+Group warpgroups[kMaxThreads / kWarpgroupThreads];
 ReadySet ready;
 Fiber launcher;
 int thread_count;
@@ -130,7 +143,7 @@ std::string who_waits_where() {
   return text;
 }
 
-int pick() {
+int pick_ready() {
   switch (schedule.order) {
     case Order::kDepthFirst:
       return ready.first();
@@ -144,6 +157,18 @@ int pick() {
   return -1;
 }
 
+// The next thread, once copies have landed if need be, or -1.
+int pick() {
+  int next = pick_ready();
+  while (next < 0 && !first_error && bulk_copy::land_one()) next = pick_ready();
+  return next;
+}
+
+std::string deadlock() {
+  return "deadlock in " + block_name() + ":" + who_waits_where() + mbarrier::open_phases() +
+         named_barrier::open() + registers::asked_for();
+}
+
 void resume(Fiber& from, int thread) {
   ready.remove(thread);
   current = thread;
@@ -154,7 +179,7 @@ void resume(Fiber& from, int thread) {
 // Goes on with whichever thread is next, and returns when it is this one's turn again.
 void give_way(Thread& me) {
   int next = pick();
-  if (next < 0) fail("deadlock in " + block_name() + ":" + who_waits_where());
+  if (next < 0) fail(deadlock());
   if (next == current) {
     ready.remove(next);
     return;
@@ -170,8 +195,9 @@ void go_on(Thread& me) {
   give_way(me);
 }
 
-void wait(Thread& me, const char* name, Site site) {
+void wait(Thread& me, Waiting waits_for, const char* name, Site site) {
   me.waits_at = name;
+  me.waits_for = waits_for;
   me.site = site;
   give_way(me);
 }
@@ -184,16 +210,68 @@ void release(int begin, int end) {
   }
 }
 
+// Whether `other` waits for a meeting that the thread must take part in.
+bool waits_for(const Thread& other, int number, int thread) {
+  if (!other.waits_at) return false;
+  switch (other.waits_for) {
+    case Waiting::kBlock:
+      return true;
+    case Waiting::kWarpgroup:
+      return number / kWarpgroupThreads == thread / kWarpgroupThreads;
+    case Waiting::kWarp:
+      return number / warpSize == thread / warpSize;
+    case Waiting::kEvent:
+      break;
+  }
+  return false;
+}
+
+// The running thread arrives at a meeting of its warp or warpgroup. True in the last to arrive,
+// after the meeting's work; in the others when that one has released them.
+bool meet(Group& group, const char* name, Site site, void* data, Collective compute) {
+  const auto others = [&] { return std::string(group.words[1]) + "s of its " + group.words[0]; };
+  if (group.returned > 0) {
+    fail(call_name(name, site) + " reached by " + thread_name(current) + " after " +
+         thread_name(first_returned(group.first, group.first + group.size)) + " of the same " +
+         group.words[0] + " has returned");
+  }
+  if (group.arrived == 0) {
+    group.name = name;
+    group.compute = compute;
+  } else if (group.compute != compute ||
+             (group.name != name && std::strcmp(group.name, name) != 0)) {
+    fail(call_name(name, site) + " reached by " + thread_name(current) + " while other " +
+         others() + " wait elsewhere:" + who_waits_where());
+  }
+  group.data[current - group.first] = data;
+  if (++group.arrived < group.size) {
+    wait(threads[size_t(current)], group.kind, name, site);
+    return false;
+  }
+  group.arrived = 0;
+  if (compute) compute(group.data, group.size);
+  return true;
+}
+
+void release_others(const Group& group) {
+  release(group.first, group.first + group.size);
+  go_on(threads[size_t(current)]);
+}
+
 // No thread may return while others wait for it.
 void check_nobody_waits_for(int thread) {
-  int warp = thread / warpSize;
-  if (at_barrier == 0 && warps[warp].arrived == 0) return;
+  if (at_barrier == 0 && warps[thread / warpSize].arrived == 0 &&
+      warpgroups[thread / kWarpgroupThreads].arrived == 0) {
+    return;
+  }
   for (int i = 0; i < thread_count; ++i) {
     const Thread& other = threads[size_t(i)];
-    if (!other.waits_at) continue;
-    bool for_block = std::strncmp(other.waits_at, "__syncthreads", 13) == 0;
-    if (!for_block && i / warpSize != warp) continue;
-    fail(thread_name(thread) + " returned, but " + (for_block ? "every thread" : "every lane") +
+    if (!waits_for(other, i, thread)) continue;
+    const char* const who = other.waits_for == Waiting::kBlock ? "every thread"
+                            : other.waits_for == Waiting::kWarpgroup
+                                ? "every thread of its warpgroup"
+                                : "every lane";
+    fail(thread_name(thread) + " returned, but " + who +
          " must reach the call where others wait:" + who_waits_where());
   }
 }
@@ -217,14 +295,18 @@ void live() {
     me.returned = true;
     me.waits_at = nullptr;
     ++warps[current / warpSize].returned;
+    ++warpgroups[current / kWarpgroupThreads].returned;
     ++returned_count;
-    if (first_error) {
+    const bool was_last = returned_count == thread_count;
+    int next = first_error || was_last ? -1 : pick();
+    if (next < 0 && !was_last) {
+      if (!first_error) first_error = std::make_exception_ptr(std::runtime_error(deadlock()));
       // Everybody else unwinds, wherever they are.
       for (int i = 0; i < thread_count; ++i) {
         if (!threads[size_t(i)].returned) ready.add(i);
       }
+      next = pick();
     }
-    int next = pick();
     if (next >= 0) {
       resume(*me.fiber, next);
     } else {
@@ -288,10 +370,14 @@ void run_block(void (*new_body)(const void*), const void* argument) {
     }
   }
   for (int first = 0; first < thread_count; first += warpSize) {
-    Warp& warp = warps[first / warpSize];
-    warp.lanes = thread_count - first < warpSize ? thread_count - first : warpSize;
-    warp.arrived = 0;
-    warp.returned = 0;
+    const int lanes = std::min(thread_count - first, warpSize);
+    warps[first / warpSize] = {{"warp", "lane"}, Waiting::kWarp, first, lanes, 0, 0,
+                               nullptr,          nullptr,        {}};
+  }
+  for (int first = 0; first < thread_count; first += kWarpgroupThreads) {
+    const int size = std::min(thread_count - first, kWarpgroupThreads);
+    warpgroups[first / kWarpgroupThreads] = {
+        {"warpgroup", "thread"}, Waiting::kWarpgroup, first, size, 0, 0, nullptr, nullptr, {}};
   }
 
   resume(launcher, pick());
@@ -316,13 +402,13 @@ bool block_barrier(const char* name, Site site, bool predicate) {
   any_at_barrier |= predicate;
   Thread& me = threads[size_t(current)];
   if (++at_barrier < thread_count) {
-    wait(me, name, site);
+    wait(me, Waiting::kBlock, name, site);
     return any_at_last_one;
   }
   at_barrier = 0;
   any_at_last_one = any_at_barrier;
   any_at_barrier = false;
-  race_check::order_block();
+  clocks::order_block();
   banks::close_block();
   release(0, thread_count);
   go_on(me);
@@ -331,32 +417,29 @@ bool block_barrier(const char* name, Site site, bool predicate) {
 
 void warp_collective(const char* name, Site site, void* lane_data, Collective compute,
                      bool orders_memory) {
-  int number = current / warpSize;
-  int first = number * warpSize;
-  Warp& warp = warps[number];
-  Thread& me = threads[size_t(current)];
-  if (warp.returned > 0) {
-    fail(call_name(name, site) + " reached by " + thread_name(current) + " after " +
-         thread_name(first_returned(first, first + warp.lanes)) + " of the same warp has returned");
-  }
-  if (warp.arrived == 0) {
-    warp.name = name;
-    warp.compute = compute;
-  } else if (warp.compute != compute || (warp.name != name && std::strcmp(warp.name, name) != 0)) {
-    fail(call_name(name, site) + " reached by " + thread_name(current) +
-         " while other lanes of its warp wait elsewhere:" + who_waits_where());
-  }
-  warp.lane_data[current - first] = lane_data;
-  if (++warp.arrived < warp.lanes) {
-    wait(me, name, site);
-    return;
-  }
-  warp.arrived = 0;
-  if (compute) compute(warp.lane_data, warp.lanes);
-  if (orders_memory) race_check::order_warp(number);
+  const int number = current / warpSize;
+  if (!meet(warps[number], name, site, lane_data, compute)) return;
+  if (orders_memory) clocks::order_warp(number);
   banks::close_warp(number);
-  release(first, first + warp.lanes);
-  go_on(me);
+  release_others(warps[number]);
+}
+
+void warpgroup_collective(const char* name, Site site, void* thread_data, Collective compute) {
+  Group& group = warpgroups[current / kWarpgroupThreads];
+  if (group.size < kWarpgroupThreads) {
+    fail(call_name(name, site) + " needs 128 threads, the warpgroup has " +
+         std::to_string(group.size));
+  }
+  if (meet(group, name, site, thread_data, compute)) release_others(group);
+}
+
+void suspend(const char* name, Site site) {
+  wait(threads[size_t(current)], Waiting::kEvent, name, site);
+}
+
+void wake(int thread) {
+  threads[size_t(thread)].waits_at = nullptr;
+  ready.add(thread);
 }
 
 }  // namespace host

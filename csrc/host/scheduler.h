@@ -1,7 +1,8 @@
 // Runs the threads of one block as fibers, and lets them meet.
 //
 // A thread runs until it has to wait for others; so threads interleave only where they meet, and
-// every run of one schedule is the same. The last thread to arrive at a meeting does its work.
+// every run of one schedule is the same. The last thread to arrive at a meeting does its work. Bulk
+// copies land when no thread can go on.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +59,14 @@ bool block_barrier(const char* name, Site site, bool predicate = false);
 using Collective = void (*)(void* const* lane_data, int lanes);
 void warp_collective(const char* name, Site site, void* lane_data, Collective compute,
                      bool orders_memory = false);
+
+// The same for the 128 threads of a warpgroup, which orders nothing either.
+constexpr int kWarpgroupThreads = 128;
+void warpgroup_collective(const char* name, Site site, void* thread_data, Collective compute);
+
+// Waits until another thread, or a copy that lands, calls wake() with this thread.
+void suspend(const char* name, Site site);
+void wake(int thread);
 
 }  // namespace host
 }  // namespace bertfast

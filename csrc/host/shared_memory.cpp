@@ -5,15 +5,25 @@
 
 #include "host/async_copy.h"
 #include "host/bank_conflicts.h"
+#include "host/bulk_copy.h"
+#include "host/clocks.h"
+#include "host/mbarrier.h"
+#include "host/named_barrier.h"
+#include "host/proxy.h"
 #include "host/race_check.h"
+#include "host/registers.h"
 #include "host/scheduler.h"
+#include "host/wgmma.h"
 
 namespace bertfast {
 namespace host {
 namespace shared_memory {
+
+int most_bytes = kMaxBytes;
+
 namespace {
 
-alignas(128) unsigned char memory[kMaxBytes];
+alignas(1024) unsigned char memory[kMaxBytes];
 int memory_bytes = 0;
 
 // Where an element is. Throws if that is outside, or if a copy to it is under way.
@@ -27,6 +37,8 @@ int find(int start, int index, int size, const char* access, Site site) {
                              ", in " + thread_name(current_thread()));
   }
   async_copy::check_landed(int(byte), size, access, site);
+  bulk_copy::check_landed(int(byte), size, access, site);
+  mbarrier::check_apart(int(byte), size, access, site);
   return int(byte);
 }
 
@@ -35,18 +47,41 @@ int find(int start, int index, int size, const char* access, Site site) {
 void begin_block(int bytes) {
   memory_bytes = bytes;
   std::memset(memory, 0xff, size_t(bytes));
+  clocks::begin_block();
   race_check::begin_block(bytes);
   async_copy::begin_block(bytes);
+  mbarrier::begin_block();
+  named_barrier::begin_block();
+  proxy::begin_block();
+  registers::begin_block();
+  wgmma::begin_block();
 }
 
 void end_block() {
   banks::close_block();
   async_copy::end_block();
+  wgmma::end_block();
+  bulk_copy::end_block();
+  mbarrier::end_block();
+  named_barrier::end_block();
 }
 
 void abandon_block() {
   banks::discard();
   async_copy::abandon_block();
+  bulk_copy::abandon_block();
+}
+
+unsigned char* raw() {
+  return memory;
+}
+
+void check_range(int byte, int size, const char* access, Site site) {
+  if (byte >= 0 && byte + size <= memory_bytes) return;
+  throw std::runtime_error(std::string(access) + " outside shared memory at " + to_string(site) +
+                           ": bytes " + std::to_string(byte) + " to " +
+                           std::to_string(byte + size - 1) + " of " + std::to_string(memory_bytes) +
+                           ", in " + thread_name(current_thread()));
 }
 
 void* access(int start, int index, int size, bool writes, Site site) {

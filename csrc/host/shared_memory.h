@@ -10,8 +10,10 @@ namespace bertfast {
 namespace host {
 namespace shared_memory {
 
-// What a thread block may ask for on sm_90 and sm_100.
+// What a thread block may ask for on sm_90 and sm_100, where it is most; and what it may ask for
+// here, which can be set to what it is elsewhere.
 constexpr int kMaxBytes = 227 * 1024;
+extern int most_bytes;
 
 // Fills `bytes` with 0xff: NaN as float, half and bfloat16, -1 as int.
 void begin_block(int bytes);
@@ -30,6 +32,12 @@ int begin_copy(int start, int index, int size, Site site);  // the byte where it
 void* write_landed(int byte, int size, Site site);
 const void* matrix_row(int start, int index, int* byte, Site site);
 void read_word(int byte, Site site);
+
+// All of it, for engines: their accesses are checked where they are made.
+unsigned char* raw();
+
+// Throws unless there are `size` bytes from `byte` on.
+void check_range(int byte, int size, const char* access, Site site);
 
 // Throws unless a view of elements with this alignment may start at byte `start`.
 void check_alignment(int start, int alignment, Site site);

@@ -116,8 +116,7 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, int alone) {
   for (int r = 0; r < 2; ++r) {
     const int row = 16 * warp + g + 8 * r;
     if (!at.inside(row)) continue;
-    const uint4* chunks =
-        reinterpret_cast<const uint4*>(row_of<const T>(p.out, at, at.first + row));
+    const uint4* chunks = vector_at<const uint4>(row_of<const T>(p.out, at, at.first + row));
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) {
       if (8 * Rows::quad_chunk(row, i, thread) < p.batch.head_dim) {

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     for (int j = 0; j < kVec; ++j) values[j] = Gelu<kTanh, false>::value(v[j] + bias[j]);
     if (i * Mine::kRowStep < mine.left) {
       Vec<T, kVec>::store(y, values);
-      if (p.u) *reinterpret_cast<uint4*>(u) = v.bits;
+      if (p.u) *vector_at<uint4>(u) = v.bits;
     }
     y += step;
     u += step;

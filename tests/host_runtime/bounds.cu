@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "cases.h"
+#include "device/vec.cuh"
 #include "guarded.h"
 
 namespace bertfast {
@@ -66,6 +67,19 @@ __global__ void global_load(Params params) {
   params.out[t] = sum;
 }
 
+// Vectors that begin at an element that no vector may begin at.
+__global__ void misaligned_vector_load(Params params) {
+  const int t = int(threadIdx.x);
+  const Vec<float, 2> pair = Vec<float, 2>::load(params.in + (params.repaired ? 0 : 1));
+  params.out[t] = pair[0] + 1.f - pair[0];
+}
+
+__global__ void misaligned_vector_store(Params params) {
+  const int t = int(threadIdx.x);
+  const float ones[2] = {1.f, 1.f};
+  if (t < 32) Vec<float, 2>::store(params.out + 2 * t + (params.repaired ? 0 : -1), ones);
+}
+
 __global__ void unwritten_output(Params params) {
   int t = int(threadIdx.x);
   if (params.repaired || t != 17) params.out[t] = 1.0f;
@@ -92,6 +106,8 @@ CASE(shared_unwritten, 64);
 CASE(global_store, 63);
 CASE(global_load, 64);
 CASE(unwritten_output, 64);
+CASE(misaligned_vector_load, 64);
+CASE(misaligned_vector_store, 64);
 
 }  // namespace
 }  // namespace host_runtime_test

@@ -11,7 +11,7 @@ import pytest
 SOURCES = Path(__file__).parent
 CSRC = SOURCES.parent.parent / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread"]
-FLAGS += ["-DBERTFAST_HOST", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{SOURCES}"]
+FLAGS += ["-DBERTFAST_HOST", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{CSRC}", f"-I{SOURCES}"]
 
 
 class Program:

@@ -127,6 +127,11 @@ BOUNDS = {  # case: what the message says, what the repaired kernel computes
     "global_store": (["guard zone written: element 63 of 63"], [1] * 63),
     "global_load": (["element 63 is NaN"], [2 * t + 1 for t in range(63)] + [63]),
     "unwritten_output": (["element 17 is NaN"], [1] * 64),
+    "misaligned_vector_load": (["misaligned access", "8 bytes must", "thread (0, 0, 0)"], [1] * 64),
+    "misaligned_vector_store": (
+        ["misaligned access", "8 bytes must", "thread (0, 0, 0)"],
+        [1] * 64,
+    ),
 }
 
 
@@ -326,8 +331,18 @@ LIMITS = [
 
 @pytest.mark.parametrize("grid, block, shared_bytes, message", LIMITS)
 def test_launch_limits(program, grid: tuple, block: tuple, shared_bytes: int, message: str) -> None:
-    assert program.good("limits", *grid, *block, shared_bytes).strip() == message
-    assert program.good("limits", *grid, *block, shared_bytes, "dry").strip() == message
+    assert program.good("limits", *grid, *block, shared_bytes, 227).strip() == message
+    assert program.good("limits", *grid, *block, shared_bytes, 227, "dry").strip() == message
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_shared_memory_of_other_gpus(program, kilobytes: int) -> None:
+    for extra, message in ((0, "no error"), (1, "invalid argument")):
+        shared_bytes = kilobytes * 1024 + extra
+        said = program.good("limits", 1, 1, 1, 32, 1, 1, shared_bytes, kilobytes)
+        assert said.strip() == message
+    said = program.fault("limits", 1, 1, 1, 32, 1, 1, 0, kilobytes + 1)
+    assert f"must be 99, 163 or 227 KB, got {kilobytes + 1}" in said
 
 
 def test_a_dry_launch_runs_no_block(program) -> None:
