@@ -9,7 +9,8 @@ in for CUDA). Neither needs torch. What is built is decided like this, never by 
   BERTFAST_SANITIZE=address      build `_host` under AddressSanitizer
   CXX, CUDA_HOME                 the C++ compiler; where nvcc is looked for before PATH
 
-The outcome (which module, why not, for what, with what) goes into bertfast/_build.json. A wheel
+The outcome (which module, why not, for what, with what, and what `bertfast kernels` has to know of
+ptxas's remarks) goes into bertfast/_build.json. A wheel
 without any module is tagged py3-none-any. Objects are kept in build/, so that building again
 compiles only what changed: `python setup.py build_ext --inplace` is a developer's rebuild.
 """
@@ -137,7 +138,8 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     # Compressed, the module is a fifth as large; this form is the one that every driver reads.
     flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", *gencode(archs)]
     threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
-    commands = {source: [*base, *flags, threads] for source in sources("kernels/*.cu")}
+    verbose = "-Xptxas=-v"  # or it doesn't say that it made wgmma wait
+    commands = {source: [*base, *flags, threads, verbose] for source in sources("kernels/*.cu")}
     bindings = [*base, *common, *binding_flags("_cuda")]
     commands |= {source: bindings for source in sources("bindings/*.cpp")}
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
@@ -182,10 +184,13 @@ def ninja_file(recipe: Recipe, target: str) -> str:
     def escape(command: list[str]) -> str:
         return shlex.join(command).replace("$", "$$")
 
+    # What a compiler says is kept beside its object, and shown but for ptxas's counts.
+    keep = "> $out.said 2>&1; status=$$?"
+    show = "grep -v '^ptxas info\\|bytes stack frame' $out.said; exit $$status"
     lines = [
         f"builddir = {recipe.directory}",
         "rule compile",
-        "  command = $compiler -MD -MF $out.d -c $in -o $out",
+        f"  command = $compiler -MD -MF $out.d -c $in -o $out {keep}; {show}",
         "  description = compile $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -224,6 +229,13 @@ def compile_module(recipe: Recipe, filename: str) -> Path:
     return Path(target)
 
 
+def remarks(recipe: Recipe) -> list[str]:
+    """What ptxas said of its own accord (C7519, ...) of what the module is made of."""
+    said = [Path(f"{recipe.directory}/{source}.o.said") for source in recipe.compile]
+    lines = [line for path in said if path.exists() for line in path.read_text().splitlines()]
+    return sorted({line for line in lines if re.search(r"\(C\d{4}\)", line)})
+
+
 def build_module(module: str, filename: str, env: Mapping[str, str]) -> tuple[Path | None, dict]:
     """One module: its file, or None, and its part of the record."""
     variable, make_recipe = {
@@ -239,7 +251,10 @@ def build_module(module: str, filename: str, env: Mapping[str, str]) -> tuple[Pa
             raise NotBuilt(f"the compiled modules are for Linux, this is {sys.platform}")
         recipe = make_recipe(env)
         record |= recipe.facts | {"flags": {module: shlex.join(recipe.flags)}}
-        return compile_module(recipe, filename), record | {module: None}
+        path = compile_module(recipe, filename)
+        if module == "_cuda":
+            record["remarks"] = remarks(recipe)
+        return path, record | {module: None}
     except NotBuilt as reason:
         if wanted == "1":
             raise SystemExit(f"bertfast: {variable}=1, but {reason}") from None

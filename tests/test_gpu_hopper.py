@@ -56,7 +56,7 @@ class Program:
         return out
 
     def end(self):
-        """What it said."""
+        """Ends the process; returns its complaints."""
         process, self.process = self.process, None
         if process is None:
             return ""

@@ -276,6 +276,7 @@ def gated(row, **exceptions):
             {"wgmma": True, "hot": dataclasses.replace(HOT, mma_sync=16)},
             "16 mma.sync in a kernel whose tile is large enough for wgmma",
         ),
+        ({"mma_sync": 2, "mma_async": 8}, "2 mma.sync in a kernel with 8 wgmma"),
         ({"compiler_said": ["(C7515) serialized"]}, "the compiler said: (C7515) serialized"),
     ],
 )
@@ -289,6 +290,8 @@ def test_no_gate_fires_without_a_reason():
     assert (
         gated(dataclasses.replace(row, wgmma=False, hot=dataclasses.replace(HOT, mma_sync=1))) == []
     )
+    by_triton = dataclasses.replace(row, source="triton", mma_sync=2, mma_async=8)
+    assert gates.excesses(by_triton) == []
 
 
 def test_an_exception_is_for_one_gate_and_one_form_and_must_be_needed():

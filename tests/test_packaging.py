@@ -32,6 +32,21 @@ setup.DEFAULT_CUDA_HOME = "nowhere"
 setup.main()
 """
 
+NVCC_WITH_REMARKS = """#!/bin/sh
+case "$*" in *Xptxas=-v*)
+  echo "ptxas info    : (C7519) injected in function 'f'" >&2
+  echo "ptxas info    : Used 168 registers" >&2
+esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) touch "$2" ;;
+    -MF) echo "$2:" > "$2" ;;
+    --list-gpu-code) echo sm_90 ;;
+  esac
+  shift
+done
+"""
+
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
 
 
@@ -162,6 +177,23 @@ def test_only_what_changed_is_compiled_again(package, tmp_path):
     (tmp_path / "csrc" / "device" / "shared.cuh").write_text("long shared;\n")
     second = build()
     assert {name for name in first if second[name] != first[name]} == {"one.cu.o"}
+
+
+def test_ptxas_remarks_are_recorded(package, tmp_path):
+    """Those of sources that didn't have to be compiled again too."""
+    for name in ("kernels/one.cu", "bindings/module.cpp"):
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(NVCC_WITH_REMARKS)
+    script.chmod(0o755)
+    env = {"PATH": f"{script.parent}:{os.environ['PATH']}"}
+    for _ in range(2):
+        path, record = package.build_module("_cuda", "_cuda.so", env)
+        assert path is not None
+        assert record["remarks"] == ["ptxas info    : (C7519) injected in function 'f'"]
 
 
 def test_a_wheel_without_compilers_is_pure(tree):

@@ -1,4 +1,4 @@
-"""What the units of Hopper's instructions must give: tests/host_runtime/hopper_units.cu.
+"""Inputs and results of the units of Hopper's instructions: tests/host_runtime/hopper_units.cu.
 
 Layouts are written down here a second time, from the PTX manual. A unit is run by
 `run(name, out_bytes, numbers, bytes) -> bytes`, on the CPU or on a GPU.

@@ -13,7 +13,7 @@ import bertfast
 from ...ops.aot import Case
 from . import gates
 from .rows import Row, aot_modules, make_row
-from .sass import MissingTool, read_cubin, run_tool
+from .sass import MissingTool, capability, read_cubin, run_tool
 
 PACKAGE = Path(bertfast.__file__).parent
 SOURCES = PACKAGE.parent / "csrc"
@@ -31,15 +31,19 @@ def module_path() -> Path | None:
 
 def version() -> str | None:
     """The release of the nvcc that compiled what is read."""
-    record = PACKAGE / "_build.json"
-    if module_path() is not None and record.exists():
-        return json.loads(record.read_text()).get("nvcc")
+    if module_path() is not None and (record := _build_record()):
+        return record.get("nvcc")
     try:
         said = run_tool("nvcc", "--version")
     except MissingTool:
         return None
     found = re.search(r"V([\d.]+)", said)
     return found[1] if found else None
+
+
+def _build_record() -> dict:
+    path = PACKAGE / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read(arch: str, op: str | None = None) -> list[Row]:
@@ -57,12 +61,12 @@ def read(arch: str, op: str | None = None) -> list[Row]:
         if op in (None, op_name):
             shared = case.dynamic_shared
             form = ("cuda", op_name, kernel, arch, case, code, resources, shared)
-            rows.append(make_row(*form, gates.warnings(said)))
+            rows.append(make_row(*form, gates.warnings(said, mangled)))
     return rows
 
 
 def _extract(arch: str, directory: Path) -> list[tuple[Path, str]]:
-    """The module's cubins. What the compiler said of them was said when it was built."""
+    """The module's cubins, and what the compiler said of wgmma when it was built."""
     module = module_path()
     assert module is not None
     has = re.findall(r"\.(sm_\w+)\.cubin", run_tool("cuobjdump", "-lelf", str(module)))
@@ -70,7 +74,8 @@ def _extract(arch: str, directory: Path) -> list[tuple[Path, str]]:
         found = ", ".join(sorted(set(has))) or "no architecture"
         raise LeftOut(f"{module.name} is compiled for {found}, not for {arch}")
     run_tool("cuobjdump", "-xelf", f".{arch}.", str(module), cwd=directory)
-    return [(cubin, "") for cubin in sorted(directory.glob("*.cubin"))]
+    said = "\n".join(_build_record().get("remarks", ())) if capability(arch) == 90 else ""
+    return [(cubin, said) for cubin in sorted(directory.glob("*.cubin"))]
 
 
 def _compile(arch: str, directory: Path) -> list[tuple[Path, str]]:

@@ -13,6 +13,7 @@ from .rows import Row
 # ptxas's numbers of what it says where wgmma loses its asynchrony, or a thread its registers.
 _SERIALISED = {7508, *range(7510, 7521)}
 _SAID = re.compile(r"\(C(\d{4})\)")
+_FUNCTION = re.compile(r"in (?:the )?function '([^']+)'")
 
 
 class Excess(NamedTuple):
@@ -20,14 +21,15 @@ class Excess(NamedTuple):
     text: str
 
 
-def warnings(said: str) -> list[str]:
-    """The lines of ptxas's output that are errors here."""
+def warnings(said: str, kernel: str = "") -> list[str]:
+    """The lines of ptxas's output that are errors here, but for those about other kernels."""
     found = []
     for line in said.splitlines():
-        number = _SAID.search(line)
-        if number and int(number[1]) in _SERIALISED and line.strip() not in found:
+        number, function = _SAID.search(line), _FUNCTION.search(line)
+        of_another = kernel and function and function[1] != kernel
+        if number and int(number[1]) in _SERIALISED and not of_another:
             found.append(line.strip())
-    return found
+    return list(dict.fromkeys(found))
 
 
 def excesses(row: Row) -> list[Excess]:
@@ -50,6 +52,10 @@ def excesses(row: Row) -> list[Excess]:
     if row.hot is not None and row.hot.waits > row.hot.products:
         text = f"{row.hot.waits} waits for {row.hot.products} products by wgmma"
         found.append(Excess("waits", text))
+    # In Triton it is the compiler that chooses, for each loop: there the main loop's are counted.
+    if row.source == "cuda" and row.mma_sync and row.mma_async:
+        text = f"{row.mma_sync} mma.sync in a kernel with {row.mma_async} wgmma"
+        found.append(Excess("mma.sync", text))
     if row.wgmma and row.hot is not None and row.hot.mma_sync:
         text = f"{row.hot.mma_sync} mma.sync in a kernel whose tile is large enough for wgmma"
         found.append(Excess("mma.sync", text))

@@ -36,6 +36,8 @@ class Row:
     barriers: int
     tensor_core: int
     mufu: int
+    mma_sync: int = 0  # of the tensor cores' instructions
+    mma_async: int = 0  # wgmma
     local_in_loops: int = 0  # accesses to a thread's own memory
     multiplies: bool = False  # whether there must be a hot path
     wgmma: bool = False  # whether it must multiply by wgmma
@@ -92,6 +94,8 @@ def make_row(
         barriers=code.barriers,
         tensor_core=code.tensor_core,
         mufu=code.mufu,
+        mma_sync=code.mma_sync,
+        mma_async=code.mma_async,
         local_in_loops=code.local_in_loops,
         multiplies=case.work is not None,
         wgmma=case.work is not None and case.work.wgmma and capability(arch) == 90,

@@ -32,6 +32,8 @@ class Code:
     shared_accesses: int = 0
     barriers: int = 0
     tensor_core: int = 0
+    mma_sync: int = 0  # of those
+    mma_async: int = 0
     mufu: int = 0
     loop: "Code | None" = None  # the same of the main loop, if there is one; and of the one in it
     flow: Flow | None = None  # of a kernel with tensor cores or accesses to a thread's own memory
@@ -136,6 +138,8 @@ def _count(opcodes: list[str]) -> Code:
             result.mufu += 1
         elif TENSOR_CORE.fullmatch(base):
             result.tensor_core += 1
+            result.mma_sync += base == "HMMA"
+            result.mma_async += base == "HGMMA"
     result.loads, result.stores = dict(sorted(loads.items())), dict(sorted(stores.items()))
     return result
 
