@@ -36,7 +36,7 @@ def test_a_few_rows(script, tmp_path, monkeypatch):
     assert script.main(["--rows", "120", "--turns", "1", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     (row,) = found["measured"].values()
-    assert row["tokens"] > 100 and 0 < row["useful"] < 1
+    assert row["tokens"] > 100 and 0 < row["useful"] <= 1
     speed, seconds = row["tokens_per_second"], row["seconds"]
     assert row["over"]["median"] == round(seconds["stock"][0] / seconds["bertfast"][0], 2)
     assert speed["stock"] == round(row["tokens"] / seconds["stock"][0])
