@@ -218,30 +218,36 @@ def test_losses_are_those_of_the_stock_model(encoder, tmp_path, name, monkeypatc
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
-    """With dropout, in the midst of an epoch, by token budget: the same bits as if it had not been
-    stopped."""
+    """With dropout, in the midst of an epoch, by token budget, while its patience runs out: the
+    same bits as if it had not been stopped."""
     model = encoders.save(tmp_path / "model")
-    rows = labelled.reviews()
-    whole = tmp_path / "whole"
-    data = str(labelled.write(tmp_path / "a.csv", rows))
-    asked = ["--task", "classify", "--data", data, "--model", str(model), "--epochs", "3"]
-    asked += ["--tokens", "100", *SMALL]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    data = str(labelled.write(tmp_path / "a.csv", labelled.reviews()))
+    asked = ["--task", "classify", "--data", data, "--model", str(model), "--epochs", "12"]
+    asked += ["--validation", data, "--tokens", "100", "--every", "4", "--patience", "3", *SMALL]
     assert run([*asked, "--out", str(whole)]) == 0
+    history = json.loads((whole / "metrics.json").read_text())["history"]
+    evaluated = [(one["step"], one["eval_f1_macro"]) for one in history if "eval_loss" in one]
+    best = max(range(len(evaluated)), key=lambda place: evaluated[place][1])
+    assert best == len(evaluated) - 4  # patience ended it
+    step = evaluated[best][0] + 6  # after one evaluation without a better one
 
     def stop(self, args, state, control, **more):
-        if state.global_step == 8:
+        if state.global_step == step - 1:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Told, "on_step_begin", stop, raising=False)
-        assert run([*asked, "--out", str(tmp_path / "parts")]) == 143
-    assert "stopped after step 9; the same command goes on" in capsys.readouterr().out
-    assert not (tmp_path / "parts" / "model").exists()
-    assert run([*asked, "--out", str(tmp_path / "parts")]) == 0
-    assert "going on after checkpoint-9" in capsys.readouterr().out
-    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("whole", "parts")]
+        assert run([*asked, "--out", str(parts)]) == 143
+    assert f"stopped after step {step}; the same command goes on" in capsys.readouterr().out
+    assert not (parts / "model").exists()
+    assert run([*asked, "--out", str(parts)]) == 0
+    assert f"going on after checkpoint-{step}" in capsys.readouterr().out
+    weights = [folder / "model" / "model.safetensors" for folder in (whole, parts)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert not (tmp_path / "parts" / "checkpoints").exists()
+    again = json.loads((parts / "metrics.json").read_text())["history"]
+    assert evaluated == [(o["step"], o["eval_f1_macro"]) for o in again if "eval_loss" in o]
+    assert not (parts / "checkpoints").exists()
 
 
 def test_it_stops_early_and_keeps_the_best(encoder, tmp_path, capsys):

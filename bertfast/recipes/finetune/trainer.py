@@ -152,6 +152,7 @@ def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=True,
+        restore_callback_states_from_checkpoint=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )
