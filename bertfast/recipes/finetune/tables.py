@@ -116,7 +116,12 @@ def read(
                 continue
             rows.append(Row(number, example, None if id is None else cells.get(id)))
     if not rows:
-        raise UserError(f"{paths[0]} has no rows" + (" that are right" if bad else ""))
+        line_1 = form.header and not bad and records.kind_of(paths[0]) == "csv"
+        raise UserError(
+            f"{paths[0]} has no rows"
+            + (" that are right" if bad else "")
+            + ("; --no-header, if line 1 is a row" if line_1 else "")
+        )
     return Table(rows, bad, columns, found)
 
 
