@@ -252,3 +252,19 @@ def test_without_a_seed_torch_draws_on_a_cpu(packed):
     assert torch.equal(out, expected.flatten(0, 1) if packed else expected)
     seeded = attention(*inputs, dropout_p=0.4, seed=torch.tensor([3]), **layout)
     assert not torch.equal(seeded, out)
+
+
+def test_a_padded_batch_draws_no_philox_on_a_cpu(monkeypatch):
+    """Forward and backward of a converted model in training, packed, and padded by a mask."""
+    pytest.importorskip("transformers")
+    from support import hf_models
+
+    import bertfast
+
+    monkeypatch.setattr(dropout, "philox", lambda *_: pytest.fail("Philox was drawn"))
+    for packed in (True, False):
+        model = bertfast.optimize(hf_models.tiny(), packed=packed).train()
+        model(**hf_models.batch())[0].sum().backward()
+    seeded = dict(dropout_p=0.5, seed=torch.tensor([1]))
+    with pytest.raises(pytest.fail.Exception, match="Philox was drawn"):
+        attention(*torch.randn(3, 1, 4, 2, 8), **seeded)

@@ -75,10 +75,7 @@ class Composed:
 
     def _seed(self, x: torch.Tensor, p: float, place: int) -> tuple[torch.Tensor | None, int]:
         """Seed and site of a dropout; no seed where its mask may be the one that torch draws."""
-        call = self.call
-        # There is no other layout of a batch that came packed.
-        full = call.batch.key_mask is None and call.batch.index is None
-        if full and call.backend == "auto" and x.device.type == "cpu":
+        if self.call.backend == "auto" and x.device.type == "cpu":
             return None, 0
         dropout = self.dropouts.of(x, p, place)
         return dropout.seed, dropout.site

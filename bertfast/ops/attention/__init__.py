@@ -62,7 +62,7 @@ def attention(
 
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
-    if requested == "auto" and dropout.may_be_torchs(backend, q.device, dropout_p, seed, key_mask):
+    if requested == "auto" and dropout.may_be_torchs(backend, q.device, dropout_p, seed):
         drop = dropout.torchs(dropout_p)
     else:
         drop = dropout.dropout_of(dropout_p, seed, site, q.device)
@@ -106,9 +106,7 @@ def attention_qkv(
 
     if cast is not None:
         qkv = qkv.to(cast)
-    if requested == "auto" and dropout.may_be_torchs(
-        backend, qkv.device, dropout_p, seed, key_mask
-    ):
+    if requested == "auto" and dropout.may_be_torchs(backend, qkv.device, dropout_p, seed):
         drop = dropout.torchs(dropout_p)
     else:
         drop = dropout.dropout_of(dropout_p, seed, site, qkv.device)

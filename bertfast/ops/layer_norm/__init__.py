@@ -75,7 +75,7 @@ def layer_norm(
         weight, bias = weight.float(), bias.float()
         x_bias = None if x_bias is None else x_bias.float()
         residual = None if residual is None else residual.float()
-    if requested == "auto" and dropout.may_be_torchs(backend, device, dropout_p, seed, row_index):
+    if requested == "auto" and dropout.may_be_torchs(backend, device, dropout_p, seed):
         drop = dropout.torchs(dropout_p)
     else:
         drop = dropout.dropout_of(dropout_p, seed, site, device, row_index)
