@@ -22,7 +22,7 @@ class Floor(NamedTuple):
 # From the top down. A module imports from floors below its own only; a new one gets its place here.
 FLOORS = (
     Floor("__main__", "python -m bertfast"),
-    Floor("recipes", "training and embedding, each a command: pretrain, embed"),
+    Floor("recipes", "training and embedding, each a command: pretrain, finetune, embed"),
     Floor("commands", "the command line: demo, bench, verify, kernels, tune, env"),
     Floor("__init__", "what `import bertfast` gives"),
     Floor("convert", "optimize, revert, report"),

@@ -364,7 +364,7 @@ def test_dropout_follows_torchs_generator(norm_first):
 
 
 def test_packed_and_padded_drop_the_same():
-    """Where a backend is asked for: by themselves the masks on a CPU are torch's."""
+    """By a backend that was asked for: otherwise the masks on a CPU are torch's."""
     model = make()
     set_dropout(model, attention=0.3, dropout1=0.3, dropout2=0.3)
     outs = []
