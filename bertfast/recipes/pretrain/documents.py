@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ... import checks
+from .. import records
 
 KINDS = {
     ".txt": "text",
@@ -248,26 +249,16 @@ def _read_jsonl(source: Source, column: str) -> Iterator[Document]:
             )
         if column not in row:
             raise ValueError(
-                f"{source.path}, {where}: has no {column!r} among its columns {_names(row)}"
+                f"{source.path}, {where}: has no {column!r} among its columns {records.listed(row)}"
             )
         yield Document(source.path, where, _string(row[column], source, where, column), done)
 
 
 def _string(value: Any, source: Source, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{source.path}, {where}: {column!r} must be a string, got {checks.kind(value)}"
-        )
     try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can hold halves of characters; pairs become whole again
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
-
-
-def _names(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(map(repr, listed[:10])) + (", ..." if len(listed) > 10 else "") or "(none)"
+        return records.string(value, column)
+    except ValueError as error:
+        raise ValueError(f"{source.path}, {where}: {error}") from None
 
 
 # Columns.
@@ -312,7 +303,7 @@ def _read_arrow(source: Source, column: str) -> Iterator[Document]:
 def _check_column(pa: Any, schema: Any, source: Source, column: str) -> None:
     if column not in schema.names:
         raise ValueError(
-            f"{source.path} has no {column!r} among its columns {_names(schema.names)}"
+            f"{source.path} has no {column!r} among its columns {records.listed(schema.names)}"
         )
     kind = schema.field(column).type
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ....commands.errors import UserError
 from ...records import string
 from ..features import Features
 from ..tables import Role
@@ -71,6 +72,23 @@ class Task:
     ) -> Features:
         """labelled: with what the loss is made of; learning: without what teaches nothing."""
         raise NotImplementedError
+
+    def windows(self, tokenizer: Any, *texts: Any, **more: Any) -> Any:
+        """A text's windows, with the places of their tokens. Without `stride` the first counts."""
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"--task {self.name} needs a fast tokenizer, which knows where a token is from"
+            )
+        return tokenizer(
+            *texts,
+            **more,
+            max_length=self.length,
+            stride=self.stride or 0,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
 
     def figures(
         self, features: Features, examples: Sequence[Any], outputs: Any

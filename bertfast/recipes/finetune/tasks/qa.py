@@ -83,8 +83,6 @@ class Answers(Task):
         labelled: bool,
         learning: bool = False,
     ) -> Features:
-        if not tokenizer.is_fast:
-            raise UserError("--task qa needs a fast tokenizer, which knows where a token is from")
         found = Features()
         for row, example in enumerate(examples):
             encoded = self._encoded(tokenizer, example)
@@ -117,16 +115,7 @@ class Answers(Task):
             text = tokenizer.decode(question)
         else:
             text = example.question
-        return tokenizer(
-            *(text, example.context),
-            truncation="only_second",
-            max_length=self.length,
-            stride=self.stride or 0,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        return self.windows(tokenizer, text, example.context, truncation="only_second")
 
     def figures(
         self, features: Features, examples: Sequence[Example], outputs: Any

@@ -87,21 +87,14 @@ class Tag(Task):
         labelled: bool,
         learning: bool = False,
     ) -> Features:
-        if not tokenizer.is_fast:
-            raise UserError("--task tag needs a fast tokenizer, which knows where a token is from")
         found = Features()
         number = {label: number for number, label in enumerate(self.labels)}
         for row, example in enumerate(examples):
-            encoded = tokenizer(
+            encoded = self.windows(
+                tokenizer,
                 example.text if example.words is None else example.words,
                 is_split_into_words=example.words is not None,
                 truncation=True,
-                max_length=self.length,
-                stride=self.stride or 0,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
             )
             windows = len(encoded["input_ids"])
             found.truncated += windows > 1 and self.stride is None
