@@ -401,6 +401,18 @@ def test_albert_in_groups():
         assert packs(model, inputs)
 
 
+def test_an_albert_that_is_made_longer():
+    """Its layer then comes again, where it came once."""
+    stock, model = both("Albert", num_hidden_layers=1)
+    inputs = batch()
+    model(**inputs)
+    assert model.facts().numbers
+    for one in (stock, model):
+        one.config.num_hidden_layers = 3
+    close(model(**inputs), stock(**inputs), inputs)
+    assert model.facts().numbers is None and packs(model, inputs)
+
+
 @pytest.mark.filterwarnings("ignore:bertfast runs the original code")
 def test_a_group_of_somebody_elses():
     """It may hand down what it likes."""

@@ -6,8 +6,6 @@ A family is one file in `families/`, whose FAMILY is found there.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-PRE_NORM = "pre-norm layers, but for residuals and their dropout, which are torch's"
-
 
 class Family(NamedTuple):
     title: str  # as its users call it
@@ -15,6 +13,7 @@ class Family(NamedTuple):
     module: str  # in which its classes are
     swapped: Mapping[str, Any]  # names of its layer, encoder and model -> what is put in front
     heads: Mapping[str, Any]  # the same of heads of masked language models
-    # For the README's table: what is converted, and what runs its original code.
-    layer: str = "post-norm layers"
-    original: str = "decoders, cross-attention, `chunk_size_feed_forward`"
+    # For the README's table: what is converted, and what runs its original code besides what does
+    # so in all.
+    layer: str = "post-norm"
+    original: str = "-"

@@ -26,9 +26,7 @@ class Layer(layer.Layer):
     def parts(self) -> Parts:
         modules: dict[str, Any] = self._modules
         attention = modules["attention"]
-        inside, activation = attention._modules, modules.get("activation")
-        if activation is None:  # a plain function
-            activation = self.activation
+        inside, activation = attention._modules, self.activation
         return Parts(
             inside["query"],
             inside["key"],
@@ -69,11 +67,14 @@ class Encoder(model.Encoder):
 class Model(bert.Model):
     def groups(self) -> list[Any]:
         """In the order in which they are called."""
-        groups, count = self.encoder.albert_layer_groups, self.config.num_hidden_layers
+        groups, count = self.encoder.albert_layer_groups, self.encoder.config.num_hidden_layers
         return [model.unwrapped(groups[int(i / (count / len(groups)))]) for i in range(count)]
 
     def layers(self) -> list[Any]:
         return [model.unwrapped(one) for group in self.groups() for one in group.albert_layers]
+
+    def _attributes(self) -> list[tuple[dict, str]]:
+        return [*super()._attributes(), (vars(self.encoder.config), "num_hidden_layers")]
 
     def why_untold(self) -> str | None:
         family: Any = sys.modules[self._original.__module__]
@@ -113,5 +114,6 @@ FAMILY = Family(
     "transformers.models.albert.modeling_albert",
     {"AlbertLayer": Layer, "AlbertTransformer": Encoder, "AlbertModel": Model},
     {"AlbertForMaskedLM": Head, "AlbertForPreTraining": PreTraining},
-    original="`chunk_size_feed_forward`; `graphs=True` has no effect",
+    layer="post-norm, shared",
+    original="`graphs=True` has no effect",
 )

@@ -105,5 +105,4 @@ FAMILY = Family(
     "transformers.models.distilbert.modeling_distilbert",
     {"TransformerBlock": Layer, "Transformer": model.Encoder, "DistilBertModel": Model},
     {"DistilBertForMaskedLM": Head},
-    original="`chunk_size_feed_forward`",
 )

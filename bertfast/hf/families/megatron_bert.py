@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from ...nn.modules import has_own_forward
 from .. import bert, heads, model
-from ..family import PRE_NORM, Family
+from ..family import Family
 from ..layer import ARGUMENT
 
 
@@ -73,5 +73,5 @@ FAMILY = Family(
         "MegatronBertForMaskedLM": heads.Bert,
         "MegatronBertForPreTraining": heads.BertPreTraining,
     },
-    layer=PRE_NORM,
+    layer="pre-norm",
 )

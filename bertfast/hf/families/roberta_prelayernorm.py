@@ -3,7 +3,7 @@
 from torch import nn
 
 from .. import bert, heads
-from ..family import PRE_NORM, Family
+from ..family import Family
 
 
 class Layer(bert.PreNormLayer):
@@ -17,5 +17,5 @@ FAMILY = Family(
     "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm",
     bert.classes("RobertaPreLayerNorm", layer=Layer),
     {"RobertaPreLayerNormForMaskedLM": heads.Roberta},
-    layer=PRE_NORM,
+    layer="pre-norm",
 )

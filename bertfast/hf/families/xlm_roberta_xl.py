@@ -3,7 +3,7 @@
 from torch import nn
 
 from .. import bert, heads
-from ..family import PRE_NORM, Family
+from ..family import Family
 
 
 class Layer(bert.PreNormLayer):
@@ -21,5 +21,5 @@ FAMILY = Family(
     "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl",
     bert.classes("XLMRobertaXL", layer=Layer),
     {"XLMRobertaXLForMaskedLM": Head},
-    layer=PRE_NORM,
+    layer="pre-norm",
 )
