@@ -118,6 +118,8 @@ def optimize(
         for module in model.modules():
             if is_converted(module) and hasattr(module, "width") and (width := module.width()):
                 module.__dict__[GRAPHS] = Graphs(limits, width)
+        if not any(GRAPHS in module.__dict__ for module in model.modules()):
+            warn_once(f"launches no CUDA graphs: none can serve {type(model).__name__}")
     unknown = [reason for module in model.modules() if (reason := _why_model_unknown(module))]
     if strict and (unknown or not found):
         raise ValueError(f"bertfast knows no module of {type(model).__name__}: {report(model)}")

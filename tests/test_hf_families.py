@@ -401,6 +401,14 @@ def test_albert_in_groups():
         assert packs(model, inputs)
 
 
+def test_an_albert_has_no_graphs_and_says_so(monkeypatch):
+    monkeypatch.setattr(bertfast.notice, "_told", set())
+    with pytest.warns(UserWarning, match="no CUDA graphs: none can serve AlbertModel"):
+        bertfast.optimize(tiny("AlbertModel"), graphs=True)
+    bertfast.optimize(model := tiny("AlbertForMaskedLM"), graphs=bertfast.graphs.Limits())
+    assert not any(bertfast.graphs.GRAPHS in module.__dict__ for module in model.modules())
+
+
 def test_an_albert_that_is_made_longer():
     """Its layer then comes again, where it came once."""
     stock, model = both("Albert", num_hidden_layers=1)

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.hf_models import batch, tiny
+from support.masked_lm import same
 
-from bertfast.testing.model import beside_stock
+from bertfast.testing.model import _ShuffledSums, beside_stock, numbers
 
 pytest.importorskip("transformers")
 
@@ -97,3 +98,21 @@ def test_a_planted_fault_is_caught(name, fault):
 @pytest.mark.parametrize("name", MODELS)
 def test_without_a_fault_the_stock_model_is_inside(name):
     assert all(finding.ok for finding in findings(name, nothing))
+
+
+def test_softmax_backward_by_contexts_is_the_same_in_float64():
+    """sum(dO O) is sum(dP P): the yardstick's other form differs in its rounding alone."""
+    stock, inputs = tiny(attn_implementation="eager").double(), batch()
+    real = inputs["attention_mask"].bool()
+    expected = numbers(stock, inputs, real)
+    with _ShuffledSums(0, by_contexts=True) as way:
+        got = numbers(stock, inputs, real)
+    assert len(way._contexts) == stock.config.num_hidden_layers
+    same(got, expected, rtol=1e-12)
+    half = copy.deepcopy(stock).bfloat16()
+    with _ShuffledSums(0):
+        plain = numbers(half, inputs, real)
+    with _ShuffledSums(0, by_contexts=True):
+        other = numbers(half, inputs, real)
+    name = "d encoder.layer.1.attention.self.key.bias"
+    assert not torch.equal(plain[name], other[name])
