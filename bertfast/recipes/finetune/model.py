@@ -99,19 +99,14 @@ def task_of(options: FinetuneOptions, tokenizer: Any) -> Task:
 
 def load(options: FinetuneOptions, task: Task, steps: int | None = None) -> Any:
     """The model with its head. steps: of the training that begins, for a new adapter."""
-    import transformers
-    from transformers.utils import logging
-
     folder = options.model
-    logging.set_verbosity_error()
-    more: dict[str, Any] = task.of_model()
+    more: dict[str, Any] = {}
     if options.data is not None:
         more["ignore_mismatched_sizes"] = True  # a head of other labels is replaced
         if options.dropout is not None:
             more |= _dropouts(folder, options.dropout)
-    kind = getattr(transformers, task.auto)
     base = base_of(folder)
-    model = saved.load(kind, str(base), dtype=torch.float32, **more)
+    model = whole(base, task, **more)
     if options.convert:
         bertfast.optimize(model)
     if base != folder:
@@ -124,6 +119,16 @@ def load(options: FinetuneOptions, task: Task, steps: int | None = None) -> Any:
     elif options.peft is not None and steps is not None:
         model = adapted(model, options, task, steps)
     return model
+
+
+def whole(folder: Path, task: Task, **more: Any) -> Any:
+    """The model of a folder, by transformers' own class for the task."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    kind = getattr(transformers, task.auto)
+    return saved.load(kind, str(folder), dtype=torch.float32, **task.of_model(), **more)
 
 
 def with_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:

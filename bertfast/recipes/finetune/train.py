@@ -280,14 +280,21 @@ class Run:
             compute_loss_func=None if counts is None else trainer.weighted_loss(counts),
             callbacks=callbacks,
             batches=self.batches,
-            # A checkpoint of AdaLoRA has only the ranks that were kept when it was written, which
-            # the model of another step has no room for.
-            reload=self._adapter_of if options.peft == "adalora" else None,
+            reload={None: self._whole_of, "adalora": self._adapter_of}.get(options.peft),
         )
 
+    def _whole_of(self, checkpoint: Path) -> Any:
+        """Trainer reads the file itself, in which transformers 5.0 gives LayerNorm's weights the
+        names of their first checkpoints, and passes over what it doesn't know."""
+        read = model.whole(checkpoint, self.task)
+        self.model.load_state_dict(read.state_dict())
+        return self.model
+
     def _adapter_of(self, checkpoint: Path) -> Any:
-        whole = model.load(self.options, self.task)
-        return model.with_adapter(whole, checkpoint, trainable=True)
+        """A checkpoint of AdaLoRA has only the ranks that were kept when it was written, which the
+        model of another step has no room for."""
+        made = model.load(self.options, self.task)
+        return model.with_adapter(made, checkpoint, trainable=True)
 
     def _evaluated_at_once(self) -> int:
         if self.options.tokens is None:

@@ -25,7 +25,7 @@ class Finetuner(Trainer):
         reload: Callable[[Path], Any] | None = None,
         **named: Any,
     ) -> None:
-        """reload: how the best checkpoint is read, where Trainer's way can't."""
+        """reload: the model of a checkpoint; None: as Trainer reads it."""
         super().__init__(*args, **named)
         self.batches, self.reload = batches, reload
         # The two that print dicts, or draw a bar for each evaluation.
@@ -46,8 +46,17 @@ class Finetuner(Trainer):
         if self.reload is None:
             super()._load_best_model()
         else:
-            best = Path(str(self.state.best_model_checkpoint))
-            self.model = self.model_wrapped = self.reload(best).to(self.args.device)
+            self._reload(str(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.reload is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._reload(resume_from_checkpoint)
+
+    def _reload(self, checkpoint: str) -> None:
+        assert self.reload is not None
+        self.model = self.model_wrapped = self.reload(Path(checkpoint)).to(self.args.device)
 
 
 class Epochs(TrainerCallback):
