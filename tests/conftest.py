@@ -125,6 +125,7 @@ def host_runtime():
     module.set_perturb(False)
     module.set_dry_launch(False)
     module.set_shared_memory(227)
+    module.set_wgmma(False)
     module.reset_records()
 
 

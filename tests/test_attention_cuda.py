@@ -30,12 +30,25 @@ FORMS += [
     Case((17, 0, 40, 70, 3), packed=True, plan=True, p=0.1, head_dim=96),
     Case((5, 20, 30), packed=True, plan=True, head_dim=64),
 ]
-forms = pytest.mark.parametrize("case", FORMS, ids=str)
+# The forward of heads of 64 has two forms: on Hopper it multiplies by wgmma.
+forms = pytest.mark.parametrize(
+    "multiply_by, case",
+    [("mma.sync", case) for case in FORMS]
+    + [("wgmma", case) for case in FORMS if case.head_dim == 64],
+    indirect=["multiply_by"],
+    ids=str,
+)
 
 
 @pytest.fixture(autouse=True)
 def _needs_the_host_build(host_runtime):
     pass
+
+
+@pytest.fixture
+def multiply_by(request, host_runtime):
+    host_runtime.set_wgmma(request.param == "wgmma")
+    return request.param
 
 
 def same_bits(one, other):
@@ -48,7 +61,7 @@ def same_bits(one, other):
 
 
 @forms
-def test_same_bits_in_every_scheduling_order(host_runtime, case):
+def test_same_bits_in_every_scheduling_order(host_runtime, multiply_by, case):
     results = []
     for order, seed in (("depth-first", 0), ("reverse", 0), ("random", 1), ("random", 2)):
         host_runtime.set_schedule(order, seed)
@@ -59,20 +72,35 @@ def test_same_bits_in_every_scheduling_order(host_runtime, case):
 
 @dtypes
 @forms
-def test_budget_holds_when_sums_are_cut_off_and_approximations_off(host_runtime, case, dtype):
+def test_budget_holds_when_sums_are_cut_off_and_approximations_off(
+    host_runtime, multiply_by, case, dtype
+):
     host_runtime.set_perturb(True, 1)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(table, inputs, table.run(inputs, "cuda"))
 
 
 @forms
-def test_no_bank_conflicts(host_runtime, case):
+def test_no_bank_conflicts(host_runtime, multiply_by, case):
     host_runtime.reset_records()
     table.run(table.make_inputs(case, HALF), "cuda")
     records = host_runtime.bank_conflicts()
     # Copies, three kinds of operands, and the way out; each is a line of its own.
     assert sum("tile.cuh" in record[0] or "mma.cuh" in record[0] for record in records) >= 5
     assert [record for record in records if record[1] > 1] == []
+
+
+def test_wgmma_reads_keys_and_values_itself(host_runtime):
+    """So their way to registers, a line each, is gone."""
+    q, k, v = torch.randn(3, 1, 64, 1, 64).to(HALF)
+    loads = {}
+    for wgmma in (False, True):
+        host_runtime.set_wgmma(wgmma)
+        host_runtime.reset_records()
+        attention(q, k, v, backend="cuda")
+        places = [record[0] for record in host_runtime.bank_conflicts()]
+        loads[wgmma] = {place for place in places if "tile.cuh" in place and "load" in place}
+    assert loads[True] < loads[False] and len(loads[False] - loads[True]) == 2
 
 
 # Dropout: the mask, read off the results bit for bit.

@@ -24,6 +24,21 @@
 
 namespace bertfast {
 
+// Whether kernels may multiply by wgmma. On the CPU it is a setting: host/control.h.
+#ifdef BERTFAST_HOST
+inline bool has_wgmma() {
+  return host::wgmma::available;
+}
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ constexpr bool has_wgmma() {
+  return true;
+}
+#else
+__device__ constexpr bool has_wgmma() {
+  return false;
+}
+#endif
+
 enum class Major { kInner = 0, kOuter = 1 };
 
 // A matrix in shared memory, from byte `byte` of dense rows of kRowBytes. With Major::kOuter a slab

@@ -6,6 +6,7 @@
 #include "host/perturb.h"
 #include "host/scheduler.h"
 #include "host/shared_memory.h"
+#include "host/wgmma.h"
 
 namespace bertfast {
 namespace host {
@@ -36,6 +37,10 @@ void set_shared_memory(int kilobytes) {
                                 std::to_string(kilobytes));
   }
   shared_memory::most_bytes = kilobytes * 1024;
+}
+
+void set_wgmma(bool on) {
+  wgmma::available = on;
 }
 
 int64_t launch_count() {

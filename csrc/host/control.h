@@ -23,6 +23,9 @@ void set_dry_launch(bool on);
 // (sm_80) or 99 (sm_86, sm_89 and sm_120).
 void set_shared_memory(int kilobytes);
 
+// Whether kernels that can multiply by mma.sync or by wgmma take the latter.
+void set_wgmma(bool on);
+
 // The number of kernels launched, and their bank conflicts, since the last reset.
 int64_t launch_count();
 std::vector<BankConflicts> bank_conflicts();

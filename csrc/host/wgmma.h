@@ -14,6 +14,9 @@ namespace bertfast {
 namespace host {
 namespace wgmma {
 
+// Whether kernels that can do without shall use it.
+inline bool available = false;
+
 // What a lane passes. `sums` are 32 floats, d[n][i] as matrix.h lays out C; a is null where A is in
 // shared memory. `outer`: rows in shared memory are inner indices.
 struct Product {

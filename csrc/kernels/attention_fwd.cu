@@ -8,7 +8,7 @@
 // sums for out stay in registers. Keys and values stream through shared memory in blocks of kKeys,
 // two of which are there: while one is worked on the next is copied, with one barrier a block.
 // Scores become an operand where they are, as the fragments of a sum and of an operand are the
-// same.
+// same. Products are made by mma.sync or, where there is wgmma and heads have 64 values, by that.
 //
 // The online softmax: with c = scale * log2 e, m is the largest c * score of a row so far, rounded;
 // l is the sum of exp2(c s - m), and the sums hold the sum of exp2(c s - m) v. When m grows both
@@ -21,6 +21,7 @@
 // sequence, and 2 + 2 * tiles where it doesn't, mostly from the second-level cache.
 #include <cmath>
 
+#include "device/attention/forward_products.cuh"
 #include "device/attention/launch.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
@@ -32,13 +33,19 @@ namespace {
 
 template<int kDim>
 struct Forward {
-  // Wider heads take fewer keys at a time, so that two blocks or more fit a multiprocessor.
+  // Wider heads take fewer keys at a time, so that two blocks or more fit a multiprocessor. With
+  // wgmma, which reads keys and values itself, registers of heads of 64 suffice for four.
   static constexpr int kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int kKeyBytes = kKeys * Tile<kDim>::kRowBytes;
   static constexpr int kStageBytes = 2 * kKeyBytes;  // keys, then values
   static constexpr int kTileBytes = 2 * kStageBytes;
   static_assert(kTileRows * Tile<kDim>::kRowBytes <= kStageBytes, "a stage holds the queries too");
-  static constexpr int kBlocks = blocks_that_fit(kTileBytes + ManyBits::kBeside, kDim == 32   ? 4
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static constexpr int kNarrow = 64;
+#else
+  static constexpr int kNarrow = 32;
+#endif
+  static constexpr int kBlocks = blocks_that_fit(kTileBytes + ManyBits::kBeside, kDim <= kNarrow ? 4
                                                                                  : kDim < 128 ? 3
                                                                                               : 2);
 };
@@ -49,6 +56,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
   using Shape = Forward<kDim>;
   using Rows = Tile<kDim>;
   constexpr int kKeys = Shape::kKeys;
+  using Products = ForwardProducts<T, kDim, kKeys>;
   const int thread = anew(int(threadIdx.x)) & (kAttentionThreads - 1);
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 
@@ -106,6 +114,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
   float sums[kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
     cp_async_wait<0>();
+    Products::after_copies();
     __syncthreads();  // the block is there, and all warps are done with the other stage
     const KeyBits<kKeys> on = next;
     if (block + 1 < blocks) {
@@ -114,20 +123,11 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
       next.start(v_copies, value_stage(block + 1), block + 1);
     }
     cp_async_commit();
-    if (16 * warp >= at.tile) continue;
+    if (16 * warp >= at.tile && !Products::by_wgmma()) continue;
 
     // 3a. scores
-    float s[kKeys / 8][4] = {};
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 16; ++n) {
-        unsigned b[4];
-        Rows::load_b(b, stage(block), 16 * n, k, thread);
-        mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
-        mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
-      }
-    }
+    float s[kKeys / 8][4];
+    Products::scores(s, q, stage(block), thread);
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
       const int group = block * kKeys / 32 + half;
@@ -181,18 +181,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
     }
 
     // 3d. times the values
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      unsigned a[4];
-      as_operand<T>(a, s[2 * k], s[2 * k + 1]);
-#pragma unroll
-      for (int n = 0; n < kDim / 16; ++n) {
-        unsigned b[4];
-        Rows::load_b_trans(b, value_stage(block), 16 * k, n, thread);
-        mma_m16n8k16<T>(sums[2 * n], a, b[0], b[1]);
-        mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
-      }
-    }
+    Products::add_values(sums, s, value_stage(block), thread);
   }
   cp_async_wait<0>();
 

@@ -137,6 +137,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         dropout=dropout,
         scales=kernel == "attention_forward_kernel",
         turns=in_stage // at_a_time,
+        wgmma=kernel == "attention_forward_kernel" and head_dim == 64,
     )
     row_bytes = 2 * head_dim
     shared = _STAGES * 2 * in_stage * row_bytes

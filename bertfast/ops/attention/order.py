@@ -27,7 +27,7 @@ LINES = (
     Line(
         _TRITON_FIRST,
         "machine code: by wgmma 9.1 instructions a score in the forward and 16.4 in the backward, "
-        "12 and 38 bytes of shared memory; CUDA 14.4 and 35.2, 21 and 69. Modelled 36 and 39 % "
+        "12 and 38 bytes of shared memory; CUDA 12.2 and 35.2, 10 and 69. Modelled 6 and 39 % "
         "faster",
         (90,),
         width=64,
