@@ -33,7 +33,8 @@ struct Shared {
   __device__ void store(int i, T value) const { ptr[i] = value; }
 };
 
-// The T's that start `byte_offset` into the block's dynamic shared memory.
+// The T's that start `byte_offset` into the block's dynamic shared memory, which begins where the
+// longest pattern of a swizzle does: the hardware tells rows by their address.
 template<class T>
 __device__ __forceinline__ Shared<T> shared_memory(int byte_offset) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];

@@ -15,7 +15,6 @@
 
 #ifdef BERTFAST_HOST
 #include "host/mbarrier.h"
-#include "host/proxy.h"
 #endif
 
 namespace bertfast {
@@ -45,10 +44,6 @@ inline void mbarrier_arrive_expecting(Mbarriers barriers, int i, int bytes,
 inline void mbarrier_wait(Mbarriers barriers, int i, int parity,
                           host::Site site = host::Site::here()) {
   host::mbarrier::wait(barriers.byte_offset + 8 * i, parity, site);
-}
-
-inline void async_proxy_fence() {
-  host::proxy::fence();
 }
 
 #else
@@ -89,12 +84,6 @@ __device__ __forceinline__ void mbarrier_wait(Mbarriers barriers, int i, int par
       "}" ::"r"(shared_address(barriers.ptr + i)),
       "r"(parity)
       : "memory");
-}
-
-// Ordinary accesses of this thread to shared memory, cp.async among them, come before those that
-// bulk copies and wgmma make once they know of the fence.
-__device__ __forceinline__ void async_proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #endif

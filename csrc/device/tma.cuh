@@ -15,6 +15,7 @@
 #pragma once
 
 #include "device/mbarrier.cuh"
+#include "device/proxy.cuh"
 #include "device/tensor_map.cuh"
 
 namespace bertfast {

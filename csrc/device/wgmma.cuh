@@ -13,10 +13,11 @@
 //   wgmma_wait<n>()    until only the last n groups are under way. Before that nobody may touch the
 //                      sums, or the registers of A, or write what is read in shared memory.
 // All 128 threads do each of these. What lies in shared memory must be known to all of them, and
-// unless bulk copies brought it, its writers need an async_proxy_fence (device/mbarrier.cuh).
+// unless bulk copies brought it, its writers need an async_proxy_fence.
 #pragma once
 
 #include "device/mma.cuh"
+#include "device/proxy.cuh"
 
 #ifdef BERTFAST_HOST
 #include "host/wgmma.h"

@@ -1,5 +1,4 @@
 // Kernels with wgmma, in two of which the gates must find a fault: tests/test_kernels_wgmma.py.
-#include "device/mbarrier.cuh"
 #include "device/wgmma.cuh"
 
 namespace bertfast {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "device/attention/scores.cuh"
-#include "device/mbarrier.cuh"
 #include "device/tile.cuh"
 #include "device/wgmma.cuh"
 
