@@ -232,7 +232,7 @@ def test_revert_after_use(prefix):
 
 @each_layer
 def test_dropout(prefix, monkeypatch):
-    """Where a backend is asked for, packed it is the padded one. Each call and layer draws anew, as
+    """Packed it is the padded one, where a backend is asked for. Each call and layer draws anew, as
     does one that comes again. Not compared are the residuals' of a pre-norm layer, which are
     torch's own, and the embeddings', which are drawn before the layers' where each draws a seed."""
     _, model = both(prefix)
