@@ -1,5 +1,4 @@
 // bias_gelu's calls: bertfast/ops/bias_gelu/cuda.py.
-#include <algorithm>
 #include <stdexcept>
 
 #include "bindings/call.h"
@@ -9,17 +8,8 @@
 namespace bertfast {
 namespace {
 
-// A thread of the backward adds at most this many rows in one float32 chain before the compensated
-// final sum: what that rounds is within the error budget, whatever the number of rows.
-constexpr int kLongestChain = 32;
-// Threads that keep a multiprocessor busy: each has 64 bytes of loads under way.
-constexpr int kThreadsPerMultiprocessor = 1024;
 // A row, where there is no bias and no gap, so that the shape says nothing: what a block takes.
 constexpr int kFlatBytes = 256 * 16;
-
-int bytes_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // A launch's rows, and the first element, of what is otherwise in one piece.
 struct Piece {
@@ -80,19 +70,11 @@ void forward(py::handle x, py::handle bias, bool tanh, py::handle y) {
   }
 }
 
-// How many threads walk down the rows side by side: what fills the GPU, two rows at a time; more
-// where their chains would grow long.
-int64_t chains_of(const Tensor& dy, DType dtype, int64_t rows, int64_t width) {
-  const int64_t vectors = (width * bytes_of(dtype) + 15) / 16;
-  const int64_t filling = kThreadsPerMultiprocessor * multiprocessors(dy) / vectors;
-  return std::max(std::min(filling, (rows + 1) / 2), (rows + kLongestChain - 1) / kLongestChain);
-}
-
 // The shape of the partial sums for dbias that a backward works in: (chains, columns).
 py::tuple partial_shape(py::handle dy) {
   const Tensor in(dy, "dy");
   const Piece piece = split(in, false, in.dtype()).piece[0];
-  return py::make_tuple(chains_of(in, in.dtype(), piece.rows, piece.width), piece.width);
+  return py::make_tuple(chains_of(in, piece.rows, piece.width), piece.width);
 }
 
 // partial: what partial_shape says, if dbias is wanted.
@@ -121,7 +103,7 @@ void backward(py::handle dy, py::handle x, py::handle bias, bool tanh, py::handl
     p.dy_row_stride = from.stride;
     p.x_row_stride = x_from.stride;
     p.cols = at_least_one(piece.width, "the number of columns");
-    int64_t chains = chains_of(gradient, dtype, piece.rows, piece.width);
+    int64_t chains = chains_of(gradient, piece.rows, piece.width);
     void* sum = nullptr;
     if (!dbias.is_none()) {
       const Tensor partials = operands.tensor(partial, "partial");

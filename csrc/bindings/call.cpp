@@ -1,10 +1,20 @@
 #include "bindings/call.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 namespace bertfast {
+namespace {
+
+// A thread of a backward adds at most this many rows in one float32 chain before the compensated
+// final sum: what that rounds is within the error budget, whatever the number of rows.
+constexpr int kLongestChain = 32;
+// Threads that keep a multiprocessor busy: each has 64 bytes of loads under way, or more.
+constexpr int kThreadsPerMultiprocessor = 1024;
+
+}  // namespace
 
 Members::Members(py::handle tuple, Py_ssize_t count, const char* name) : tuple_(tuple) {
   if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != count) {
@@ -51,6 +61,16 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
   }
+}
+
+int bytes_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width) {
+  const int64_t vectors = (width * bytes_of(dy.dtype()) + 15) / 16;
+  const int64_t filling = kThreadsPerMultiprocessor * multiprocessors(dy) / vectors;
+  return std::max(std::min(filling, (rows + 1) / 2), (rows + kLongestChain - 1) / kLongestChain);
 }
 
 #ifdef BERTFAST_HOST

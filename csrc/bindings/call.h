@@ -43,6 +43,13 @@ void check(cudaError_t error, const char* what);
 // every path between blocks.
 int multiprocessors(const Tensor& tensor);
 
+int bytes_of(DType dtype);
+
+// For backwards of csrc/device/columns.cuh that sum over rows: how many threads walk down the rows
+// side by side. It is what fills the GPU, two rows at a time; more where their chains would grow
+// long. width: of dy, whose vectors are the threads beside each other.
+int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width);
+
 // Makes a tensor's device the current one while launches last.
 class OnDeviceOf {
  public:

@@ -1,19 +1,17 @@
 // y = gelu(v), v = x + bias; dx = dy * gelu'(v), dbias = sum of dx over rows. Rows have `cols`
 // columns. device/gelu.cuh has the maths.
 //
-// Saved for the backward: x and bias, nothing else. A thread takes kVec neighbouring columns, 16
-// bytes, in several rows, so it loads their biases once. blockDim.x threads lie beside each other
-// in a row, blockDim.y below each other; a row takes `tiles` blocks. Blocks are numbered along the
-// rows, as memory is.
+// Saved for the backward: x and bias, nothing else. device/columns.cuh says how rows are split over
+// threads; a thread takes kVec columns.
 //
 // Forward: kRows rows a thread, all loaded before the first is used. Moves 2 values an element
 // (x; y). Backward: 3 (x, dy; dx). `chains` threads walk down the rows side by side, kRows rows at
 // a time; each sums its columns in registers and writes one float32 row of partial sums, and
 // launch_column_sum adds those in a fixed order. No atomics: the same bits each run. dx is always
 // written: a branch around its store would make a loop of 23 instructions an element one of 33.
-#include <initializer_list>
 #include <type_traits>
 
+#include "device/columns.cuh"
 #include "device/gelu.cuh"
 #include "device/types.cuh"
 #include "device/vec.cuh"
@@ -22,7 +20,6 @@
 namespace bertfast {
 namespace {
 
-constexpr int kThreads = 256;  // of a block, at most
 // Rows of a thread that are under way together: 64 bytes of loads, of x alone and of x and dy.
 constexpr int kForwardRows = 4;
 constexpr int kBackwardRows = 2;
@@ -30,34 +27,8 @@ constexpr int kBackwardRows = 2;
 // for fewer, in some forms, and spills.
 constexpr int kBackwardBlocks = 4;
 
-// Where a thread works: its first column, and how many threads lie above it in all blocks. The last
-// block of a row may reach beyond 2^31 columns, though no row does.
-struct Place {
-  unsigned col;
-  int64_t row;
-
-  __device__ __forceinline__ Place(int vec, int tiles) {
-    const unsigned group = blockIdx.x / static_cast<unsigned>(tiles);
-    col = ((blockIdx.x - group * tiles) * blockDim.x + threadIdx.x) * vec;
-    row = int64_t(group) * blockDim.y + threadIdx.y;
-  }
-};
-
-// The biases of a thread's columns, or 0.
-template<class T, int kVec>
-__device__ __forceinline__ void load_bias(float (&bias)[kVec], const void* biases, unsigned col) {
-  if (biases) {
-    const auto bits = Vec<T, kVec>::load(static_cast<const T*>(biases) + col);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) bias[k] = bits[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) bias[k] = 0.f;
-  }
-}
-
 template<class X, class T, int kVec, int kRows, bool kTanh, bool kBias>
-__global__ void __launch_bounds__(kThreads) bias_gelu_forward_kernel(BiasGeluForward p) {
+__global__ void __launch_bounds__(kColumnThreads) bias_gelu_forward_kernel(BiasGeluForward p) {
   using XVec = Vec<X, kVec>;
   const Place place(kVec, p.tiles);
   const int64_t first = place.row * kRows;
@@ -90,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) bias_gelu_forward_kernel(BiasGeluFor
 }
 
 template<class X, class T, int kVec, int kRows, bool kTanh>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kColumnThreads, kBackwardBlocks)
     bias_gelu_backward_kernel(BiasGeluBackward p) {
   using XVec = Vec<X, kVec>;
   using TVec = Vec<T, kVec>;
@@ -149,29 +120,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   }
 }
 
-// How a row is split over blocks, and which of them there are.
-struct Blocks {
-  int tiles;
-  dim3 grid, block;
-};
-
-// `rows` are rows of threads. False if there are more blocks than a launch can have.
-bool split(int cols, int vec, int64_t rows, Blocks& blocks) {
-  const int vectors = (cols - 1) / vec + 1;
-  blocks.tiles = (vectors - 1) / kThreads + 1;
-  const int wide = (vectors - 1) / blocks.tiles + 1;  // as even as it goes: 384 vectors are 2 x 192
-  const int high = kThreads / wide;
-  const int64_t groups = (rows - 1) / high + 1;
-  blocks.block = dim3(wide, high);
-  blocks.grid = dim3(static_cast<unsigned>(groups * blocks.tiles));
-  return groups * blocks.tiles <= 0x7fffffff;
-}
-
-template<class Use>
-cudaError_t with_flag(bool flag, Use use) {
-  return flag ? use(std::true_type()) : use(std::false_type());
-}
-
 // use(X(), T(), columns of a vector, the form): kVec columns where 16-byte accesses are possible,
 // else 1.
 template<class Use>
@@ -183,15 +131,6 @@ cudaError_t with_kernel(DType x_dtype, DType dtype, bool tanh, bool aligned, Use
                      : use(x, t, std::integral_constant<int, 1>(), form);
     });
   });
-}
-
-// Whether all sizes, in elements, are whole vectors.
-bool are_vectors(DType dtype, std::initializer_list<int> sizes) {
-  const int vec = dtype == DType::kFloat32 ? 4 : 8;
-  for (int size : sizes) {
-    if (size % vec) return false;
-  }
-  return true;
 }
 
 }  // namespace

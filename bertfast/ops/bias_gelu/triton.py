@@ -57,6 +57,13 @@ def sigmoids(z):
 
 
 @triton.jit
+def tanh_slope(z, share, above):
+    """The tanh form's derivative at -z, of what `sigmoids` gives."""
+    slope = z * z * (6.0 * _TANH_1 * _TANH_3) + 2.0 * _TANH_1  # 2 u'(z)
+    return share - share * above * (z * slope)
+
+
+@triton.jit
 def gelu(v, TANH: tl.constexpr, WIDE: tl.constexpr):
     """WIDE: to float32's precision, not only to that of a 16-bit result."""
     z = tl.minimum(tl.abs(v), _LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -74,8 +81,7 @@ def gelu_derivative(v, TANH: tl.constexpr, WIDE: tl.constexpr):
     z = tl.minimum(tl.abs(v), _LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if TANH:
         share, above = sigmoids(z)
-        slope = z * z * (6.0 * _TANH_1 * _TANH_3) + 2.0 * _TANH_1  # 2 u'(z)
-        below = share - share * above * (z * slope)
+        below = tanh_slope(z, share, above)
     else:
         bell = tl.exp2(z * z * (-0.5 * _LOG2_E))
         if WIDE:
@@ -200,7 +206,7 @@ class Config:
 
 
 @functools.lru_cache(256)
-def _block_n(width: int, most: int) -> int:
+def block_of(width: int, most: int) -> int:
     """The widest block that the width fills, or if it is narrow the one that it nearly does."""
     for block in (1024, 512, 256):
         if block <= most and width % block == 0:
@@ -213,7 +219,7 @@ def forward_config(width: int, itemsize: int, flat: bool) -> Config:
     is compiled for it."""
     group = 16 // itemsize
     tile = 128 * 4 * group  # four times 16 bytes a thread
-    block = tile if flat and width >= tile else _block_n(width, 1024)
+    block = tile if flat and width >= tile else block_of(width, 1024)
     return Config(1 if flat else tile // block, block, group)
 
 
@@ -227,7 +233,7 @@ def backward_config(width: int, itemsize: int, rows: int, flat: bool = False) ->
         return Config(1, 128 * 16, group)
     # Twice 16 bytes a thread, of x and of dy: with more the sums and biases don't fit beside them.
     tile = 128 * 2 * group
-    block = _block_n(width, 1024)
+    block = block_of(width, 1024)
     tile_rows = min(LONGEST_CHAIN, max(1, tile // block))
     # Walking down 16 tiles makes the partial sums a 20th of the traffic or less, with a chain of 16
     # additions; where that leaves few programs, 4.
