@@ -12,6 +12,8 @@ namespace bertfast {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+enum class Activation : int { kGelu = 0, kGeluTanh = 1, kSilu = 2 };
+
 // Rows of x and residual are dense, x_row_stride and residual_row_stride elements apart; y and z
 // are contiguous. x has x_dtype; residual, x_bias, weight, bias, y and z have dtype.
 struct LayerNormForward {
@@ -90,6 +92,37 @@ struct BiasGeluBackward {
   int dy_row_stride;
   int x_row_stride;
   int cols;
+  int chains;  // threads that walk down the rows side by side
+  int tiles;
+};
+
+// All have one dtype. A row of x, of bias and of the gradients has two halves of `cols` columns,
+// which begin at `activated` and `gate`: 0 and cols, or the other way round. y is contiguous.
+struct GatedForward {
+  const void* x;  // rows x_row_stride elements apart
+  const void* bias;
+  void* y;
+  int rows;
+  int x_row_stride;
+  int cols;
+  int activated;
+  int gate;
+  int tiles;  // blocks beside each other in a row; set by the launch
+};
+
+// dx is contiguous and may not be null.
+struct GatedBackward {
+  const void* dy;
+  const void* x;
+  const void* bias;
+  void* dx;
+  float* partial_dbias;  // (chains, 2 * cols); null where bias is
+  int rows;
+  int dy_row_stride;
+  int x_row_stride;
+  int cols;
+  int activated;
+  int gate;
   int chains;  // threads that walk down the rows side by side
   int tiles;
 };
@@ -202,6 +235,8 @@ cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, 
                                      Stream);
 cudaError_t launch_bias_gelu_backward(BiasGeluBackward, bool tanh, DType x_dtype, DType dtype,
                                       Stream);
+cudaError_t launch_gated_forward(GatedForward, Activation, DType, Stream);
+cudaError_t launch_gated_backward(GatedBackward, Activation, DType, Stream);
 // What is written doesn't depend on the number of multiprocessors.
 cudaError_t launch_linear_gelu_forward(LinearGeluForward, bool tanh, DType, int multiprocessors,
                                        Stream);

@@ -18,6 +18,7 @@ from bertfast.commands import errors
 from bertfast.commands.bench import case as protocol
 from bertfast.commands.bench import cases, ceilings, harness, op_case, record, timing
 from bertfast.commands.bench.cases.bias_gelu import BiasGeluCase
+from bertfast.commands.bench.cases.gated import GatedCase
 from bertfast.commands.bench.cases.layer_norm import LayerNormCase
 from bertfast.commands.bench.providers import Provider
 from bertfast.ops import available
@@ -49,7 +50,7 @@ def test_dry_run_goes_through_every_step(dry_run):
     for step in ("build", "tests", "ceilings", "measurements"):
         assert f"== {step}" in result.stdout
     ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv", "linear_gelu"}
-    ops |= {"linear_cross_entropy"}
+    ops |= {"linear_cross_entropy", "gated"}
     assert ops | {"tiny", "tiny layer", "tiny layer attention"} <= {row["op"] for row in rows}
     for phase in ("ops", "layers", "models", "mixes", "latency", "compilers", "autotune"):
         done, total = re.search(rf"^{phase}: (\d+) of (\d+) cases", result.stdout, re.M).groups()
@@ -250,6 +251,14 @@ def test_bytes_of_bias_gelu():
 
     assert moved("forward", torch.float16) == [(2 * 10 + 1) * 32 * 2]
     assert moved("backward", torch.float32) == [(3 * 10 + 2) * 32 * 4]
+
+
+def test_bytes_of_gated():
+    def moved(pass_, dtype):
+        return [work.bytes for work in GatedCase(pass_, 10, 32, dtype).work()]
+
+    assert moved("forward", torch.float16) == [3 * 10 * 32 * 2]
+    assert moved("backward", torch.float32) == [5 * 10 * 32 * 4]
 
 
 def test_providers_take_turns_and_stop_in_time():

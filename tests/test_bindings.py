@@ -162,6 +162,29 @@ def test_bias_gelu(host, biased):
     refused(call, cases | (more if biased else {}))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_gated(host, biased):
+    x, y, bias = new(ROWS, 2 * WIDTH), new(ROWS, WIDTH), new(2 * WIDTH) if biased else None
+    form = {"activation": 2, "second": True}
+    call = Call(host, "gated_forward", {"x": x, "bias": bias} | form | {"y": y})
+    cases = {"x": (*OF_ROWS, as_half), "y": (*DENSE, as_half)}
+    refused(call, cases | ({"bias": (*DENSE, as_half)} if biased else {}))
+    call = Call(
+        host,
+        "gated_backward",
+        {"dy": y, "x": x, "bias": bias}
+        | form
+        | {
+            "dx": new(ROWS, 2 * WIDTH),
+            "dbias": new(2 * WIDTH) if biased else None,
+            "partial": new(*host.gated_partial_shape(y)),
+        },
+    )
+    cases = {"x": (*OF_ROWS, as_half), "dy": (*OF_ROWS, as_half), "dx": (*OF_ROWS, as_half)}
+    more = {"bias": (*DENSE, as_half), "dbias": (*DENSE, as_half), "partial": (as_half,)}
+    refused(call, cases | (more if biased else {}))
+
+
 def off(x: torch.Tensor) -> torch.Tensor:
     """The same values, one element into their memory."""
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)

@@ -6,9 +6,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import bertfast
-from bertfast.ops import attention, attention_qkv, bias_gelu, layer_norm
+from bertfast.ops import attention, attention_qkv, bias_gelu, gated, layer_norm
 
-OPS = ("layer_norm", "layer_norm of x", "bias_gelu", "attention", "attention_qkv")
+OPS = ("layer_norm", "layer_norm of x", "bias_gelu", "gated", "attention", "attention_qkv")
 REFUSED = r"bertfast's kernels have .* and {} .* bertfast\.disabled\(\)"
 SECOND = REFUSED.format("a second derivative")
 DUAL = REFUSED.format("a forward-mode derivative of the backward")
@@ -26,6 +26,7 @@ class Case:
         shapes = {
             "layer_norm": [(3, 8), (8,), (8,), (3, 8), (8,)],
             "bias_gelu": [(3, 8), (8,)],
+            "gated": [(3, 8), (8,)],
             "attention": [(1, 3, 1, 16)] * 3,
             "attention_qkv": [(1, 3, 3, 1, 16)],
         }[self.op]
@@ -46,7 +47,8 @@ class Case:
             x, weight, bias, residual, x_bias = leaves
             options = dict(residual=residual, x_bias=x_bias, eps=1e-5)
             return layer_norm(x, weight, bias, **options, backend=backend)
-        op = {"bias_gelu": bias_gelu, "attention": attention, "attention_qkv": attention_qkv}
+        op = {"bias_gelu": bias_gelu, "gated": gated}
+        op |= {"attention": attention, "attention_qkv": attention_qkv}
         return op[self.op](*leaves, backend=backend)
 
     def close(self, ours, reference):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from bertfast.ops import available, bias_gelu, dropout_keep_mask, layer_norm
+from bertfast.ops import available, bias_gelu, dropout_keep_mask, gated, layer_norm
 
 X, W, B = torch.randn(2, 3, 8), torch.ones(8), torch.zeros(8)
 SEED = torch.tensor([1])
@@ -139,6 +139,52 @@ def test_bias_gelu_error_text(change, error, text):
     arguments = dict(x=X, bias=B) | change
     with pytest.raises(error, match=re.escape(text)):
         bias_gelu(**arguments)
+
+
+BAD_GATED = [
+    (dict(x=None), TypeError, "x must be a tensor, got NoneType"),
+    (
+        dict(x=X.int()),
+        TypeError,
+        "x must have dtype float64, float32, float16 or bfloat16, got tor",
+    ),
+    (
+        dict(x=X[..., :7]),
+        ValueError,
+        "x must have a last dimension of an even size, for two halves, got shape [2, 3, 7]",
+    ),
+    (dict(x=X[0, 0, 0]), ValueError, "of an even size, for two halves, got shape []"),
+    (dict(bias=B[:4]), ValueError, "bias must have shape [8], got [4]"),
+    (dict(bias=B.half()), TypeError, "bias must have dtype torch.float32 (x's), got torch.float16"),
+    (dict(bias=B.to("meta")), ValueError, "bias must be on cpu (where x is), got meta"),
+    (
+        dict(activation="relu"),
+        ValueError,
+        "activation must be one of 'gelu', 'gelu_tanh', 'silu', got 'relu'",
+    ),
+    (dict(activated=1), ValueError, "activated must be one of 'first', 'second', got 1"),
+    (
+        dict(backend="cudnn"),
+        ValueError,
+        "backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'cudnn'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_GATED, ids=lambda value: str(value)[:40])
+def test_gated_error_text(change, error, text):
+    arguments = dict(x=X, bias=B) | change
+    with pytest.raises(error, match=re.escape(text)):
+        gated(**arguments)
+
+
+def test_explicit_backend_of_gated_never_falls_back(target, need):
+    need("gated", target)
+    double = torch.randn(2, 8, dtype=torch.float64, device=target[1])
+    text = "can't run gated here: x must be float32, float16 or bfloat16, got torch.float64"
+    with pytest.raises(ValueError, match=text):
+        gated(double, backend=target[0])
+    assert gated(double).dtype == torch.float64
 
 
 def test_explicit_backend_of_bias_gelu_never_falls_back(target, need):

@@ -17,7 +17,7 @@ from bertfast.ops import dispatch
 CALLS = {"torch": 200, "cuda": 200, "triton": 25}
 TOLD = 5  # failures
 
-KERNEL_OPS = ("layer_norm", "bias_gelu", "linear_gelu", "attention", "attention_qkv")
+KERNEL_OPS = ("layer_norm", "bias_gelu", "gated", "linear_gelu", "attention", "attention_qkv")
 KERNEL_OPS += ("linear_cross_entropy",)
 CASES = [pytest.param(op, "torch", id=f"{op}-torch") for op in fuzz.CALLS]
 for _backend, _mark in (("cuda", pytest.mark.host), ("triton", pytest.mark.triton)):
@@ -75,6 +75,7 @@ def test_a_wrong_result_is_seen(op, monkeypatch):
     """Outputs a hundredth too large: every valid call of every op must fail."""
     for name in KERNEL_OPS:
         tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table, fuzz.loss_table)
+        tables += (fuzz.gated_table,)
         for module in (fuzz, *tables):
             if (right := getattr(module, name, None)) is not None:
 

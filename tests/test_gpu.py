@@ -9,6 +9,7 @@ from bertfast.ops import (
     available,
     bias_gelu,
     dispatch,
+    gated,
     layer_norm,
     linear_cross_entropy,
 )
@@ -105,13 +106,14 @@ def test_runs_where_its_tensors_are(backend):
 
 
 @backends
-def test_graph_capture_of_bias_gelu(backend, need):
-    need("bias_gelu", (backend, "cuda"))
+@pytest.mark.parametrize("op", [bias_gelu, gated])
+def test_graph_capture_of_activations(op, backend, need):
+    need(op.__name__, (backend, "cuda"))
     x = torch.randn(2, 64, 3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step():
-        y = bias_gelu(x, bias, backend=backend)
+        y = op(x, bias, backend=backend)
         return y, *torch.autograd.grad(y, (x, bias), torch.ones_like(y))
 
     stream = warmed_up(step)

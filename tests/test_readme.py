@@ -253,7 +253,7 @@ def test_the_ops():
     names = run(
         "approximate=",
         **dict(x=x, y=y, b=b, weight=weight, bias=bias, q=q, k=k, v=v, mask=mask),
-        qkv=torch.randn(700, 3, 2, 16),
+        **dict(qkv=torch.randn(700, 3, 2, 16), uv=torch.randn(2, 9, 64)),
     )
     assert names["x"].shape == names["h"].shape == (2, 9, 32)
     assert names["context"].shape == (700, 2, 16)

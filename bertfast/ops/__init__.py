@@ -5,6 +5,7 @@ from .bias_gelu import bias_gelu
 from .cross_entropy import linear_cross_entropy
 from .dispatch import available
 from .dropout import dropout_keep_mask
+from .gated import gated
 from .layer_norm import layer_norm
 from .linear import linear, linear_gelu, linear_norm
 
@@ -14,6 +15,7 @@ __all__ = [
     "available",
     "bias_gelu",
     "dropout_keep_mask",
+    "gated",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -15,4 +15,12 @@ cudaError_t with_types(DType x_dtype, DType dtype, Use use) {
   return use(float(), float());
 }
 
+// Calls use(T()) with the element type of everything.
+template<class Use>
+cudaError_t with_type(DType dtype, Use use) {
+  if (dtype == DType::kFloat16) return use(__half());
+  if (dtype == DType::kBFloat16) return use(__nv_bfloat16());
+  return use(float());
+}
+
 }  // namespace bertfast

@@ -107,15 +107,30 @@ struct Vec {
   }
 
   static __device__ __forceinline__ void store(T* to, const float* values) {
-    Vec rounded;
-    T* element = reinterpret_cast<T*>(&rounded.bits);
+    *vector_at<Bits>(to) = rounded(values);
+  }
+
+  // Where a kernel stores to two places by turns, the compiler, which can't tell them apart, would
+  // split `store` into words.
+  static __device__ __forceinline__ void store_whole(T* to, const float* values) {
+#ifdef BERTFAST_HOST
+    store(to, values);
+#else
+    __stwb(vector_at<Bits>(to), rounded(values));
+#endif
+  }
+
+ private:
+  static __device__ __forceinline__ Bits rounded(const float* values) {
+    Vec vec;
+    T* element = reinterpret_cast<T*>(&vec.bits);
     if constexpr (kCount == 1) {
       element[0] = from_float<T>(values[0]);
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; i += 2) store_pair(element + i, values[i], values[i + 1]);
     }
-    *vector_at<Bits>(to) = rounded.bits;
+    return vec.bits;
   }
 };
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from bertfast.testing import attention, bias_gelu, hold_to_budget, layer_norm, linear_gelu
+from bertfast.testing import attention, bias_gelu, gated, hold_to_budget, layer_norm, linear_gelu
 from bertfast.testing import attention_qkv as attention_qkv_table
 
 TABLES = {
     "layer_norm": layer_norm,
     "bias_gelu": bias_gelu,
+    "gated": gated,
     "attention": attention,
     "attention_qkv": attention_qkv_table,
     "linear_gelu": linear_gelu,

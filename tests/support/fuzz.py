@@ -9,61 +9,44 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
-from bertfast import checks, packing
+from bertfast import packing
 from bertfast.ops import (
     attention,
     attention_qkv,
     bias_gelu,
-    dispatch,
     dropout,
     dropout_keep_mask,
+    gated,
     layer_norm,
     linear_cross_entropy,
     linear_gelu,
 )
+from bertfast.ops.gated.limits import ACTIVATIONS
 from bertfast.testing import attention as attention_table
 from bertfast.testing import bias_gelu as gelu_table
+from bertfast.testing import gated as gated_table
 from bertfast.testing import layer_norm as norm_table
 from bertfast.testing import linear_cross_entropy as loss_table
 from bertfast.testing import linear_gelu as linear_table
-from bertfast.testing import nearest_to_budget
 
 from . import bad_values
+from .fuzz_calls import (
+    INVALID_SHARE,
+    TORCH_LEAST_WIDTH,
+    Call,
+    draw_dtype,
+    draw_shape,
+    draw_size,
+    hold_within,
+    spoil,
+)
 from .strides import relaid, relaid_alike
 
 # The largest scores to be drawn, about.
 LARGEST_SCORE = 3e4
-
-# torch's own float32 kernels err more than the budget of ours: the exp of a CPU's attention by 20
-# units in the last place, and layer_norm's gradients are differences of values a hundred times as
-# large ("offset"). What is looked for there is a wrong mask or layout, which errs by the values'
-# size. A row of one or two values has gradients that cancel entirely: torch gives rounding errors,
-# for one value times 1/sqrt(eps), where our kernels give zeros.
-TORCH_FLOAT32_SHARE = 128.0
-TORCH_LEAST_WIDTH = 3
-
-# The budget measures with one drawing of the model's rounding errors. Few of them may by luck all
-# be small: where a tensor has few values; or in float32 few rows, as a row shares its mean's and
-# rstd's. (In 16 bits the output's own rounding, which is always allowed, is larger.) In 12,000
-# calls the kernels' shares were up to 2.7 there. Elsewhere 1 holds.
-FEW_VALUES, FEW_ROWS, FEW_SHARE = 32, 64, 8.0
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INVALID_SHARE = 0.4
-
-
-@dataclass
-class Call:
-    """arguments: of the public function, for an invalid call; bad: which one must be named."""
-
-    text: str
-    run: Callable[[], object]
-    bad: str | None = None
 
 
 def attempt(op: str, backend: str, seed: int, number: int) -> str | None:
@@ -85,61 +68,12 @@ def attempt(op: str, backend: str, seed: int, number: int) -> str | None:
     return None
 
 
-def _spoil(rng: random.Random, text: str, function: Callable, arguments: dict, bad: dict) -> Call:
-    """The call with one bad argument, of those for which `bad` has a maker."""
-    name = rng.choice(sorted(bad))
-    value = bad[name](rng, arguments)
-    return Call(
-        f"{text} with {name}={_said(value)}", lambda: function(**arguments | {name: value}), name
-    )
-
-
-def _said(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        size = "nested" if value.is_nested else list(value.shape)
-        return f"a tensor {value.dtype} {size} {value.layout} on {value.device}"
-    if isinstance(value, (list, tuple)):
-        return f"{value!r}"[:90]
-    return checks.said(value)
-
-
-def _dtype(rng: random.Random, op: str, backend: str) -> torch.dtype:
-    usable = [d for d in DTYPES if dispatch.unsupported_reason(op, backend, "cpu", d) is None]
-    return rng.choice(usable)
-
-
-def _size(rng: random.Random, most: int) -> int:
-    """Often an edge: nothing, one, a power of two or a value beside it."""
-    edges = [n for n in (0, 1, 1, 2, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129) if n <= most]
-    return rng.choice(edges) if rng.random() < 0.4 else rng.randint(1, most)
-
-
-def _shape(rng: random.Random, backend: str, least_width: int) -> tuple[int, ...]:
-    width = max(least_width, _size(rng, 700 if rng.random() < 0.2 else 130))
-    lead = [_size(rng, 9) for _ in range(rng.randint(0, 3))]
-    if math.prod(lead) > (12 if backend == "triton" else 60):
-        lead = lead[:1]
-    return (*lead, width)
-
-
-def _hold(table: ModuleType, backend: str, inputs: dict, actual: dict) -> None:
-    finding = nearest_to_budget(table, inputs, actual)
-    output, share = next(iter(actual.values())), 1.0
-    single = output.dtype == torch.float32
-    rows = output.shape[:-1].numel()
-    if (single and rows < FEW_ROWS) or min(t.numel() for t in actual.values()) < FEW_VALUES:
-        share = FEW_SHARE
-    if single and backend == "torch":
-        share = TORCH_FLOAT32_SHARE
-    assert finding.share <= share, str(finding)
-
-
 # layer_norm
 
 
 def _layer_norm(rng: random.Random, backend: str) -> Call:
-    dtype = _dtype(rng, "layer_norm", backend)
-    shape = _shape(rng, backend, TORCH_LEAST_WIDTH if backend == "torch" else 1)
+    dtype = draw_dtype(rng, "layer_norm", backend)
+    shape = draw_shape(rng, backend, TORCH_LEAST_WIDTH if backend == "torch" else 1)
     residual = rng.random() < 0.5
     p = rng.choice((0.0, 0.0, 0.1, 0.5, 0.999, 1.0, rng.random()))
     # An error of the mean is shared by its row: over some rows the model's is a fair yardstick.
@@ -167,7 +101,7 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     if rng.random() >= INVALID_SHARE:
         return Call(
             text,
-            lambda: _hold(norm_table, backend, inputs, norm_table.run(inputs, backend)),
+            lambda: hold_within(norm_table, backend, inputs, norm_table.run(inputs, backend)),
         )
     given = [name for name in norm_table.NAMES if inputs[name] is not None]
     arguments = {name: inputs[name].to(dtype) for name in given}
@@ -177,16 +111,16 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     bad |= dict(x=bad_values.first_tensor("x"), eps=bad_values.eps, seed=bad_values.seed)
     bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, backend=bad_values.name)
     bad |= dict(row_index=bad_values.row_index)
-    return _spoil(rng, text, layer_norm, arguments, bad)
+    return spoil(rng, text, layer_norm, arguments, bad)
 
 
 # bias_gelu
 
 
 def _bias_gelu(rng: random.Random, backend: str) -> Call:
-    dtype = _dtype(rng, "bias_gelu", backend)
+    dtype = draw_dtype(rng, "bias_gelu", backend)
     bias = rng.random() < 0.7
-    shape = _shape(rng, backend, 0)
+    shape = draw_shape(rng, backend, 0)
     if not bias and rng.random() < 0.1:
         shape = ()
     case = gelu_table.Case(
@@ -204,7 +138,7 @@ def _bias_gelu(rng: random.Random, backend: str) -> Call:
     if rng.random() >= INVALID_SHARE:
         return Call(
             text,
-            lambda: _hold(gelu_table, backend, inputs, gelu_table.run(inputs, backend)),
+            lambda: hold_within(gelu_table, backend, inputs, gelu_table.run(inputs, backend)),
         )
     arguments = dict(x=inputs["x"].to(dtype), approximate=case.approximate, backend=backend)
     bad = dict(x=bad_values.first_tensor("x"), approximate=bad_values.name)
@@ -212,7 +146,39 @@ def _bias_gelu(rng: random.Random, backend: str) -> Call:
     if bias:
         arguments["bias"] = inputs["bias"]
         bad["bias"] = bad_values.like_tensor("bias", required=False)
-    return _spoil(rng, text, bias_gelu, arguments, bad)
+    return spoil(rng, text, bias_gelu, arguments, bad)
+
+
+# gated
+
+
+def _gated(rng: random.Random, backend: str) -> Call:
+    dtype = draw_dtype(rng, "gated", backend)
+    shape = draw_shape(rng, backend, 0)
+    case = gated_table.Case(
+        shape=shape,
+        bias=rng.random() < 0.5,
+        activation=rng.choice(ACTIVATIONS),
+        activated=rng.choice(("first", "second")),
+        values=rng.choice(("normal", "wide", "tiny", "zero", *["tail"] * (math.prod(shape) > 99))),
+    )
+    inputs = gated_table.make_inputs(case, dtype, rng.getrandbits(32))
+    for name in (*gated_table.NAMES, "dy"):
+        inputs[name] = relaid(rng, inputs[name])
+    text = f"gated {dtype} {case}"
+    if rng.random() >= INVALID_SHARE:
+        return Call(
+            text,
+            lambda: hold_within(gated_table, backend, inputs, gated_table.run(inputs, backend)),
+        )
+    arguments = {name: inputs[name] for name in ("x", "activation", "activated")}
+    arguments["backend"] = backend
+    bad = dict(x=bad_values.first_tensor("x"), activation=bad_values.name)
+    bad |= dict(activated=bad_values.name, backend=bad_values.name)
+    if case.bias:
+        arguments["bias"] = inputs["bias"]
+        bad["bias"] = bad_values.like_tensor("bias", required=False)
+    return spoil(rng, text, gated, arguments, bad)
 
 
 # linear_gelu
@@ -222,9 +188,9 @@ def _linear_gelu(rng: random.Random, backend: str) -> Call:
     """The op's y; u and the backward by the node's calls, which the table makes. A node's tensors
     are in memory as they are: what is lazily negated goes to the registered op."""
     fused = rng.choice((None, False) if backend == "torch" else (True, True, False, None))
-    dtype = _dtype(rng, "linear_gelu" if fused else "bias_gelu", backend)
-    widths = [8 * rng.randint(1, 20) if fused else max(1, _size(rng, 130)) for _ in "ab"]
-    rows = _size(rng, 40 if backend == "triton" else 140)
+    dtype = draw_dtype(rng, "linear_gelu" if fused else "bias_gelu", backend)
+    widths = [8 * rng.randint(1, 20) if fused else max(1, draw_size(rng, 130)) for _ in "ab"]
+    rows = draw_size(rng, 40 if backend == "triton" else 140)
     case = linear_table.Case(
         *(rows, *widths),
         bias=rng.random() < 0.7,
@@ -250,7 +216,9 @@ def _linear_gelu(rng: random.Random, backend: str) -> Call:
             found = {"y": y.reshape(rows, case.outputs)}
             given = {name: inputs[name].resolve_neg() for name in names if inputs[name] is not None}
             rest = linear_table.run(inputs | given, backend)
-            _hold(linear_table, backend, inputs, found | {n: rest[n] for n in rest if n != "y"})
+            hold_within(
+                linear_table, backend, inputs, found | {n: rest[n] for n in rest if n != "y"}
+            )
 
         return Call(text, hold)
     if fused and rng.random() < 0.3:  # a width that the kernel can't have
@@ -261,7 +229,7 @@ def _linear_gelu(rng: random.Random, backend: str) -> Call:
     bad |= dict(approximate=bad_values.name, backend=bad_values.name, fused=bad_values.no_bool)
     if case.bias:
         bad["bias"] = bad_values.like_tensor("bias", required=False)
-    return _spoil(rng, text, linear_gelu, arguments, bad)
+    return spoil(rng, text, linear_gelu, arguments, bad)
 
 
 # linear_cross_entropy
@@ -269,15 +237,15 @@ def _linear_gelu(rng: random.Random, backend: str) -> Call:
 
 def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
     case = loss_table.Case(
-        rows=max(1, _size(rng, 9 if backend == "triton" else 140)),
-        width=max(1, _size(rng, 70)),
-        vocabulary=max(1, _size(rng, 1100 if rng.random() < 0.2 else 130)),
+        rows=max(1, draw_size(rng, 9 if backend == "triton" else 140)),
+        width=max(1, draw_size(rng, 70)),
+        vocabulary=max(1, draw_size(rng, 1100 if rng.random() < 0.2 else 130)),
         share=rng.choice((0.0, 0.3, 1.0)),
         bias=rng.random() < 0.7,
         reduction=rng.choice(("mean", "sum", "none")),
         smoothing=rng.choice((0.0, 0.0, 0.1, 1.0)),
     )
-    dtype = _dtype(rng, "linear_cross_entropy", backend)
+    dtype = draw_dtype(rng, "linear_cross_entropy", backend)
     inputs = loss_table.make_inputs(case, dtype, rng.getrandbits(32))
     for name in loss_table.NAMES:
         inputs[name] = relaid(rng, inputs[name])
@@ -286,7 +254,7 @@ def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
     text = f"linear_cross_entropy {dtype} {case} labelled={inputs['labelled']}"
     if rng.random() >= INVALID_SHARE:
         return Call(
-            text, lambda: _hold(loss_table, backend, inputs, loss_table.run(inputs, backend))
+            text, lambda: hold_within(loss_table, backend, inputs, loss_table.run(inputs, backend))
         )
     arguments = {name: inputs[name] for name in (*loss_table.NAMES, "labels", "labelled")}
     arguments |= inputs["options"] | {"backend": backend}
@@ -296,7 +264,7 @@ def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
     bad |= dict(ignore_index=bad_values.no_int, backend=bad_values.name)
     if case.bias:
         bad["bias"] = bad_values.like_tensor("bias", required=False)
-    return _spoil(rng, text, linear_cross_entropy, arguments, bad)
+    return spoil(rng, text, linear_cross_entropy, arguments, bad)
 
 
 # attention
@@ -304,7 +272,7 @@ def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
 
 def _lengths(rng: random.Random, backend: str) -> tuple[int, ...]:
     longest = rng.choice((8, 8, 40, 70, 140) if backend != "triton" else (8, 40, 70))
-    return tuple(_size(rng, longest) for _ in range(rng.randint(1, 3)))
+    return tuple(draw_size(rng, longest) for _ in range(rng.randint(1, 3)))
 
 
 def _attention_case(rng: random.Random, backend: str) -> attention_table.Case:
@@ -348,7 +316,7 @@ def _layout(rng: random.Random, case: attention_table.Case, inputs: dict) -> dic
 
 def _attention(rng: random.Random, backend: str, one_buffer: bool = False) -> Call:
     op = "attention_qkv" if one_buffer else "attention"
-    dtype, case = _dtype(rng, op, backend), _attention_case(rng, backend)
+    dtype, case = draw_dtype(rng, op, backend), _attention_case(rng, backend)
     inputs = attention_table.make_inputs(case, dtype, rng.getrandbits(32))
     options = _layout(rng, case, inputs) | {"backend": backend}
     tensors = {name: inputs[name] for name in attention_table.NAMES}
@@ -367,7 +335,7 @@ def _attention(rng: random.Random, backend: str, one_buffer: bool = False) -> Ca
     text = f"{op} {dtype} {case} max_seqlen={options['max_seqlen']} {plan or ''}"
     if rng.random() >= INVALID_SHARE:
         return Call(text, lambda: _held_attention(function, tensors, options, inputs))
-    return _spoil(rng, text, function, tensors | options, _bad_attention(rng, tensors, case))
+    return spoil(rng, text, function, tensors | options, _bad_attention(rng, tensors, case))
 
 
 def _held_attention(function: Callable, tensors: dict, options: dict, inputs: dict) -> None:
@@ -378,7 +346,7 @@ def _held_attention(function: Callable, tensors: dict, options: dict, inputs: di
         grads = grads[0].unbind(-3)
     actual = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
     if out.numel():
-        _hold(attention_table, options["backend"], inputs, actual)
+        hold_within(attention_table, options["backend"], inputs, actual)
     for name, tensor in actual.items():
         assert tensor.shape == inputs["q"].shape, name
 
@@ -408,7 +376,7 @@ def _bad_attention(rng: random.Random, tensors: dict, case: attention_table.Case
 
 
 def _plan(rng: random.Random, backend: str) -> Call:
-    lengths = tuple(_size(rng, rng.choice((4, 40, 200))) for _ in range(rng.randint(0, 12)))
+    lengths = tuple(draw_size(rng, rng.choice((4, 40, 200))) for _ in range(rng.randint(0, 12)))
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     longest = max(lengths, default=0) + rng.choice((0, 0, 1, 100, 10_000))
     total = rng.choice((None, sum(lengths)))
@@ -417,7 +385,7 @@ def _plan(rng: random.Random, backend: str) -> Call:
     if rng.random() >= INVALID_SHARE:
         return Call(text, lambda: _held_plan(packing.plan(**arguments), lengths))
     bad = dict(cu_seqlens=bad_values.cu_seqlens, max_seqlen=bad_values.max_seqlen)
-    return _spoil(rng, text, packing.plan, arguments, bad | dict(total=bad_values.total))
+    return spoil(rng, text, packing.plan, arguments, bad | dict(total=bad_values.total))
 
 
 def _held_plan(plan: packing.Plan, lengths: tuple[int, ...]) -> None:
@@ -437,7 +405,7 @@ def _held_plan(plan: packing.Plan, lengths: tuple[int, ...]) -> None:
 def _dropout_keep_mask(rng: random.Random, backend: str) -> Call:
     kind = rng.choice(dropout.KINDS)
     count = 4 if kind == "attention" else rng.randint(1, 4)
-    shape = tuple(_size(rng, 12 if place < count - 2 else 40) for place in range(count))
+    shape = tuple(draw_size(rng, 12 if place < count - 2 else 40) for place in range(count))
     seed = torch.tensor([rng.getrandbits(64) - 2**63])
     arguments = dict(seed=seed, site=rng.choice((0, rng.getrandbits(31))), shape=shape)
     arguments |= dict(p=rng.choice((0.0, 0.1, 0.5, 1.0, rng.random())), kind=kind)
@@ -448,7 +416,7 @@ def _dropout_keep_mask(rng: random.Random, backend: str) -> Call:
     shapes = (None, 3, "ab", (), negative, (*shape[1:], 2.0), (*shape[1:], True), [[1]])
     bad = dict(seed=bad_values.seed, site=bad_values.site, p=bad_values.dropout_p)
     bad |= dict(kind=bad_values.name, shape=lambda rng, call: rng.choice(shapes))
-    return _spoil(rng, text, dropout_keep_mask, arguments, bad)
+    return spoil(rng, text, dropout_keep_mask, arguments, bad)
 
 
 def _held_mask(
@@ -487,6 +455,7 @@ def _philox(counters: tuple[int, ...], seed: int) -> tuple[int, int, int, int]:
 CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
+    "gated": _gated,
     "linear_gelu": _linear_gelu,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
