@@ -20,3 +20,13 @@ def aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.data_ptr() % 16 or apart % 16 or tensor.stride(-1) != 1 or apart < 0:
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def chain(groups: int, side_by_side: int, longest: int) -> int:
+    """How many groups of rows a program takes, one after the other, where `side_by_side` programs
+    fill a GPU: so many that these take all rows, in as few rounds as chains of `longest` allow.
+
+    The rows alone decide, not the GPU: a program's rows are one partial sum, and so bits.
+    """
+    rounds = -(-groups // (side_by_side * longest))
+    return -(-groups // (side_by_side * rounds))

@@ -99,17 +99,18 @@ def reciprocal(value):
 
 
 @triton.jit
-def row_keep(seed, row, site, threshold, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """dropout.row_keep_mask for one row: BLOCK_N booleans.
+def row_keep(seed, row, group, site, threshold, GROUP: tl.constexpr):
+    """dropout.row_keep_mask of rows and groups of GROUP columns, numbers or tensors that broadcast
+    to one shape: GROUP booleans for each, in further dimensions behind, for the caller to reshape.
 
     GROUP is the number of neighbouring columns that one thread holds: 8 (a whole Philox call) for
     16-bit data, 4 for float32, where two threads draw the same call and use half each. So the draws
     are where the data is and nothing moves between threads.
     """
-    group = tl.arange(0, BLOCK_N // GROUP).to(tl.uint32)
+    group = group.to(tl.uint32)
     call = group if GROUP == 8 else group // 2
-    zero = tl.zeros_like(call)
     row = row.to(tl.int64)
+    zero = tl.zeros_like(call)
     w0, w1, w2, w3 = tl.philox(
         seed,
         call,
@@ -118,11 +119,11 @@ def row_keep(seed, row, site, threshold, BLOCK_N: tl.constexpr, GROUP: tl.conste
         zero + site.to(tl.uint32),
         n_rounds=7,
     )
-    # The reshape puts word 0's low half first, then its high half, then word 1's, ...
+    # The joins put word 0's low half first, then its high half, then word 1's, ...
     if GROUP == 8:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     else:
         upper = group % 2 == 1
         words = tl.join(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
-    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_N,))
+    draws = tl.join(words & 0xFFFF, words >> 16)
     return draws.to(tl.int32) >= threshold

@@ -8,9 +8,10 @@ With g = dy * weight, h = (z - mean) * rstd and < > the mean over a row:
 Rows are N wide. Forward: one program a row, the row in registers, so the variance takes a second
 pass over registers, not memory. Moves 2 to 5 values an element (x, residual; y, z, copy). copy is y
 in x's dtype, for the 16-bit product that follows a float32 stream under autocast.
-Backward: a program takes ROWS rows and sums the columns in registers; it writes one float32 row of
-partial sums for each parameter, and a finalising kernel adds those in a fixed order. No atomics:
-the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
+Backward: a program takes ROWS rows at a time, one of up to 1024 columns a warp, and sums their
+columns in registers; it writes one float32 row of partial sums for each parameter, and a finalising
+kernel adds those in a fixed order. Which rows a program takes depends on their number alone. No
+atomics: the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
 """
 
 import functools
@@ -23,6 +24,7 @@ import triton.language as tl
 from .. import triton_lib
 from ..dropout import Dropout
 from ..pointers import dense, row_stride
+from ..rows import chain
 from ..triton_column_sum import column_sums
 from ..triton_launch import Launch
 from ..triton_lib import round_to, row_keep, to_float
@@ -66,9 +68,10 @@ def layer_norm_fwd_kernel(
         z += to_float(tl.load(x_bias_ptr + cols, mask=inside, other=0.0))
     if seed_ptr is not None:
         mask_row = row if row_index_ptr is None else tl.load(row_index_ptr + row)
-        keep = row_keep(tl.load(seed_ptr), mask_row, site, threshold, BLOCK_N, GROUP)
+        group = tl.arange(0, BLOCK_N // GROUP)
+        keep = row_keep(tl.load(seed_ptr), mask_row, group, site, threshold, GROUP)
         # `inside` too, though it changes nothing: so a dead part of the block makes no draws.
-        z = tl.where(inside & keep, z * keep_scale, 0.0)
+        z = tl.where(inside & tl.reshape(keep, (BLOCK_N,)), z * keep_scale, 0.0)
     if residual_ptr is not None:
         residual = residual_ptr + row * residual_row_stride + cols
         z += to_float(tl.load(residual, mask=inside, other=0.0))
@@ -93,7 +96,21 @@ def layer_norm_fwd_kernel(
         tl.store(copy_ptr + row * N + cols, round_to(y, copy_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold", "n_rows"])
+@triton.jit
+def row_sums(values):
+    """The sums over pieces and columns of (pieces, rows, columns)."""
+    rows: tl.constexpr = values.shape[1]
+    of_row: tl.constexpr = values.shape[0] * values.shape[2]
+    return tl.sum(tl.reshape(tl.permute(values, (1, 0, 2)), (rows, of_row)), axis=1)
+
+
+@triton.jit
+def over_rows(sums, inside):
+    """The sums of pieces over their rows. What is outside is left out, and so never made."""
+    return tl.sum(tl.where(inside, sums, 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["site", "threshold", "n_rows", "rows_each"])
 def layer_norm_bwd_kernel(
     dy_ptr,
     z_ptr,
@@ -110,60 +127,80 @@ def layer_norm_bwd_kernel(
     dy_row_stride,
     z_row_stride,
     n_rows,
+    rows_each,  # of a program, a multiple of ROWS
     site,
     threshold,
     keep_scale: tl.float32,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,  # columns of the warps that share a row, GROUP a thread
+    ROWS: tl.constexpr,  # rows at a time
 ):
     program = tl.program_id(0).to(tl.int64)
-    first = program * ROWS
-    cols = tl.max_contiguous(tl.arange(0, BLOCK_N), GROUP)
-    inside = cols < N
-    weight = to_float(tl.load(weight_ptr + cols, mask=inside, other=0.0))
-    dweight = tl.zeros((BLOCK_N,), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
-    dx_bias = tl.zeros((BLOCK_N,), tl.float32)
+    first = program * rows_each
+    # 0. (pieces of a row, rows, columns of a piece): Triton gives warps to the last dimension, then
+    # to the one before it. So a row's warps hold all of it, and its sums stay among them.
+    PIECES: tl.constexpr = BLOCK_N // WIDE
+    piece = tl.arange(0, PIECES)[:, None, None]
+    cols = piece * WIDE + tl.max_contiguous(tl.arange(0, WIDE), GROUP)[None, None, :]
+    cols = tl.broadcast_to(cols, (PIECES, ROWS, WIDE))
+    # Where a thread has this many columns, the weight doesn't fit beside their sums and draws.
+    keep_weight: tl.constexpr = seed_ptr is None or PIECES * GROUP < 32
+    if keep_weight:
+        weight = to_float(tl.load(weight_ptr + cols, mask=cols < N, other=0.0))
+    dweight = tl.zeros((PIECES, ROWS, WIDE), tl.float32)
+    dbias = tl.zeros((PIECES, ROWS, WIDE), tl.float32)
+    dx_bias = tl.zeros((PIECES, ROWS, WIDE), tl.float32)
 
-    for row in range(first, tl.minimum(first + ROWS, n_rows)):
-        # 1. the row, normalised again
-        dy = to_float(tl.load(dy_ptr + row * dy_row_stride + cols, mask=inside, other=0.0))
-        z = to_float(tl.load(z_ptr + row * z_row_stride + cols, mask=inside, other=0.0))
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
-        h = tl.where(inside, (z - mean) * rstd, 0.0)
+    for start in range(first, tl.minimum(first + rows_each, n_rows), ROWS):
+        # 1. the rows, normalised again
+        row = start + tl.arange(0, ROWS)
+        live = row < n_rows
+        at = row[None, :, None]
+        inside = live[None, :, None] & (cols < N)
+        dy = to_float(tl.load(dy_ptr + at * dy_row_stride + cols, mask=inside, other=0.0))
+        z = to_float(tl.load(z_ptr + at * z_row_stride + cols, mask=inside, other=0.0))
+        mean = tl.load(mean_ptr + row, mask=live, other=0.0)[None, :, None]
+        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[None, :, None]
+        h = tl.where(cols < N, (z - mean) * rstd, 0.0)
 
-        # 2. this row's share of the parameters' gradients
+        # 2. these rows' share of the parameters' gradients
         if dweight_ptr is not None:
             dweight += dy * h
             dbias += dy
 
-        # 3. the two row means, then dz
+        # 3. the two means of each row, then dz
+        if not keep_weight:
+            weight = to_float(tl.load(weight_ptr + cols, mask=cols < N, other=0.0))
         g = dy * weight
-        mean_g = tl.sum(g, axis=0) / N
-        mean_gh = tl.sum(g * h, axis=0) / N
+        mean_g = row_sums(g)[None, :, None] / N
+        mean_gh = row_sums(g * h)[None, :, None] / N
         dz = (g - mean_g - h * mean_gh) * rstd
         if dz_ptr is not None:
-            tl.store(dz_ptr + row * N + cols, round_to(dz, dz_ptr.dtype.element_ty), mask=inside)
+            tl.store(dz_ptr + at * N + cols, round_to(dz, dz_ptr.dtype.element_ty), mask=inside)
 
         # 4. through the dropout
         if seed_ptr is not None:
-            mask_row = row if row_index_ptr is None else tl.load(row_index_ptr + row)
-            keep = row_keep(tl.load(seed_ptr), mask_row, site, threshold, BLOCK_N, GROUP)
-            dz = tl.where(keep, dz * keep_scale, 0.0)
+            mask_row = row
+            if row_index_ptr is not None:
+                mask_row = tl.load(row_index_ptr + row, mask=live, other=0)
+            group = piece * (WIDE // GROUP) + tl.arange(0, WIDE // GROUP)[None, None, :]
+            seed = tl.load(seed_ptr)
+            keep = row_keep(seed, mask_row[None, :, None], group, site, threshold, GROUP)
+            dz = tl.where(tl.reshape(keep, (PIECES, ROWS, WIDE)), dz * keep_scale, 0.0)
         if dx_ptr is not None:
-            tl.store(dx_ptr + row * N + cols, round_to(dz, dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + at * N + cols, round_to(dz, dx_ptr.dtype.element_ty), mask=inside)
         if dx_bias_ptr is not None:
             dx_bias += dz
 
     # 5. one row of partial sums
+    out = tl.arange(0, PIECES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + program * N + cols, dweight, mask=inside)
-        tl.store(dbias_ptr + program * N + cols, dbias, mask=inside)
+        tl.store(dweight_ptr + program * N + out, over_rows(dweight, cols < N), mask=out < N)
+        tl.store(dbias_ptr + program * N + out, over_rows(dbias, cols < N), mask=out < N)
     if dx_bias_ptr is not None:
-        tl.store(dx_bias_ptr + program * N + cols, dx_bias, mask=inside)
+        tl.store(dx_bias_ptr + program * N + out, over_rows(dx_bias, cols < N), mask=out < N)
 
 
 _forward = Launch(layer_norm_fwd_kernel)
@@ -178,11 +215,16 @@ class Config:
     block_n: int
     num_warps: int
     group: int  # neighbouring columns of a thread
-    rows: int = 1  # a program's rows, backward only
+
+
+@dataclass(frozen=True)
+class BackwardConfig(Config):
+    wide: int  # columns that a row's warps hold at a time
+    rows: int  # of a program at a time
 
 
 @functools.lru_cache(256)
-def _config(width: int, itemsize: int, rows: int = 1) -> Config:
+def forward_config(width: int, itemsize: int) -> Config:
     block = max(32, triton.next_power_of_2(width))
     num_warps = max(1, block // 1024)
     group = 16 // itemsize
@@ -191,17 +233,25 @@ def _config(width: int, itemsize: int, rows: int = 1) -> Config:
     step = 32 * num_warps * group
     if group == 8 and triton.cdiv(width, step) * step >= width / 0.75:
         group = 4
-    return Config(block, num_warps, group, rows)
+    return Config(block, num_warps, group)
 
 
-def forward_config(width: int, itemsize: int) -> Config:
-    return _config(width, itemsize)
+# Two on each of 128 multiprocessors: what the registers allow of 4 warps that have their columns'
+# sums in them, and 24 KB of loads under way on each.
+PROGRAMS = 256
+# Rows that are added in one float32 chain, at most: what that rounds is within the error budget,
+# whatever the number of rows.
+LONGEST_CHAIN = 32
 
 
-def backward_config(width: int, itemsize: int) -> Config:
-    # 16 rows a program keep the partial sums under an eighth of the traffic, and a float32 chain of
-    # 16 additions is within the error budget whatever the number of rows.
-    return _config(width, itemsize, rows=16)
+@functools.lru_cache(256)
+def backward_config(width: int, itemsize: int) -> BackwardConfig:
+    """At a time a program takes four rows of up to 1024 columns, of narrower ones more."""
+    of_row = forward_config(width, itemsize)
+    wide = min(of_row.block_n, 32 * of_row.num_warps * of_row.group)
+    rows = min(16, max(1, 4096 // of_row.block_n))
+    num_warps = max(1, rows * wide // (32 * of_row.group))
+    return BackwardConfig(of_row.block_n, num_warps, of_row.group, wide, rows)
 
 
 def unsupported_reason(device, dtype=None, width=None) -> str | None:
@@ -257,7 +307,8 @@ def backward(
     width = dy.shape[-1]
     rows = dy.numel() // width
     config = backward_config(width, dy.element_size())
-    programs = -(-rows // config.rows)
+    rows_each = config.rows * chain(-(-rows // config.rows), PROGRAMS, LONGEST_CHAIN)
+    programs = -(-rows // rows_each)
     outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
     sums = iter(partial)
@@ -278,8 +329,8 @@ def backward(
                 *partials,
             ),
             (row_stride(dy, width), row_stride(z, width)),
-            (rows, dropout.site, dropout.threshold, dropout.scale),
-            (width, config.block_n, config.group, config.rows),
+            (rows, rows_each, dropout.site, dropout.threshold, dropout.scale),
+            (width, config.block_n, config.group, config.wide, config.rows),
             config.num_warps,
         )
         if outs:
