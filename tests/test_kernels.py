@@ -118,6 +118,9 @@ def test_machine_code_is_counted():
     assert first.loads == {16: 1, 32: 1, 64: 1, 128: 1}
     assert first.stores == {32: 1, 128: 1}
     assert (first.tensor_core, first.mufu, first.shared_accesses, first.barriers) == (1, 1, 1, 1)
+    assert first.late_loads == 0
+    early_exponential = SASS.replace("LDC R1, c[0x0][0x28]", "MUFU.EX2 R1, R1")
+    assert sass.parse(early_exponential)["first_kernel"].late_loads == 4
     assert first.loop.instructions == 7
     assert first.loop.loads == {16: 1, 128: 1}
     assert first.loop.stores == {128: 1}

@@ -269,6 +269,7 @@ def gated(row, **exceptions):
 @pytest.mark.parametrize(
     "change, said",
     [
+        ({"late_loads": 3}, "3 loads are issued only behind the first exponential"),
         ({"local_in_loops": 3}, "3 accesses to local memory in a loop"),
         ({"multiplies": True}, "no path through its main loop multiplies what one turn should"),
         ({"hot": dataclasses.replace(HOT, waits=8)}, "8 waits for 2 products by wgmma"),

@@ -53,6 +53,7 @@ class Case:
     elements: float | None  # of a row tensor, a thread's: in the kernel, or in one turn of its loop
     loop: bool = False  # the longest loop is what counts, the rest is run once
     again: bool = False  # that loop is inside another, of what is rarely done again
+    loads_first: bool = False  # all loads are to be under way before the first exponential
     scalar_loads: int = 0  # loads that are not row data: the seed, a row's statistics
     scalar_stores: int = 0
     dynamic_shared: int = 0  # bytes; of a Triton kernel the compiler knows

@@ -23,12 +23,16 @@ namespace {
 // Rows of a thread that are under way together: 64 bytes of loads, of x alone and of x and dy.
 constexpr int kForwardRows = 4;
 constexpr int kBackwardRows = 2;
-// Blocks on a multiprocessor, which leaves 64 registers: enough, but not told so the compiler goes
-// for fewer, in some forms, and spills.
+// Blocks on a multiprocessor. They leave 48 registers (40 of float32) and 64, which is enough; but
+// not told so the compiler goes for fewer, and then loads the forward's later rows only when the
+// first is done, and spills in some forms of the backward.
+template<class T>
+constexpr int kForwardBlocks = sizeof(T) == 4 ? 6 : 5;
 constexpr int kBackwardBlocks = 4;
 
 template<class X, class T, int kVec, int kRows, bool kTanh, bool kBias>
-__global__ void __launch_bounds__(kColumnThreads) bias_gelu_forward_kernel(BiasGeluForward p) {
+__global__ void __launch_bounds__(kColumnThreads, kForwardBlocks<T>)
+    bias_gelu_forward_kernel(BiasGeluForward p) {
   using XVec = Vec<X, kVec>;
   const Place place(kVec, p.tiles);
   const int64_t first = place.row * kRows;

@@ -39,6 +39,9 @@ def excesses(row: Row) -> list[Excess]:
     if row.local_in_loops:
         text = f"{row.local_in_loops} accesses to local memory in a loop"
         found.append(Excess("local memory", text))
+    if row.late_loads:
+        text = f"{row.late_loads} loads are issued only behind the first exponential"
+        found.append(Excess("late loads", text))
     if row.multiplies and row.hot is None:
         text = "no path through its main loop multiplies what one turn should"
         found.append(Excess("path", text))

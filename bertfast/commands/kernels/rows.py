@@ -38,6 +38,7 @@ class Row:
     mufu: int
     mma_sync: int = 0  # of the tensor cores' instructions
     mma_async: int = 0  # wgmma
+    late_loads: int = 0  # behind the first exponential, where none should be
     local_in_loops: int = 0  # accesses to a thread's own memory
     multiplies: bool = False  # whether there must be a hot path
     wgmma: bool = False  # whether it must multiply by wgmma
@@ -96,6 +97,7 @@ def make_row(
         mufu=code.mufu,
         mma_sync=code.mma_sync,
         mma_async=code.mma_async,
+        late_loads=counted.late_loads if case.loads_first else 0,
         local_in_loops=code.local_in_loops,
         multiplies=case.work is not None,
         wgmma=case.work is not None and case.work.wgmma and capability(arch) == 90,

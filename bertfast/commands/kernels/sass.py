@@ -35,6 +35,7 @@ class Code:
     mma_sync: int = 0  # of those
     mma_async: int = 0
     mufu: int = 0
+    late_loads: int = 0  # global loads that stand behind the first exponential
     loop: "Code | None" = None  # the same of the main loop, if there is one; and of the one in it
     flow: Flow | None = None  # of a kernel with tensor cores or accesses to a thread's own memory
     local_in_loops: int = 0  # accesses to a thread's own memory
@@ -126,16 +127,19 @@ def _count(opcodes: list[str]) -> Code:
     result = Code(instructions=len(opcodes))
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
+    exponentials = 0
     for opcode in opcodes:
         base = opcode.split(".", 1)[0]
         if base in ("LDG", "LDGSTS", "STG"):
             (stores if base == "STG" else loads)[access_bits(opcode)] += 1
+            result.late_loads += base != "STG" and exponentials > 0
         elif base in ("LDS", "STS", "LDSM", "STSM"):
             result.shared_accesses += 1
         elif base == "BAR":
             result.barriers += 1
         elif base == "MUFU":
             result.mufu += 1
+            exponentials += opcode.startswith("MUFU.EX2")
         elif TENSOR_CORE.fullmatch(base):
             result.tensor_core += 1
             result.mma_sync += base == "HMMA"

@@ -46,7 +46,8 @@ def triton_case(launch: Launch) -> Case | None:
         return launch.case(label, "x_ptr", "dy_ptr", elements, loop=values["STEPS"] > 1)
     # A tile narrower than the warps beside each other loads its biases once, in narrower pieces.
     narrow = biased and values["BLOCK_N"] < launch.threads * values["GROUP"]
-    return launch.case(label, "x_ptr", "y_ptr", elements, scalar_loads=int(narrow))
+    first = dict(loads_first=True, scalar_loads=int(narrow))
+    return launch.case(label, "x_ptr", "y_ptr", elements, **first)
 
 
 CUDA_THREADS = 256  # of a block, at most
@@ -67,4 +68,5 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
         CUDA_THREADS,
         elements=vec * rows,
         loop=kernel == "bias_gelu_backward_kernel",
+        loads_first=kernel == "bias_gelu_forward_kernel",
     )
