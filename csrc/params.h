@@ -248,8 +248,12 @@ cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
 // Whether the current device can load the kernels: tried with one of them.
 cudaError_t load_a_kernel();
 
-// How many rows a block of layer_norm's backward works on at a time.
-int layer_norm_rows_per_block(int cols, DType dtype);
+// A block of layer_norm's backward.
+struct RowBlock {
+  int rows;                // at a time
+  int per_multiprocessor;  // blocks that there are registers for
+};
+RowBlock layer_norm_backward_block(int cols, DType dtype);
 
 // The rows of linear_gelu's backward that a partial sum is of.
 int linear_gelu_tile_rows();

@@ -126,6 +126,7 @@ def host_runtime():
     module.set_dry_launch(False)
     module.set_shared_memory(227)
     module.set_wgmma(False)
+    module.set_first_block(0)
     module.reset_records()
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bertfast.ops import dropout
+from bertfast.ops.layer_norm.run import Gradients
+
 FAR = 2**31
 MORE = 4500
 
@@ -16,14 +19,16 @@ def far_row():
     may reach too: it then shows as a wrong number and not as a crash."""
     made = []
 
-    def make() -> torch.Tensor:
+    def make(dtype: torch.dtype = torch.float16, before: bool = False) -> torch.Tensor:
+        """before: with the 2^31 elements that lie before it."""
         reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
         try:
-            made.append(mmap.mmap(-1, 2 * (2 * FAR + MORE), flags=flags))
+            made.append(mmap.mmap(-1, dtype.itemsize * (2 * FAR + MORE), flags=flags))
         except OSError as error:
             pytest.skip(reason=f"this machine doesn't reserve the memory: {error}")
-        return torch.frombuffer(made[-1], dtype=torch.float16)[FAR:]
+        whole = torch.frombuffer(made[-1], dtype=dtype)
+        return whole if before else whole[FAR:]
 
     return make
 
@@ -131,3 +136,33 @@ def test_rows_of_a_product_far_apart(products, far_row):
         found.append((y, u, dv))
     for far, near in zip(*found, strict=True):
         assert torch.equal(far, near)
+
+
+@pytest.mark.host
+def test_rows_of_layer_norm_in_cuda_that_end_near_2_to_the_31(far_row, host_runtime):
+    """The last block's rows. It would come to the 2^31st if that were one of them, and must end."""
+    rows, blocks = 3 * 2**29, 7 * 2**28 // 10
+    apart = 4 * blocks  # rows that all blocks take at a time
+    last = [n for first in (apart - 4, 2 * apart - 4) for n in range(first, first + 4)]
+    wrapped = 3 * apart - 4 - 2**32  # of the 32-bit number that would come next
+    assert last[-1] < rows < 2**31 < wrapped + 2**32
+
+    def column(dtype=torch.float16):
+        return far_row(dtype)[:rows].view(rows, 1)
+
+    dy, z, mean, rstd = column(), column(), column(torch.float32), column(torch.float32)
+    for tensor in (dy, z, mean, rstd):
+        tensor[last] = torch.randn(8, 1).to(tensor.dtype)
+    written = far_row(before=True)
+    written[FAR + wrapped] = 7.0
+    dz = written[FAR : FAR + rows].view(rows, 1)
+    host_runtime.set_first_block(blocks - 1)
+    host_runtime.layer_norm_backward(
+        *(dy, z, mean.view(-1), rstd.view(-1), torch.ones(1).half(), dropout.NO_DROPOUT),
+        Gradients(dz, None, None, None, None),
+        torch.empty(0, blocks, 1),
+    )
+    h = (z[last].double() - mean[last]) * rstd[last]
+    right = -rstd[last] * h * (dy[last] * h)
+    torch.testing.assert_close(dz[last].double(), right, rtol=1e-3, atol=1e-4)
+    assert written[FAR + wrapped] == 7.0

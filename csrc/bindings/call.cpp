@@ -11,8 +11,10 @@ namespace {
 // A thread of a backward adds at most this many rows in one float32 chain before the compensated
 // final sum: what that rounds is within the error budget, whatever the number of rows.
 constexpr int kLongestChain = 32;
-// Threads that keep a multiprocessor busy: each has 64 bytes of loads under way, or more.
-constexpr int kThreadsPerMultiprocessor = 1024;
+constexpr int kRowsAtATime = 2;
+// Threads that fill a GPU: 800 on each of 128 multiprocessors, where registers leave room for 960,
+// so that they begin together on a smaller one too. Each has 64 bytes of loads under way, or more.
+constexpr int64_t kThreads = 800 * 128;
 
 }  // namespace
 
@@ -67,10 +69,16 @@ int bytes_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
 
+int64_t chain(int64_t groups, int64_t side_by_side, int64_t longest) {
+  const auto per = [](int64_t a, int64_t b) { return (a - 1) / b + 1; };
+  return per(groups, side_by_side * per(groups, side_by_side * longest));
+}
+
 int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width) {
   const int64_t vectors = (width * bytes_of(dy.dtype()) + 15) / 16;
-  const int64_t filling = kThreadsPerMultiprocessor * multiprocessors(dy) / vectors;
-  return std::max(std::min(filling, (rows + 1) / 2), (rows + kLongestChain - 1) / kLongestChain);
+  const int64_t side_by_side = std::max<int64_t>(1, kThreads / vectors);
+  const int64_t groups = (rows - 1) / kRowsAtATime + 1;
+  return (groups - 1) / chain(groups, side_by_side, kLongestChain / kRowsAtATime) + 1;
 }
 
 #ifdef BERTFAST_HOST

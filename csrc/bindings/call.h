@@ -39,6 +39,11 @@ struct Dropout {
 // Throws what a launch returned, if that is an error.
 void check(cudaError_t error, const char* what);
 
+// How many groups of rows a block takes, one after the other, where `side_by_side` blocks fill a
+// GPU: so many that these take all groups, in as few rounds as chains of `longest` allow. The rows
+// alone decide, not the GPU: a block's rows are one partial sum, and so bits.
+int64_t chain(int64_t groups, int64_t side_by_side, int64_t longest);
+
 // How many multiprocessors the tensor's device has. A CPU has none to count; a few blocks show
 // every path between blocks.
 int multiprocessors(const Tensor& tensor);
@@ -46,8 +51,7 @@ int multiprocessors(const Tensor& tensor);
 int bytes_of(DType dtype);
 
 // For backwards of csrc/device/columns.cuh that sum over rows: how many threads walk down the rows
-// side by side. It is what fills the GPU, two rows at a time; more where their chains would grow
-// long. width: of dy, whose vectors are the threads beside each other.
+// side by side, two rows at a time. width: of dy, whose vectors are the threads beside each other.
 int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width);
 
 // Makes a tensor's device the current one while launches last.

@@ -1,5 +1,4 @@
 // layer_norm's calls: bertfast/ops/layer_norm/cuda.py.
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +12,8 @@ namespace {
 // A row group adds at most this many rows in one float32 chain before the compensated final sum:
 // what that rounds is within the error budget, whatever the number of rows.
 constexpr int kLongestChain = 32;
+// Of the GPU that the blocks are to fill. Others have about as many.
+constexpr int kMultiprocessors = 128;
 
 // The length of the last dimension.
 int columns(const Tensor& x) {
@@ -90,17 +91,15 @@ struct Sums {
   }
 };
 
-// The shape of the partial sums that a backward works in: (sums, blocks, columns). Two blocks a
-// multiprocessor, more where their chains would grow long.
+// The shape of the partial sums that a backward works in: (sums, blocks, columns).
 py::tuple partial_shape(py::handle dy, py::handle grads) {
   const Tensor dy_rows(dy, "dy");
   const int cols = columns(dy_rows);
   const int64_t rows = rows_of(dy_rows, cols);
-  const int at_a_time = layer_norm_rows_per_block(cols, dy_rows.dtype());
-  const int64_t chain = int64_t(at_a_time) * kLongestChain;
-  const int64_t resident = 2 * multiprocessors(dy_rows);
-  const int64_t most = (rows + at_a_time - 1) / at_a_time;
-  const int64_t blocks = std::min(most, std::max(resident, (rows + chain - 1) / chain));
+  const RowBlock block = layer_norm_backward_block(cols, dy_rows.dtype());
+  const int64_t groups = (rows - 1) / block.rows + 1;
+  const int64_t side_by_side = kMultiprocessors * block.per_multiprocessor;
+  const int64_t blocks = (groups - 1) / chain(groups, side_by_side, kLongestChain) + 1;
   return py::make_tuple(Sums(Members(grads, 5, "grads")).count, blocks, cols);
 }
 

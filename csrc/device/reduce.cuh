@@ -15,20 +15,22 @@ __device__ __forceinline__ float lane_sum(float value) {
   return value;
 }
 
-// The sum over kThreads threads, in each of them: lanes of one warp, or the whole block. For a
-// block `slots` holds kThreads / 32 floats that nobody else touches until the block's next barrier.
-template<int kThreads>
+// The sum over kThreads threads, in each of them: lanes of one warp, or whole warps of a block, all
+// of which call this together. `slots` then holds a float for each of the block's warps, which
+// nobody else touches until the block's next barrier.
+template<int kThreads, int kBlock = kThreads>
 __device__ __forceinline__ float row_sum(float value, Shared<float> slots) {
   if constexpr (kThreads <= 32) {
     return lane_sum<kThreads>(value);
   } else {
     constexpr int kWarps = kThreads / 32;
+    const int own = threadIdx.x / 32, first = kBlock == kThreads ? 0 : own / kWarps * kWarps;
     value = lane_sum<32>(value);
-    if (threadIdx.x % 32 == 0) slots.store(threadIdx.x / 32, value);
+    if (threadIdx.x % 32 == 0) slots.store(own, value);
     __syncthreads();
     float total = 0.f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += slots.load(warp);
+    for (int warp = 0; warp < kWarps; ++warp) total += slots.load(first + warp);
     return total;
   }
 }

@@ -43,6 +43,10 @@ void set_wgmma(bool on) {
   wgmma::available = on;
 }
 
+void set_first_block(uint64_t number) {
+  first_block = number;
+}
+
 int64_t launch_count() {
   return launches;
 }

@@ -26,6 +26,10 @@ void set_shared_memory(int kilobytes);
 // Whether kernels that can multiply by mma.sync or by wgmma take the latter.
 void set_wgmma(bool on);
 
+// Of launches with more blocks than this number, the blocks before it aren't run: for grids too
+// large to run whole.
+void set_first_block(uint64_t number);
+
 // The number of kernels launched, and their bank conflicts, since the last reset.
 int64_t launch_count();
 std::vector<BankConflicts> bank_conflicts();

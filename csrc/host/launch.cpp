@@ -23,6 +23,7 @@ namespace bertfast {
 namespace host {
 
 bool dry_launch = false;
+uint64_t first_block = 0;
 std::atomic<int64_t> launches{0};
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes) {
@@ -46,6 +47,8 @@ void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*)
   // Blocks run one after the other. In random order, block number i of n is (first + i * step) % n,
   // which visits each once if step and n have no common factor.
   uint64_t count = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t skipped = first_block < count ? first_block : 0;
+  count -= skipped;
   uint64_t first = schedule.order == Order::kReverse ? count - 1 : 0;
   uint64_t step = schedule.order == Order::kReverse ? count - 1 : 1;
   if (schedule.order == Order::kRandom) {
@@ -55,8 +58,9 @@ void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*)
   }
   uint64_t number = first;
   for (uint64_t i = 0; i < count; ++i) {
-    blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y),
-                unsigned(number / grid.x / grid.y)};
+    const uint64_t block = skipped + number;
+    blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y),
+                unsigned(block / grid.x / grid.y)};
     shared_memory::begin_block(shared_bytes);
     try {
       run_block(body, argument);

@@ -22,6 +22,7 @@ using Stream = void*;
 namespace host {
 
 extern bool dry_launch;
+extern uint64_t first_block;           // blocks before it aren't run
 extern std::atomic<int64_t> launches;  // since the last reset, dry ones too
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes);

@@ -13,9 +13,9 @@
 //
 // Forward moves 2 to 5 values an element (x, residual; y, z, copy), backward 3 or 4 (dy, z; dz,
 // dx). copy is y in x's dtype, for the 16-bit product that follows a float32 stream under autocast.
-// The backward sums columns in registers over the rows that a block meets and writes one row of
-// float32 partial sums a block; launch_column_sum adds those in a fixed order. No atomics: the same
-// bits each run.
+// The backward sums columns in registers over the rows that a block meets, of which the number of
+// rows alone decides, and writes one row of float32 partial sums a block; launch_column_sum adds
+// those in a fixed order. No atomics: the same bits each run.
 #include <type_traits>
 
 #include "device/philox.cuh"
@@ -29,17 +29,16 @@ namespace {
 
 // kFull: the rows fill it (and in the forward, x_bias and residual are given), which leaves no
 // branch.
-template<int kVecColumns, int kPerThreadVectors, int kRowThreads, bool kIsFull = false>
+template<int kVecColumns, int kPerThreadVectors, int kRowThreads, bool kIsFull = false,
+         int kBlockThreads = kRowThreads <= 32 ? 128 : kRowThreads>
 struct Split {
   static constexpr bool kFull = kIsFull;
   static constexpr int kVec = kVecColumns;
   static constexpr int kPerThread = kPerThreadVectors;
   static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlock = kThreads <= 32 ? 128 : kThreads;
+  static constexpr int kBlock = kBlockThreads;
   static constexpr int kRows = kBlock / kThreads;  // rows of a block at a time
   static constexpr int kCols = kVec * kPerThread * kThreads;
-  // A group's sums in shared memory. Two groups in one warp need different banks.
-  static constexpr int kSlots = kCols + (kThreads < 32 ? kThreads : 0);
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % kThreads; }
   static __device__ __forceinline__ int group() { return threadIdx.x / kThreads; }
@@ -48,6 +47,10 @@ struct Split {
   static __device__ __forceinline__ int first() { return lane() * kVec; }
   static __device__ __forceinline__ int col(int j) { return first() + j * kStep; }
 };
+
+// Shared memory of two sums over a row's warps.
+template<class S>
+constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kBlock / 32 * sizeof(float) : 0;
 
 // values = dropout(values); what is dropped may be Inf or NaN and must not survive, so it is
 // chosen, not multiplied.
@@ -128,8 +131,8 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   }
 
   // 3. mean, then the centred variance
-  constexpr int kWarps = S::kThreads / 32;
-  const float mean = row_mean(row_sum<S::kThreads>(sum, shared_memory<float>(0)), cols, p.inv_cols);
+  const float mean =
+      row_mean(row_sum<S::kThreads, S::kBlock>(sum, shared_memory<float>(0)), cols, p.inv_cols);
   float squares = 0.f;
 #pragma unroll
   for (int j = 0; j < S::kPerThread; ++j) {
@@ -141,8 +144,8 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
       }
     }
   }
-  const Shared<float> second = shared_memory<float>(kWarps * sizeof(float));
-  const float variance = row_sum<S::kThreads>(squares, second) * p.inv_cols;
+  const Shared<float> second = shared_memory<float>(kReduceBytes<S> / 2);
+  const float variance = row_sum<S::kThreads, S::kBlock>(squares, second) * p.inv_cols;
   const float rstd = rsqrtf(variance + p.eps);
   if (!live) return;
   if (p.mean && S::lane() == 0) {
@@ -168,36 +171,66 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   }
 }
 
+// A block's column sums in shared memory, a part of each for every row group, by pieces of up to 4
+// columns: a group's first halves of all vectors, then their second halves. So the lanes that write
+// lie in different banks, and half a vector of padding lets those that read in order of columns do.
+template<class S>
+struct PartialSlots {
+  static constexpr int kWide = S::kVec < 4 ? S::kVec : 4;
+  using Piece = std::conditional_t<kWide == 4, float4, float>;
+  static constexpr int kHalves = S::kVec / kWide;
+  static constexpr int kHalf = S::kCols / S::kVec + (kHalves > 1 ? 4 : 0);
+  static constexpr int kGroup = kHalves * kHalf;
+  static constexpr int kBytes = S::kRows * kGroup * sizeof(Piece);
+  static constexpr int kPieces = S::kCols / kWide;  // that are written
+
+  static __device__ __forceinline__ int slot(int group, int vector, int half) {
+    return group * kGroup + half * kHalf + vector;
+  }
+};
+
 // Adds a block's column sums over its row groups and writes them: partial[col] = sum over groups.
-// Slot order is (group, k, j, lane), so that lanes fall into different banks.
 template<class S>
 __device__ __forceinline__ void write_partial(const float (&sums)[S::kPerThread][S::kVec],
                                               float* partial, int cols) {
-  const Shared<float> slots = shared_memory<float>(0);
-  const auto slot = [](int group, int j, int k) {
-    return group * S::kSlots + (k * S::kPerThread + j) * S::kThreads + S::lane();
-  };
+  using Slots = PartialSlots<S>;
+  using Piece = typename Slots::Piece;
+  constexpr int kWide = Slots::kWide;
+  const Shared<Piece> slots = shared_memory<Piece>(0);
   __syncthreads();  // whoever still reads the slots is done
 #pragma unroll
   for (int j = 0; j < S::kPerThread; ++j) {
 #pragma unroll
-    for (int k = 0; k < S::kVec; ++k) slots.store(slot(S::group(), j, k), sums[j][k]);
+    for (int half = 0; half < Slots::kHalves; ++half) {
+      Piece piece;
+      memcpy(&piece, &sums[j][half * kWide], sizeof(Piece));
+      slots.store(Slots::slot(S::group(), j * S::kThreads + S::lane(), half), piece);
+    }
   }
   __syncthreads();
-  for (int j = S::group(); j < S::kPerThread; j += S::kRows) {
-    if (S::col(j) < cols) {
 #pragma unroll
-      for (int k = 0; k < S::kVec; ++k) {
-        float total = 0.f;
-        for (int group = 0; group < S::kRows; ++group) total += slots.load(slot(group, j, k));
-        partial[S::col(j) + k] = total;
-      }
+  for (int from = 0; from < Slots::kPieces; from += S::kBlock) {
+    const int i = from + threadIdx.x;
+    if (i * kWide >= cols) break;
+    float total[kWide] = {};
+#pragma unroll
+    for (int group = 0; group < S::kRows; ++group) {
+      const Piece piece = slots.load(Slots::slot(group, i / Slots::kHalves, i % Slots::kHalves));
+      float part[kWide];
+      memcpy(part, &piece, sizeof(Piece));
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) total[k] += part[k];
     }
+    Vec<float, kWide>::store(partial + i * kWide, total);
   }
 }
 
+// Blocks of the backward that a multiprocessor has registers for.
+template<class S>
+constexpr int kResident = S::kBlock < 384 ? 384 / S::kBlock : 1;
+
 template<class X, class T, class S, bool kDropout>
-__global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock : 1)
+__global__ void __launch_bounds__(S::kBlock, kResident<S>)
     layer_norm_backward_kernel(LayerNormBackward p) {
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
@@ -224,9 +257,11 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
 
   // The loop's bounds are the block's, not the row's: lanes without a row stay for their warp's
   // sums.
-  for (int first = blockIdx.x * S::kRows; first < p.rows; first += gridDim.x * S::kRows) {
-    const int row = first + S::group();
-    const bool live = row < p.rows;
+  // Unsigned, as the row behind the last may be beyond 2^31.
+  const unsigned rows = p.rows;
+  for (unsigned first = blockIdx.x * S::kRows; first < rows; first += gridDim.x * S::kRows) {
+    const unsigned row = first + S::group();
+    const bool live = row < rows;
     const T* dy = static_cast<const T*>(p.dy) + int64_t(row) * p.dy_row_stride + S::first();
     const T* z = static_cast<const T*>(p.z) + int64_t(row) * p.z_row_stride + S::first();
     const int64_t to = int64_t(row) * cols + S::first();
@@ -262,11 +297,11 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
         }
       }
     }
-    constexpr int kWarps = S::kThreads / 32;
-    const Shared<float> second = shared_memory<float>(kWarps * sizeof(float));
+    const Shared<float> second = shared_memory<float>(kReduceBytes<S> / 2);
     const float mean_g =
-        row_mean(row_sum<S::kThreads>(sum_g, shared_memory<float>(0)), cols, p.inv_cols);
-    const float mean_gh = row_mean(row_sum<S::kThreads>(sum_gh, second), cols, p.inv_cols);
+        row_mean(row_sum<S::kThreads, S::kBlock>(sum_g, shared_memory<float>(0)), cols, p.inv_cols);
+    const float mean_gh =
+        row_mean(row_sum<S::kThreads, S::kBlock>(sum_gh, second), cols, p.inv_cols);
 
     // 3. dz, and dx = dropout(dz)
 #pragma unroll
@@ -291,7 +326,7 @@ __global__ void __launch_bounds__(S::kBlock, S::kBlock < 384 ? 384 / S::kBlock :
       }
     }
     // The next row's first sum must not overwrite slots that a slower warp still reads.
-    if constexpr (kWarps > 1) __syncthreads();
+    if constexpr (S::kThreads > 32) __syncthreads();
   }
 
   // 4. one row of partial sums
@@ -327,30 +362,31 @@ auto with_forward_split(int cols, bool full, Use use) {
   }
 }
 
-// The backward's: fewer columns a thread, since three sums of each stay in registers.
+// The backward's: fewer columns a thread, since three sums of each stay in registers. Two rows
+// share a block where their warps would be a small one, as each block leaves partial sums.
+template<int kVec, int kPerThread, int kThreads, bool kFull = false>
+using BackwardSplit = Split<kVec, kPerThread, kThreads, kFull, kThreads <= 64 ? 128 : kThreads>;
+
 template<int kVec, class Use>
 auto with_backward_split(int cols, Use use) {
   const int vectors = (cols + kVec - 1) / kVec;
   if constexpr (kVec == 1) {
-    return vectors <= 256 ? use(Split<1, 8, 32>()) : use(Split<1, 32, 256>());
+    return vectors <= 256 ? use(BackwardSplit<1, 8, 32>()) : use(BackwardSplit<1, 32, 256>());
   } else {
     constexpr int kWide = kVec == 8 ? 32 : 64;
-    if (cols == 384) return use(Split<kVec, 3, kWide / 2, true>());
-    if (cols == 512) return use(Split<kVec, 2, kWide, true>());
-    if (cols == 768) return use(Split<kVec, 3, kWide, true>());
-    if (cols == 1024) return use(Split<kVec, 2, 2 * kWide, true>());
-    if (vectors <= 64) return use(Split<kVec, 2, 32>());
-    if (vectors <= 128) return use(Split<kVec, 2, 64>());
-    if (vectors <= 256) return use(Split<kVec, 2, 128>());
+    if (cols == 384) return use(BackwardSplit<kVec, 3, kWide / 2, true>());
+    if (cols == 512) return use(BackwardSplit<kVec, 2, kWide, true>());
+    if (cols == 768) return use(BackwardSplit<kVec, 3, kWide, true>());
+    if (cols == 1024) return use(BackwardSplit<kVec, 2, 2 * kWide, true>());
+    if (vectors <= 64) return use(BackwardSplit<kVec, 2, 32>());
+    if (vectors <= 128) return use(BackwardSplit<kVec, 2, 64>());
+    if (vectors <= 256) return use(BackwardSplit<kVec, 2, 128>());
     if constexpr (kVec == 4) {
-      if (vectors > 1024) return use(Split<kVec, 8, 256>());
+      if (vectors > 1024) return use(BackwardSplit<kVec, 8, 256>());
     }
-    return use(Split<kVec, 2, 512>());
+    return use(BackwardSplit<kVec, 2, 512>());
   }
 }
-
-template<class S>
-constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kThreads / 32 * sizeof(float) : 0;
 
 }  // namespace
 
@@ -394,7 +430,7 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype
     using T = decltype(t);
     const auto launch_split = [&](auto split) {
       using S = decltype(split);
-      constexpr int kPartialBytes = S::kRows * S::kSlots * sizeof(float);
+      constexpr int kPartialBytes = PartialSlots<S>::kBytes;
       constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
       const auto kernel = p.seed || !S::kFull ? layer_norm_backward_kernel<X, T, S, true>
                                               : layer_norm_backward_kernel<X, T, S, !S::kFull>;
@@ -403,16 +439,21 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype
     constexpr int kVec = kVecOf<T>;
     const bool wide = p.cols % kVec == 0 && p.dy_row_stride % kVec == 0 &&
                       p.z_row_stride % kVec == 0 && is_aligned(p.dy) && is_aligned(p.z) &&
-                      is_aligned(p.weight) && is_aligned(p.dz) && is_aligned(p.dx);
+                      is_aligned(p.weight) && is_aligned(p.dz) && is_aligned(p.dx) &&
+                      is_aligned(p.partial_dweight) && is_aligned(p.partial_dbias) &&
+                      is_aligned(p.partial_dx_bias);
     return wide ? with_backward_split<kVec>(p.cols, launch_split)
                 : with_backward_split<1>(p.cols, launch_split);
   });
 }
 
-int layer_norm_rows_per_block(int cols, DType dtype) {
-  const auto rows = [](auto split) { return decltype(split)::kRows; };
-  return dtype == DType::kFloat32 ? with_backward_split<4>(cols, rows)
-                                  : with_backward_split<8>(cols, rows);
+RowBlock layer_norm_backward_block(int cols, DType dtype) {
+  const auto block = [](auto split) -> RowBlock {
+    using S = decltype(split);
+    return {S::kRows, kResident<S>};
+  };
+  return dtype == DType::kFloat32 ? with_backward_split<4>(cols, block)
+                                  : with_backward_split<8>(cols, block);
 }
 
 }  // namespace bertfast

@@ -46,7 +46,8 @@ def triton_case(launch: Launch) -> Case:
     if launch.name == "layer_norm_bwd_kernel":
         label = f"{width}" + ", dropout" * dropout
         x, loads = "dx_ptr" if launch.has("dx_ptr") else "dz_ptr", 4 if dropout else 2
-        return launch.case(label, x, "dz_ptr", width, loop=True, scalar_loads=loads)
+        elements = width * launch.values["ROWS"]
+        return launch.case(label, x, "dz_ptr", elements, loop=True, scalar_loads=loads)
     saves = launch.has("mean_ptr")
     form = "plain" if not launch.has("residual_ptr") else "training" if saves else "inference"
     label = f"{width}, {form}" + ", dropout" * dropout + ", copy" * launch.has("copy_ptr")
@@ -57,8 +58,10 @@ def triton_case(launch: Launch) -> Case:
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     """The case of a template instance of csrc/kernels/layer_norm.cu or column_sum.cu, or None."""
     if kernel == "column_sum_kernel":
-        # Its loop is unrolled by the compiler as it likes: no figure for each element.
-        return Case("32 columns", CUDA_NAMES[arguments[0]], 256, None, dynamic_shared=1024)
+        vec, at_once = int(arguments[1]), 8
+        label = f"16 columns, vec {vec}"
+        row = (label, CUDA_NAMES[arguments[0]], 256, vec * at_once)
+        return Case(*row, loop=True, dynamic_shared=512)
     if kernel not in ("layer_norm_forward_kernel", "layer_norm_backward_kernel"):
         return None
     forward = kernel == "layer_norm_forward_kernel"
@@ -66,14 +69,15 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     split = arguments[2][len("Split<") : -1].split(", ")
     vec, per_thread, row_threads = map(int, split[:3])
     full, dropout = split[3] == "true", arguments[3] == "true"
-    threads = max(128, row_threads)
+    threads = int(split[4])
     label = f"vec {vec} x {per_thread} x {row_threads} threads"
     if full:  # a width's own kernels; the others serve many widths, with and without dropout
         label = f"{vec * per_thread * row_threads}: {label}" + ", dropout" * dropout
     label += ", copy" * (forward and arguments[4] == "true")
-    reduce_bytes = 2 * row_threads // 32 * 4 if row_threads > 32 else 0
-    columns = vec * per_thread * row_threads + (row_threads if row_threads < 32 else 0)
-    partial_bytes = 0 if forward else threads // row_threads * columns * 4
+    reduce_bytes = 2 * threads // 32 * 4 if row_threads > 32 else 0
+    vectors, halves = per_thread * row_threads, max(1, vec // 4)  # PartialSlots in the source
+    slots = halves * (vectors + 4 * (halves > 1))
+    partial_bytes = 0 if forward else threads // row_threads * slots * 4 * vec // halves
     return Case(
         label,
         dtypes(x, rest),
