@@ -46,8 +46,7 @@ def triton_case(launch: Launch) -> Case | None:
         return launch.case(label, "x_ptr", "dy_ptr", elements, loop=values["STEPS"] > 1)
     # A tile narrower than the warps beside each other loads its biases once, in narrower pieces.
     narrow = biased and values["BLOCK_N"] < launch.threads * values["GROUP"]
-    first = dict(loads_first=True, scalar_loads=int(narrow))
-    return launch.case(label, "x_ptr", "y_ptr", elements, **first)
+    return launch.case(label, "x_ptr", "y_ptr", elements, scalar_loads=int(narrow))
 
 
 CUDA_THREADS = 256  # of a block, at most
