@@ -395,6 +395,10 @@ def test_figures_of_classes_and_entities():
         ("--task classify --data a.csv --validation b.csv --out o", "the label is 'z', and"),
         ("--task classify --data a.csv --out o --precision fp16", "fp16 needs a GPU"),
         ("--task pair --data p.csv --out o --class-weights", "--class-weights is for labels"),
+        (
+            "--task tag --data a.csv --out o --device cuda:1",
+            "--device must be one of auto, cpu, cu",
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(model, tmp_path, monkeypatch, capsys, arguments, said):
@@ -405,7 +409,7 @@ def test_requests_that_cannot_be_met(model, tmp_path, monkeypatch, capsys, argum
     (tmp_path / "one.csv").write_text("text,label\n" + "a,x\n" * 30)
     (tmp_path / "ids.csv").write_text("text,label\n" + "".join(f"a,{n}\n" for n in range(30)))
     with pytest.raises(SystemExit) as end:
-        main([*arguments.split(), "--model", str(model), "--device", "cpu"])
+        main(["--device", "cpu", *arguments.split(), "--model", str(model)])
     error = capsys.readouterr().err
     assert end.value.code == 2 and said in error and error.count("\n") == 1, error
     assert not (tmp_path / "o" / "run.json").exists() or "class-weights" in arguments
@@ -420,9 +424,19 @@ def test_what_was_left_out_is_listed(model, tmp_path, capsys):
         main([*map(str, asked), "--device", "cpu", "--skip-bad", "--epochs", "1"])
     assert not end.value.code
     said = capsys.readouterr().out
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| rows | train 25, validation 3, left out 2 |" in card
     assert "left out: 2 rows" in said and f"{data}, line 6 : the text is empty" in said
     listed = [json.loads(one) for one in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert listed == [
         {"where": f"{data}, line 6", "reason": "the text is empty"},
         {"where": f"{data}, line 11", "reason": "the label is empty"},
     ]
+
+
+def test_it_is_one_process(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = ["--task", "tag", "--data", tmp_path / "a.csv", "--out", tmp_path, "--model", model]
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, asked)])
+    assert end.value.code == 2 and "is one process on one device" in capsys.readouterr().err

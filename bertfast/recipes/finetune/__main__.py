@@ -3,6 +3,7 @@
 --predict FILE and --explain TEXT use the model that was trained, now or earlier.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ app = typer.Typer(
 
 
 def _finetune(options: FinetuneOptions) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("fine-tuning is one process on one device: start it without torchrun")
     if options.peft is not None:
         need("--peft", ("peft",), "finetune")
     if options.explain is not None:

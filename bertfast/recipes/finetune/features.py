@@ -56,7 +56,6 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         tokens: int | None,
         seed: int,
         epochs: int,
-        processes: int = 1,
     ) -> None:
         self.lengths, self.texts, self.tokens, self.seed = lengths, texts, tokens, seed
         self.epoch = 0
@@ -64,8 +63,6 @@ class Batches(torch.utils.data.Sampler[list[int]]):
             self.count = -(-len(lengths) // texts)
         else:
             self.count = max(len(self._cut(epoch)) for epoch in range(epochs))
-        # Each process takes every so manieth, and all take as many.
-        self.count += -self.count % processes
 
     def __len__(self) -> int:
         return self.count

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...commands.errors import UserError
-from ..pretrain.options import as_json, check, flag
+from ..pretrain.options import DEVICES, as_json, check, flag
 
 TASKS = ("classify", "tag", "qa", "pair")
 ADAPTERS = ("lora", "adalora", "ia3", "prefix")
@@ -86,7 +86,7 @@ class FinetuneOptions:
     merge: bool = _free(False, "Add the adapter to the weights that are saved.")
     seed: int = _option(0, "Of the new head, the data's order, dropout and the held-out part.")
     precision: str = _option("auto", "auto: bf16 on a GPU that has it.", known=PRECISIONS)
-    device: str = _free("auto", "auto: a GPU where there is one.")
+    device: str = _free("auto", "auto: a GPU where there is one.", known=DEVICES)
     convert: bool = _free(True, "Run on bertfast; else the model's original code.")
     overwrite: bool = _free(False, "Replace what an earlier run has made.")
 

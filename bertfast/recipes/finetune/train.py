@@ -324,11 +324,13 @@ class Run:
         folder = options.out / "model.writing"
         shutil.rmtree(folder, ignore_errors=True)
         model.save(made.model, self.tokenizer, task, folder, options.merge)
+        counts = [f"{part} {len(some):,}" for part, some in self.rows.items()]
+        counts += [f"left out {self.skipped:,}"] if self.skipped else []
         facts = {
             "options": as_json(options) | {"lr": options.rate},
             "base": saved.name(str(model.base_of(options.model))),
             "labels": len(task.labels) or 2,
-            "rows": ", ".join(f"{part} {len(some):,}" for part, some in self.rows.items()),
+            "rows": ", ".join(counts),
             "steps": made.state.global_step,
             "minutes": f"{(time.perf_counter() - self.begun) / 60:.1f}",
             "device": device_name(self.device),

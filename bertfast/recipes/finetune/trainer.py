@@ -156,7 +156,7 @@ def weighted_loss(counts: list[int]) -> Callable[..., torch.Tensor]:
 
 def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
     """Settings of all uses: nothing but the model's own inputs, nothing sent anywhere."""
-    return transformers.TrainingArguments(
+    made = transformers.TrainingArguments(
         str(folder),
         report_to="none",
         remove_unused_columns=False,
@@ -165,6 +165,8 @@ def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )
+    made._n_gpu = min(1, made.n_gpu)  # Trainer would spread each batch over all GPUs by threads
+    return made
 
 
 def outputs_of(trainer: Trainer, features: Features) -> Any:
