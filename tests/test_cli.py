@@ -132,7 +132,7 @@ ERRORS = [
     ("verify --model DIR/broken", "--model: .*broken' can't be loaded"),
     ("verify --model DIR/strange", "--model: .*strange' can't be loaded"),
     ("verify --model DIR/bert", "--model: .*bert' can't be loaded"),
-    ("verify --model DIR/vit", "type bert, .*vit' has one of type 'vit'"),
+    ("verify --model DIR/vit", "type albert, bert, .*vit' has one of type 'vit'"),
     ("verify --model DIR/bert --backend cuda", "--backend cuda can't run a float32 model's"),
     ("kernels --archs banana", "--archs.* must be one of sm_80, .*, got 'banana'"),
     ("kernels --archs sm90a", "got 'sm90a'; did you mean 'sm_90'"),
