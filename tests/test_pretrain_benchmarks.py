@@ -1,12 +1,11 @@
 """The scripts behind the README's figures of pre-training: committed figures meet the goals, and
 all of them run."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from support.scripts import imported
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -19,14 +18,8 @@ NAMES = "pretrain_learns", "pretrain_speed", "pretrain_modelled", "pretrain_repo
 
 @pytest.fixture(scope="module")
 def scripts():
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path[:] = before
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with imported(*NAMES) as found:
+        yield found
 
 
 # The committed figures

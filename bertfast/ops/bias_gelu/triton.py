@@ -232,7 +232,11 @@ def backward_config(width: int, itemsize: int, rows: int, flat: bool = False) ->
     if flat and width >= 128 * 16:
         return Config(1, 128 * 16, group)
     # Twice 16 bytes a thread, of x and of dy: with more the sums and biases don't fit beside them.
-    tile = 128 * 2 * group
+    return walk_config(width, rows, 128 * 2 * group, group)
+
+
+def walk_config(width: int, rows: int, tile: int, group: int) -> Config:
+    """Of programs that walk down tiles of so many values, and write a row of partial sums each."""
     block = block_of(width, 1024)
     tile_rows = min(LONGEST_CHAIN, max(1, tile // block))
     # Walking down 16 tiles makes the partial sums a 20th of the traffic or less, with a chain of 16

@@ -18,7 +18,6 @@ which a finalising kernel adds in a fixed order. No atomics: the same bits each 
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,7 +25,15 @@ import triton.language as tl
 
 from .. import triton_lib
 from ..bias_gelu import coefficients
-from ..bias_gelu.triton import LONGEST_CHAIN, block_of, gelu, polynomial, sigmoids, tanh_slope
+from ..bias_gelu.triton import (
+    Config,
+    block_of,
+    gelu,
+    polynomial,
+    sigmoids,
+    tanh_slope,
+    walk_config,
+)
 from ..pointers import dense, row_stride
 from ..triton_column_sum import column_sums
 from ..triton_launch import Launch
@@ -204,17 +211,6 @@ _forward = Launch(gated_fwd_kernel)
 _backward = Launch(gated_bwd_kernel)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How rows and columns are split."""
-
-    rows: int  # of a tile
-    block_n: int
-    group: int  # neighbouring columns of a thread: 16 bytes
-    num_warps: int = 4
-    steps: int = 1  # a program's tiles, one below the other; backward only
-
-
 @functools.lru_cache(256)
 def forward_config(width: int, itemsize: int) -> Config:
     group = 16 // itemsize
@@ -227,13 +223,7 @@ def forward_config(width: int, itemsize: int) -> Config:
 def backward_config(width: int, itemsize: int, rows: int, sums: bool) -> Config:
     """sums: whether the bias's gradient is wanted, whose sums lie in registers beside the tile."""
     group = 16 // itemsize
-    tile = 128 * group * (1 if sums else 2)
-    block = block_of(width, 1024)
-    tile_rows = min(LONGEST_CHAIN, max(1, tile // block))
-    # Walking down 16 tiles makes the partial sums a 20th of the traffic or less, with a chain of 16
-    # additions; where that leaves few programs, 4.
-    programs = -(-rows // (tile_rows * 16)) * -(-width // block)
-    return Config(tile_rows, block, group, steps=16 if programs >= 512 else 4)
+    return walk_config(width, rows, 128 * group * (1 if sums else 2), group)
 
 
 def unsupported_reason(device: str | torch.device, dtype: torch.dtype | None = None) -> str | None:
