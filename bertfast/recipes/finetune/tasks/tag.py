@@ -28,11 +28,13 @@ class Example(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The words of a window: their first tokens, and how far these are from the window's ends."""
+    """The words of a window: their first tokens, how far these are from the window's ends, and
+    where the words begin and end in the text, or of words that were given in themselves."""
 
     tokens: list[int]
     words: list[int]
     context: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Tag(Task):
@@ -109,7 +111,7 @@ class Tag(Task):
                     for token, word in zip(seen.tokens, seen.words, strict=True):
                         labels[token] = number[example.tags[word]]
                     inputs["labels"] = labels
-                found.add(row, inputs, (seen, encoded["offset_mapping"][window], encoded, window))
+                found.add(row, inputs, seen)
         return found
 
     def figures(
@@ -178,18 +180,18 @@ class Tag(Task):
         """The words of each row that a window sees, in their order."""
         found: list[dict[int, tuple[int, Word]]] = [{} for _ in examples]
         for place, row in enumerate(features.rows):
-            seen, offsets, encoded, window = features.places[place]
+            seen: Seen = features.places[place]
             chances = probabilities(np.asarray(outputs[place])[seen.tokens])
-            ends = _ends(encoded.word_ids(window), offsets)
             starts = _starts(examples[row].words)
-            for index, (token, word) in enumerate(zip(seen.tokens, seen.words, strict=True)):
+            for index, word in enumerate(seen.words):
                 context = seen.context[index]
                 if word in found[row] and found[row][word][0] >= context:
                     continue
                 best = int(chances[index].argmax())
                 base = 0 if starts is None else starts[word]
+                start, end = seen.spans[index]
                 made = Word(
-                    *(word, base + offsets[token][0], base + ends[word]),
+                    *(word, base + start, base + end),
                     *(self.labels[best], float(chances[index, best])),
                 )
                 found[row][word] = (context, made)
@@ -213,7 +215,8 @@ def _span(text: str, words: list[Word], label: str) -> dict[str, Any]:
 def _seen(words: list[int | None], offsets: list[tuple[int, int]], begun: dict[int, int]) -> Seen:
     """The words that begin in a window. begun: where those of the windows before it begin; a window
     may open in the midst of one."""
-    found = Seen([], [], [])
+    found = Seen([], [], [], [])
+    ends = {word: end for word, (_, end) in zip(words, offsets, strict=True) if word is not None}
     inside = [place for place, word in enumerate(words) if word is not None]
     last = None
     for place in inside:
@@ -223,12 +226,9 @@ def _seen(words: list[int | None], offsets: list[tuple[int, int]], begun: dict[i
                 found.tokens.append(place)
                 found.words.append(word)
                 found.context.append(min(place - inside[0], inside[-1] - place))
+                found.spans.append((offsets[place][0], ends[word]))
         last = word
     return found
-
-
-def _ends(words: list[int | None], offsets: list[tuple[int, int]]) -> dict[int, int]:
-    return {word: offsets[place][1] for place, word in enumerate(words) if word is not None}
 
 
 def _starts(words: list[str] | None) -> list[int] | None:
