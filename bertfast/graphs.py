@@ -310,8 +310,9 @@ class _Watched:
 def _why_not(parts: Parts) -> str | None:
     """Why a layer can't be captured: a graph would keep what a called module does now."""
     now = read(parts, clean=True)
-    kinds = {type(one) for one in (*now.qkv, *now[1:])}
-    if kinds - {Weights, Norm, float} or parts.approximate is None:
+    kinds = {type(one) for part in now for one in (part if type(part) is tuple else (part,))}
+    known = parts.approximate if parts.gated is None else parts.gated.activation
+    if kinds - {Weights, Norm, float} or known is None:
         return "a module of a layer has to be called"
     return None
 

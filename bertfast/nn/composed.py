@@ -2,6 +2,7 @@
 where something traces or transforms, on torch's backend, and for pre-norm layers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Composed:
 
     def mlp_block(self, x: torch.Tensor) -> torch.Tensor:
         now = self.now
-        h = self.linear_gelu(x)
+        h = self.activated(x)
         return self.linear_norm(h, now.down, now.down_norm, now.down_dropout, x, AFTER_MLP)
 
     def pre_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ class Composed:
         now = self.now
         context = self.attention(self.norm(now.attention_norm, x))
         x = self.linear_add(now.attention_output, context, x, now.attention_output_dropout)
-        h = self.linear_gelu(self.norm(now.down_norm, x))
+        h = self.activated(self.norm(now.down_norm, x))
         return self.linear_add(now.down, h, x, now.down_dropout)
 
     def linear(self, linear: Weights | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,7 @@ class Composed:
             scale=parts.scale,
             backend=call.backend,
         )
-        if len(linears) == 1 or self._one_product(x):
+        if len(linears) == 1 or self._one_product(linears, x):
             if len(linears) == 1:
                 qkv = self.linear(linears[0], x)
             else:
@@ -80,23 +81,45 @@ class Composed:
         dropout = self.dropouts.of(x, p, place)
         return dropout.seed, dropout.site
 
-    def _one_product(self, x: torch.Tensor) -> bool:
+    def _one_product(self, linears: Sequence[Any], x: torch.Tensor) -> bool:
         """True where one product is best for q, k and v: where kernels may read it in place."""
-        linears = self.now.qkv
         on_kernels = x.is_cuda or self.call.backend in ("triton", "cuda")
         return on_kernels and all(type(w) is Weights for w in linears) and same_form(linears)
 
-    def linear_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """activation_dropout(activation(up(x)))"""
-        parts, call, up, drop = self.parts, self.call, self.now.up, self.now.activation_dropout
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        """activation_dropout(activation(up(x))), or of a gated MLP activation_dropout(
+        activation(gate(x)) * up(x))"""
+        if self.parts.gated is None:
+            h = self.linear_gelu(self.now.up[0], x)
+        else:
+            h = self.gated(self.parts.gated.activation, self.now.up, x)
+        return _dropped(h, self.now.activation_dropout)
+
+    def linear_gelu(self, up: Weights | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """activation(up(x))"""
+        parts, call = self.parts, self.call
         options: dict[str, Any] = dict(approximate=parts.approximate, backend=call.backend)
         if parts.approximate is None:
-            h = parts.activation(self.linear(up, x))
-        elif type(up) is Weights:
-            h = ops.linear_gelu(x, *up, training=call.training, **options)
+            return parts.activation(self.linear(up, x))
+        if type(up) is Weights:
+            return ops.linear_gelu(x, *up, training=call.training, **options)
+        return ops.bias_gelu(up(x), **options)
+
+    def gated(
+        self, activation: str | None, up: Sequence[Weights | torch.nn.Module], x: torch.Tensor
+    ) -> torch.Tensor:
+        """activation(gate(x)) * up(x)"""
+        joined, backend = self.call.joined_up, self.call.backend
+        if len(up) == 1:
+            both = self.linear(up[0], x)
+        elif activation is None or joined is None or not self._one_product(up, x):
+            return self.linear_gelu(up[0], x) * self.linear(up[1], x)
         else:
-            h = ops.bias_gelu(up(x), **options)
-        return _dropped(h, drop)
+            both = joined_product(up, x, joined)
+        if activation is not None:
+            return ops.gated(both, activation=activation, backend=backend)
+        gate, other = both.chunk(2, -1)
+        return self.parts.activation(gate) * other
 
     def linear_norm(
         self,

@@ -1,12 +1,12 @@
-"""q, k and v of a layer in one product.
+"""q, k and v of a layer in one product, or gate and up of a gated MLP.
 
-The three weights lie in one allocation, one after the other, but each is a tensor with a storage of
+The weights lie in one allocation, one after the other, but each is a tensor with a storage of
 its own, so that a model saved by its storages is complete. Many things move a weight elsewhere
 (`.to`, deepcopy, `.data =`, sharding); in eager the addresses are compared on every call, which
 takes a few microseconds, and the weights gathered again when they differ.
 
-Weights whose memory others may free or fill behind their Parameter are left where they are: the
-three are then concatenated for each product, as they are while something is traced.
+Weights whose memory others may free or fill behind their Parameter are left where they are: they
+are then concatenated for each product, as they are while something is traced.
 """
 
 import contextlib
@@ -126,20 +126,15 @@ ForkingPickler.register(JoinedWeights, _for_another_process)
 
 
 def _lie_in(joined: torch.Tensor | None, parts: Tensors) -> bool:
-    """True if the three lie in `joined`, one after the other, and are all of it."""
-    if joined is None or len(joined) != 3 * len(parts[0]):
+    """True if the parts lie in `joined`, one after the other, and are all of it."""
+    if joined is None or len(joined) != len(parts) * len(parts[0]):
         return False
-    dtype, (first, second, third) = joined.dtype, parts
-    address, step = joined.data_ptr(), joined.nbytes // 3
-    return (
-        first.data_ptr() == address
-        and second.data_ptr() == address + step
-        and third.data_ptr() == address + 2 * step
-        and first.dtype == second.dtype == third.dtype == dtype
-        and first.is_contiguous()
-        and second.is_contiguous()
-        and third.is_contiguous()
-    )
+    dtype, address, step = joined.dtype, joined.data_ptr(), joined.nbytes // len(parts)
+    for part in parts:
+        if part.data_ptr() != address or part.dtype != dtype or not part.is_contiguous():
+            return False
+        address += step
+    return True
 
 
 def _join(parameters: Tensors) -> torch.Tensor:
@@ -152,7 +147,7 @@ def _join(parameters: Tensors) -> torch.Tensor:
     joined = torch.cat(before)
     with _current(joined):
         _wait_for(joined)
-        for parameter, part in zip(parameters, joined.chunk(3), strict=True):
+        for parameter, part in zip(parameters, joined.chunk(len(before)), strict=True):
             parameter.data = torch.from_dlpack(part)
         _wait_for(joined)
     return joined
@@ -170,24 +165,22 @@ def _wait_for(tensor: torch.Tensor) -> None:
 
 
 def same_form(linears: Sequence[Any]) -> bool:
-    """True if one product can serve these three: one shape, dtype and place, biases for all or
+    """True if one product can serve all of these: one shape, dtype and place, biases for all or
     none."""
-    q, k, v = (linear.weight for linear in linears)
+    first, *others = (linear.weight for linear in linears)
+    shape, dtype, device = first.shape, first.dtype, first.device
     some = [linear.bias.dtype for linear in linears if linear.bias is not None]
     return (
-        len(some) in (0, 3)
-        and all(dtype == q.dtype for dtype in some)
-        and q.shape == k.shape == v.shape
-        and q.dtype == k.dtype == v.dtype
-        and q.device == k.device == v.device
+        len(some) in (0, len(linears))
+        and all(one == dtype for one in some)
+        and all(w.shape == shape and w.dtype == dtype and w.device == device for w in others)
     )
 
 
 def joined_product(linears: Sequence[Any], x: torch.Tensor, joined: JoinedWeights) -> torch.Tensor:
     """[q(x), k(x), v(x)] in one tensor (..., 3 * width) of plain Linears of the same form."""
-    q, k, v = linears
-    weights = q.weight, k.weight, v.weight
-    biases = None if q.bias is None else (q.bias, k.bias, v.bias)
+    weights = tuple(linear.weight for linear in linears)
+    biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
     if not tracing.plain_call(x, *weights) or tracing.only_reference():
         return _concatenated(x, weights, biases)
     if not joined.holds(weights, biases):
@@ -198,7 +191,8 @@ def joined_product(linears: Sequence[Any], x: torch.Tensor, joined: JoinedWeight
     cast = tracing.autocast(x)
     if cast is not None:
         x = x.to(cast)
-    return _JoinedProduct.apply(x, joined.weight, joined.bias, *weights, *(biases or ()))
+    parameters = (*weights, *(biases or ()))
+    return _JoinedProduct.apply(x, joined.weight, joined.bias, len(weights), *parameters)
 
 
 def _concatenated(x: torch.Tensor, weights: Tensors, biases: Tensors | None) -> torch.Tensor:
@@ -212,9 +206,10 @@ class _JoinedProduct(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        count: int,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.count = weight.dtype, count
         if tracing.autocast(x) is not None:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         # The parameters are saved too: torch then notices one that changed before the backward,
@@ -226,20 +221,19 @@ class _JoinedProduct(torch.autograd.Function):
     def backward(ctx: Context, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, *parameters = ctx.saved_tensors
         dx = dweights = dbiases = None
+        count = ctx.count
         if torch.is_grad_enabled():  # a second derivative leads to the parameters themselves
-            weight = torch.cat(parameters[:3]).to(weight.dtype)
+            weight = torch.cat(parameters[:count]).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
         rows = dy.reshape(-1, dy.shape[-1])  # which batched gradients can, unlike flatten
-        wanted = ctx.needs_input_grad[3:]
-        if any(wanted[:3]):
-            dweights = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtype).chunk(3)
-        if any(wanted[3:]):
-            dbiases = rows.sum(0).to(ctx.dtype).chunk(3)
-        grads = [*(dweights or (None,) * 3), *(dbiases or (None,) * 3)][: len(parameters)]
+        wanted = ctx.needs_input_grad[4:]
+        if any(wanted[:count]):
+            dweights = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtype).chunk(count)
+        if any(wanted[count:]):
+            dbiases = rows.sum(0).to(ctx.dtype).chunk(count)
+        grads = [*(dweights or (None,) * count), *(dbiases or (None,) * count)][: len(parameters)]
         return (
-            dx,
-            None,
-            None,
+            *(dx, None, None, None),
             *(g if want else None for g, want in zip(grads, wanted, strict=True)),
         )

@@ -149,19 +149,26 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     """The MLP block as one node; None where the ops have to compose it."""
     parts, now, call = layer.parts, layer.now, layer.call
     up, down, norm, drop = now.up, now.down, now.down_norm, now.down_dropout
-    if parts.approximate is None or now.activation_dropout != 0.0:
+    gated, joined = parts.gated, call.joined_up or call.joined
+    activation = None if gated is None else gated.activation
+    if (parts.approximate if gated is None else activation) is None:
         return None
-    if type(up) is not Weights or type(down) is not Weights:
+    if now.activation_dropout != 0.0 or type(norm) is not Norm or type(drop) is not float:
         return None
-    if type(norm) is not Norm or type(drop) is not float:
+    read_up = [part for part in up if type(part) is Weights]
+    if len(read_up) < len(up) or (len(up) > 1 and not same_form(up)) or type(down) is not Weights:
         return None
-    p = mlp_block.Parameters(*up, *down, norm.weight, norm.bias)
-    if not place.holds(_given(p)):
+    weights, biases = tuple(part.weight for part in read_up), _given(p.bias for p in read_up)
+    p = mlp_block.Parameters(down.weight, down.bias, norm.weight, norm.bias, weights, biases)
+    if not place.holds(_given((*p[:4], *p.up, *biases))):
         return None
     case = (place.device, place.products)
-    inner, width = up.weight.shape
-    sizes = (width, inner, place.rows * place.length)
-    gelu = linear_gelu.choose(call.backend, *case, sizes, (width, inner))
+    if activation is None:
+        inner, width = p.up[0].shape
+        sizes = (width, inner, place.rows * place.length)
+        gelu = linear_gelu.choose(call.backend, *case, sizes, (width, inner))
+    else:
+        gelu = linear_gelu.Choice(dispatch.choose("gated", call.backend, *case))
     norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
     if gelu.gelu == "torch" or norms == "torch":
         return None
@@ -170,13 +177,13 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
         norm.eps,
         parts.approximate == "tanh",
         layer.dropouts.of(given.y, drop, AFTER_MLP, call.batch.index),
-        *(place.cast, call.recompute, gelu, norms, before.eps),
+        *(place.cast, call.recompute, gelu, norms, before.eps, activation, joined),
     )
     return mlp_block.mlp_block(node, given, before[:2], p)
 
 
-def _given(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _given(tensors: Iterable[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:

@@ -4,7 +4,8 @@
     y = LayerNorm(z),  z = dropout(d + bd) + x,  d = h Wd^T     dh = dd Wd
 
 dz and dd come out of LayerNorm's backward: dd is dz through the dropout. The sum of x's two
-gradients is made by the product that makes the second of them.
+gradients is made by the product that makes the second of them. Of a gated MLP u has two halves, and
+h = act(u1 + bu1) * (u2 + bu2).
 
 Saved: u, h, z and LayerNorm's statistics; 9 units of tokens x width, 5 with `recompute`, which
 makes h again. x is made again of what the attention block has saved of its own LayerNorm, if it ran
@@ -19,6 +20,8 @@ from ..ops import derivatives
 from ..ops.bias_gelu import run as bias_gelu
 from ..ops.derivatives import Context
 from ..ops.dropout import NO_DROPOUT, Dropout
+from ..ops.gated import registered as gated_op
+from ..ops.gated import run as gated
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
 from ..ops.layer_norm.run import Norm, Wanted
@@ -28,6 +31,7 @@ from ..ops.registration import any_requires_grad, fast_apply
 from ..tracing import plain_backward
 from . import products
 from .attention_block import Given
+from .joined import JoinedWeights
 
 
 class Call(NamedTuple):
@@ -41,15 +45,17 @@ class Call(NamedTuple):
     gelu: linear_gelu.Choice
     norm_backend: str
     eps_before: float  # of the LayerNorm before
+    gated: str | None  # the activation of a gated MLP
+    joined: JoinedWeights  # of its two products
 
 
 class Parameters(NamedTuple):
-    up: torch.Tensor
-    up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
     norm: torch.Tensor
     norm_bias: torch.Tensor
+    up: tuple[torch.Tensor, ...]  # one weight, or of a gated MLP gate and up
+    up_biases: tuple[torch.Tensor, ...]  # as many, or none
 
 
 def mlp_block(
@@ -58,21 +64,26 @@ def mlp_block(
     """given: by the block before, at least its output. norm_before: weight and bias of its
     LayerNorm, if it gave more than that."""
     x, copy = given.y, given.copy
-    if not any_requires_grad(x, *p):
+    if not any_requires_grad(x, *p[:4], *p.up, *p.up_biases):
         outs = _forward(call, x, copy, p, save=False)[0]
         return Given(outs.y, outs.copy)
     made_of = () if given.z is None else (*given[2:], *norm_before)
-    return Given(*_apply(call, copy, x, *p, *made_of)[:2])
+    counts = len(p.up), len(p.up_biases)
+    return Given(*_apply(call, counts, copy, x, *p[:4], *p.up, *p.up_biases, *made_of)[:2])
 
 
 def _forward(
     call: Call, x: torch.Tensor, copy: torch.Tensor | None, p: Parameters, save: bool
 ) -> tuple:
-    # 1. up, with the GELU
-    up = products.rounded(p.up, call.cast)
+    # 1. up, with the activation
+    up, up_bias = call.joined.of(p.up, p.up_biases)
+    up, up_bias = products.rounded(up, call.cast), products.rounded(up_bias, call.cast)
     rows = products.rows(x, copy, call.cast)
-    up_bias = products.rounded(p.up_bias, call.cast)
-    h, u = linear_gelu.forward(rows, up, up_bias, call.tanh, call.gelu, save)
+    if call.gated is None:
+        h, u = linear_gelu.forward(rows, up, up_bias, call.tanh, call.gelu, save)
+    else:
+        u = products.product(rows, up, None)
+        h = gated.forward(u, up_bias, call.gated, False, call.gelu.gelu)
 
     # 2. down, and what follows it
     down = products.rounded(p.down, call.cast)
@@ -82,24 +93,43 @@ def _forward(
     norm = Norm(p.norm, p.norm_bias, call.eps)
     cast = call.cast is not None
     outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save, cast)
-    return (outs, rows, u, h, up, up_bias, down) if save else (outs,)
+    if not save:
+        return (outs,)
+    # A concatenation isn't saved, but made again: `joined` may have had to make one.
+    kept = up if call.cast is not None or len(p.up) == 1 else None
+    return outs, rows, u, h, kept, up_bias, down
 
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, call: Call, copy: torch.Tensor | None, x: torch.Tensor, *given: Any
+        ctx: Context,
+        call: Call,
+        counts: tuple[int, int],
+        copy: torch.Tensor | None,
+        x: torch.Tensor,
+        *given: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        up, up_bias, down, down_bias, norm, norm_bias, *made_of = given
-        p = Parameters(up, up_bias, down, down_bias, norm, norm_bias)
-        outs, rows, u, h, *weights = _forward(call, x, copy, p, save=True)
+        weights, biases = counts
+        first = 4 + weights
+        ups, up_biases, made_of = (
+            given[4:first],
+            given[first : first + biases],
+            given[first + biases :],
+        )
+        down, down_bias, norm, norm_bias = given[:4]
+        p = Parameters(down, down_bias, norm, norm_bias, ups, up_biases)
+        outs, rows, u, h, *made = _forward(call, x, copy, p, save=True)
+        # The parameters of joined weights are saved too, as in attention_block.py.
+        joined = (*ups, *up_biases) if weights > 1 else ()
         ctx.save_for_backward(
             *(None if made_of else (x if call.cast is None else rows), u),
-            *(h, *weights),
-            *(outs.z, outs.mean, outs.rstd, norm, norm_bias, *made_of),
+            *(h, *made),
+            *(outs.z, outs.mean, outs.rstd, norm, norm_bias, *joined, *made_of),
         )
-        ctx.call, ctx.shape = call, x.shape
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (up, up_bias, down))
+        ctx.call, ctx.shape, ctx.counts, ctx.joined = call, x.shape, counts, len(joined)
+        bias = up_biases[0].dtype if up_biases else None
+        ctx.dtypes = ups[0].dtype, bias, down.dtype
         ctx.set_materialize_grads(False)
         # rstd is an output for what it is saved as: by it a second derivative finds x.
         if outs.copy is not None:
@@ -113,17 +143,22 @@ class _MlpBlock(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        call = ctx.call
-        norm_backward, gelu_backward = (
-            (layer_norm.backward, linear_gelu.backward)
+        call, (weights, biases) = ctx.call, ctx.counts
+        norm_backward, gelu_backward, gated_backward = (
+            (layer_norm.backward, linear_gelu.backward, gated.backward)
             if plain_backward(dy, *saved)
-            else (layer_norm_op.backward_as_op, linear_gelu_op.backward_as_op)
+            else (
+                *(layer_norm_op.backward_as_op, linear_gelu_op.backward_as_op),
+                gated_op.backward_as_op,
+            )
         )
-        rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *made_of = saved
+        rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *more = saved
+        joined, made_of = more[: ctx.joined], more[ctx.joined :]
         ctx.maybe_clear_saved_tensors()
         saved.clear()
-        need_x, need_up, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[2:7]
-        need_norm, need_norm_bias = ctx.needs_input_grad[7:9]
+        need_x, need_down, need_down_bias, need_norm, need_norm_bias = ctx.needs_input_grad[3:8]
+        needs_up = ctx.needs_input_grad[8 : 8 + weights + biases]
+        need_up, need_up_bias = any(needs_up[:weights]), any(needs_up[weights:])
         below_gelu = need_x or need_up or need_up_bias
         need_dd = below_gelu or need_down
         width = ctx.shape[-1]
@@ -148,13 +183,17 @@ class _MlpBlock(torch.autograd.Function):
         # 2. the product down
         if need_down:
             if h is None:
-                h = bias_gelu.forward(u, up_bias, call.tanh, call.gelu.gelu)
+                h = _activated_again(call, u, up_bias)
             ddown = products.weight_gradient(dd, h, ctx.dtypes[2])
         del h
         if below_gelu:
-            # 3. the GELU and its bias
+            # 3. the activation and its bias
             wanted = need_x or need_up, need_up_bias
-            du, dup_bias = gelu_backward(dd, down, u, up_bias, call.tanh, wanted, call.gelu)
+            if call.gated is None:
+                du, dup_bias = gelu_backward(dd, down, u, up_bias, call.tanh, wanted, call.gelu)
+            else:
+                constants = call.gated, False, need_up_bias, call.gelu.gelu
+                du, dup_bias = gated_backward(dd @ down, u, up_bias, *constants)
             del dd, u
 
             # 4. the product up, and the sum of x's gradients
@@ -164,18 +203,28 @@ class _MlpBlock(torch.autograd.Function):
                 dup = products.weight_gradient(du, rows.view(-1, width), ctx.dtypes[0])
                 del rows
             if need_x:
+                if up is None:
+                    up = call.joined.weight_of(tuple(joined[:weights]))
                 dx = products.add_product(dz.view(-1, width), du, up).view(ctx.shape)
             if dup_bias is not None:
                 dup_bias = dup_bias.to(ctx.dtypes[1])
+        grads = (*products.parts(dup, weights), *products.parts(dup_bias, biases))
         return (
-            *(None, None, dx, dup, dup_bias, ddown, ddown_bias),
+            *(None, None, None, dx, ddown, ddown_bias),
             dnorm if need_norm else None,
             dnorm_bias if need_norm_bias else None,
+            *(g if n else None for g, n in zip(grads, needs_up, strict=True)),
             *(None,) * len(made_of),
         )
 
 
 _apply = fast_apply(_MlpBlock)
+
+
+def _activated_again(call: Call, u: torch.Tensor, up_bias: torch.Tensor | None) -> torch.Tensor:
+    if call.gated is None:
+        return bias_gelu.forward(u, up_bias, call.tanh, call.gelu.gelu)
+    return gated.forward(u, up_bias, call.gated, False, call.gelu.gelu)
 
 
 def _made_again(call: Call, made_of: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:

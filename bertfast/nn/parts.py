@@ -15,6 +15,13 @@ from .modules import Weights, read_dropout, read_linear, read_norm
 PLACES = ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(3)  # of a layer's dropouts
 
 
+class Gated(NamedTuple):
+    """An MLP of activation(gate(x)) * up(x)."""
+
+    gate: nn.Module | None  # None: `up` makes both halves, the activated one first
+    activation: str | None  # by its name in ops.gated; None: another function
+
+
 class Parts(NamedTuple):
     """The modules of a layer, whatever their names."""
 
@@ -36,6 +43,7 @@ class Parts(NamedTuple):
     qkv: Weights | None = None  # one product, where there are no three Linears
     activation_dropout: nn.Module | None = None
     norm_first: bool = False
+    gated: Gated | None = None
 
 
 class Read(NamedTuple):
@@ -45,7 +53,7 @@ class Read(NamedTuple):
     attention_output: Weights | nn.Module
     attention_output_dropout: float | nn.Module
     attention_norm: Norm | nn.Module
-    up: Weights | nn.Module
+    up: tuple[Weights | nn.Module, ...]  # one product, or gate and up
     activation_dropout: float | nn.Module
     down: Weights | nn.Module
     down_dropout: float | nn.Module
@@ -60,12 +68,15 @@ def read(parts: Parts, clean: bool) -> Read:
         qkv = tuple(read_linear(linear, clean) for linear in linears)
     else:
         qkv = (parts.qkv,)
+    up: tuple[Weights | nn.Module, ...] = (read_linear(parts.up, clean),)
+    if parts.gated is not None and parts.gated.gate is not None:
+        up = (read_linear(parts.gated.gate, clean), *up)
     return Read(
         qkv,
         read_linear(parts.attention_output, clean),
         read_dropout(parts.attention_output_dropout, clean),
         read_norm(parts.attention_norm, clean),
-        read_linear(parts.up, clean),
+        up,
         read_dropout(parts.activation_dropout, clean),
         read_linear(parts.down, clean),
         read_dropout(parts.down_dropout, clean),
@@ -82,6 +93,7 @@ class Call(NamedTuple):
     backend: str = "auto"
     recompute: bool = False  # less is saved, and made again in the backward
     layer: int | None = None  # its id, by which the batch knows its number
+    joined_up: JoinedWeights | None = None  # of a gated MLP with two products
 
 
 class Dropouts:

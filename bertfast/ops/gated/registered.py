@@ -47,6 +47,20 @@ backward = Op(
 )
 
 
+def backward_as_op(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    second: bool,
+    want_dbias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """run.backward by torch's dispatcher, for gradients that it alone can read, such as batches."""
+    dx, dbias = backward.dispatched(dy, x, bias, activation, second, want_dbias, backend)
+    return dx, dbias if want_dbias else None
+
+
 class Gated(torch.autograd.Function):
     @staticmethod
     def forward(
