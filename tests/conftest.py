@@ -124,8 +124,7 @@ def host_runtime():
     module.set_schedule("depth-first")
     module.set_perturb(False)
     module.set_dry_launch(False)
-    module.set_shared_memory(227)
-    module.set_wgmma(False)
+    module.set_gpu(100)
     module.set_first_block(0)
     module.reset_records()
 

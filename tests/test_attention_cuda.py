@@ -47,7 +47,7 @@ def _needs_the_host_build(host_runtime):
 
 @pytest.fixture
 def multiply_by(request, host_runtime):
-    host_runtime.set_wgmma(request.param == "wgmma")
+    host_runtime.set_gpu(90 if request.param == "wgmma" else 100)
     return request.param
 
 
@@ -95,7 +95,7 @@ def test_wgmma_reads_keys_and_values_itself(host_runtime):
     q, k, v = torch.randn(3, 1, 64, 1, 64).to(HALF)
     loads = {}
     for wgmma in (False, True):
-        host_runtime.set_wgmma(wgmma)
+        host_runtime.set_gpu(90 if wgmma else 100)
         host_runtime.reset_records()
         attention(q, k, v, backend="cuda")
         places = [record[0] for record in host_runtime.bank_conflicts()]

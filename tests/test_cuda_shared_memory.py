@@ -42,7 +42,7 @@ def products():
 @pytest.mark.parametrize("calls", [longest_attention, widest_layer_norm, products])
 def test_each_kernel_fits_99_kilobytes(host_runtime, calls):
     host_runtime.set_dry_launch(True)
-    host_runtime.set_shared_memory(99)
+    host_runtime.set_gpu(86)
     host_runtime.reset_records()
     calls()
     assert host_runtime.launch_count() >= 2

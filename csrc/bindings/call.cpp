@@ -81,26 +81,7 @@ int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width) {
   return (groups - 1) / chain(groups, side_by_side, kLongestChain / kRowsAtATime) + 1;
 }
 
-#ifdef BERTFAST_HOST
-
-int multiprocessors(const Tensor&) {
-  return 2;
-}
-
-#else
-
-int multiprocessors(const Tensor& tensor) {
-  constexpr int kKnown = 64;
-  static int known[kKnown] = {};
-  const int device = tensor.device().index;
-  int count = device < kKnown ? known[device] : 0;
-  if (count == 0) {
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-          "counting multiprocessors");
-    if (device < kKnown) known[device] = count;
-  }
-  return count;
-}
+#ifndef BERTFAST_HOST
 
 OnDeviceOf::OnDeviceOf(const Tensor& tensor) {
   const int device = tensor.device().index;

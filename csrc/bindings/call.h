@@ -44,10 +44,6 @@ void check(cudaError_t error, const char* what);
 // alone decide, not the GPU: a block's rows are one partial sum, and so bits.
 int64_t chain(int64_t groups, int64_t side_by_side, int64_t longest);
 
-// How many multiprocessors the tensor's device has. A CPU has none to count; a few blocks show
-// every path between blocks.
-int multiprocessors(const Tensor& tensor);
-
 int bytes_of(DType dtype);
 
 // For backwards of csrc/device/columns.cuh that sum over rows: how many threads walk down the rows

@@ -28,8 +28,7 @@ const Binding binding([](py::module_& m) {
   m.def("set_schedule", &host::set_schedule, py::arg("name"), py::arg("seed") = 0);
   m.def("set_perturb", &host::set_perturb, py::arg("on"), py::arg("seed") = 0);
   m.def("set_dry_launch", &host::set_dry_launch, py::arg("on"));
-  m.def("set_shared_memory", &host::set_shared_memory, py::arg("kilobytes"));
-  m.def("set_wgmma", &host::set_wgmma, py::arg("on"));
+  m.def("set_gpu", &host::set_gpu, py::arg("capability"), py::arg("multiprocessors") = 2);
   m.def("set_first_block", &host::set_first_block, py::arg("number"));
   m.def("reset_records", &host::reset_records);
   m.def("launch_count", &host::launch_count);

@@ -81,7 +81,7 @@ void forward(py::handle x, py::handle weight, py::handle bias, bool tanh, py::ha
   p.y = vectors(operands.tensor(y, "y"), dtype, count);
   if (!u.is_none()) p.u = vectors(operands.tensor(u, "u"), dtype, count);
   const OnDeviceOf guard(left);
-  check(launch_linear_gelu_forward(p, tanh, dtype, multiprocessors(left), left.stream()),
+  check(launch_linear_gelu_forward(p, tanh, dtype, left.stream()),
         "launching linear_gelu's forward");
 }
 

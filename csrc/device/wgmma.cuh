@@ -1,4 +1,5 @@
-// Products by a warpgroup, 64 rows at a time: Hopper's tensor cores, sm_90a alone.
+// Products by a warpgroup, 64 rows by 32, 64, 96 or 128 columns at a time: Hopper's tensor cores,
+// sm_90a alone.
 //
 // Sums lie in each warp as those of mma_m16n8k16: warp w has rows from 16 w, d[n] columns from 8 n.
 // So does A where it comes from registers. Else A and B are read from shared memory, from dense
@@ -20,15 +21,18 @@
 #include "device/proxy.cuh"
 
 #ifdef BERTFAST_HOST
+#include "host/gpu.h"
 #include "host/wgmma.h"
+#else
+#include "device/wgmma_ptx.cuh"
 #endif
 
 namespace bertfast {
 
-// Whether kernels may multiply by wgmma. On the CPU it is a setting: host/control.h.
+// Whether kernels may multiply by wgmma. On the CPU that is a setting: host/control.h.
 #ifdef BERTFAST_HOST
 inline bool has_wgmma() {
-  return host::wgmma::available;
+  return host::gpu.capability == 90;
 }
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ constexpr bool has_wgmma() {
@@ -68,18 +72,18 @@ inline void wgmma_fence(host::Site site = host::Site::here()) {
   host::wgmma::fence(site);
 }
 
-template<class T, Major kB>
-void wgmma(float (&d)[8][4], const unsigned (&a)[4], uint64_t b, bool accumulate,
+template<class T, Major kB, int kEights>
+void wgmma(float (&d)[kEights][4], const unsigned (&a)[4], uint64_t b, bool accumulate,
            host::Site site = host::Site::here()) {
-  host::wgmma::issue({&d[0][0], a, 0, false, b, kB == Major::kOuter, accumulate,
+  host::wgmma::issue({8 * kEights, &d[0][0], a, 0, false, b, kB == Major::kOuter, accumulate,
                       std::is_same_v<T, __nv_bfloat16>, site});
 }
 
-template<class T, Major kA, Major kB>
-void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate,
+template<class T, Major kA, Major kB, int kEights>
+void wgmma(float (&d)[kEights][4], uint64_t a, uint64_t b, bool accumulate,
            host::Site site = host::Site::here()) {
-  host::wgmma::issue({&d[0][0], nullptr, a, kA == Major::kOuter, b, kB == Major::kOuter, accumulate,
-                      std::is_same_v<T, __nv_bfloat16>, site});
+  host::wgmma::issue({8 * kEights, &d[0][0], nullptr, a, kA == Major::kOuter, b,
+                      kB == Major::kOuter, accumulate, std::is_same_v<T, __nv_bfloat16>, site});
 }
 
 inline void wgmma_commit(host::Site site = host::Site::here()) {
@@ -97,65 +101,30 @@ __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// The 32 sums of a thread, as operands 0 to 31.
-#define BERTFAST_SUMS                                                                     \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18," \
-  " %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-#define BERTFAST_FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define BERTFAST_ALL_SUMS                                                                   \
-  BERTFAST_FOUR(0), BERTFAST_FOUR(1), BERTFAST_FOUR(2), BERTFAST_FOUR(3), BERTFAST_FOUR(4), \
-      BERTFAST_FOUR(5), BERTFAST_FOUR(6), BERTFAST_FOUR(7)
-
-#define BERTFAST_WGMMA_REGISTERS(type)                                              \
-  asm volatile(                                                                     \
-      "{\n"                                                                         \
-      ".reg .pred p;\n"                                                             \
-      "setp.ne.b32 p, %37, 0;\n"                                                    \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " BERTFAST_SUMS \
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"                                  \
-      "}"                                                                           \
-      : BERTFAST_ALL_SUMS                                                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)))
-
-#define BERTFAST_WGMMA_SHARED(type)                                                 \
-  asm volatile(                                                                     \
-      "{\n"                                                                         \
-      ".reg .pred p;\n"                                                             \
-      "setp.ne.b32 p, %34, 0;\n"                                                    \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " BERTFAST_SUMS \
-      "%32, %33, p, 1, 1, %35, %36;\n"                                              \
-      "}"                                                                           \
-      : BERTFAST_ALL_SUMS                                                           \
-      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)))
-
-// d = a b, or d += a b: 64 x 64 sums in float32, 16 deep. A comes from registers, 16 rows a warp.
-template<class T, Major kB>
-__device__ __forceinline__ void wgmma(float (&d)[8][4], const unsigned (&a)[4], uint64_t b,
+// d = a b, or d += a b: 64 x 8 kEights sums in float32, 16 deep. A comes from registers, 16 rows a
+// warp.
+template<class T, Major kB, int kEights>
+__device__ __forceinline__ void wgmma(float (&d)[kEights][4], const unsigned (&a)[4], uint64_t b,
                                       bool accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    BERTFAST_WGMMA_REGISTERS("bf16");
+    BERTFAST_WGMMA_REGISTERS("bf16")
   } else {
     static_assert(std::is_same_v<T, __half>, "operands are half or bfloat16");
-    BERTFAST_WGMMA_REGISTERS("f16");
+    BERTFAST_WGMMA_REGISTERS("f16")
   }
 }
 
 // The same with A in shared memory.
-template<class T, Major kA, Major kB>
-__device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+template<class T, Major kA, Major kB, int kEights>
+__device__ __forceinline__ void wgmma(float (&d)[kEights][4], uint64_t a, uint64_t b,
+                                      bool accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    BERTFAST_WGMMA_SHARED("bf16");
+    BERTFAST_WGMMA_SHARED("bf16")
   } else {
     static_assert(std::is_same_v<T, __half>, "operands are half or bfloat16");
-    BERTFAST_WGMMA_SHARED("f16");
+    BERTFAST_WGMMA_SHARED("f16")
   }
 }
-
-#undef BERTFAST_SUMS
-#undef BERTFAST_FOUR
-#undef BERTFAST_ALL_SUMS
-#undef BERTFAST_WGMMA_REGISTERS
-#undef BERTFAST_WGMMA_SHARED
 
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

@@ -1,12 +1,12 @@
 #include "host/control.h"
 
+#include <map>
 #include <stdexcept>
 
+#include "host/gpu.h"
 #include "host/launch.h"
 #include "host/perturb.h"
 #include "host/scheduler.h"
-#include "host/shared_memory.h"
-#include "host/wgmma.h"
 
 namespace bertfast {
 namespace host {
@@ -31,16 +31,17 @@ void set_dry_launch(bool on) {
   dry_launch = on;
 }
 
-void set_shared_memory(int kilobytes) {
-  if (kilobytes != 99 && kilobytes != 163 && kilobytes != 227) {
-    throw std::invalid_argument("shared memory must be 99, 163 or 227 KB, got " +
-                                std::to_string(kilobytes));
+void set_gpu(int capability, int multiprocessors) {
+  static const std::map<int, int> kilobytes = {{80, 164}, {86, 100},  {89, 100},
+                                               {90, 228}, {100, 228}, {120, 100}};
+  const auto found = kilobytes.find(capability);
+  if (found == kilobytes.end() || multiprocessors < 1) {
+    throw std::invalid_argument("a GPU must be of compute capability 80, 86, 89, 90, 100 or 120, " +
+                                std::string("with one multiprocessor or more, got ") +
+                                std::to_string(capability) + " and " +
+                                std::to_string(multiprocessors));
   }
-  shared_memory::most_bytes = kilobytes * 1024;
-}
-
-void set_wgmma(bool on) {
-  wgmma::available = on;
+  gpu = {capability, multiprocessors, found->second * 1024};
 }
 
 void set_first_block(uint64_t number) {

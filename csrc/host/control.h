@@ -19,12 +19,10 @@ void set_perturb(bool on, uint64_t seed);
 // Whether launches only check their arguments, which leaves the cost of a call.
 void set_dry_launch(bool on);
 
-// What a block may have of shared memory, in KB: 227 (the default, of sm_90 and sm_100), 163
-// (sm_80) or 99 (sm_86, sm_89 and sm_120).
-void set_shared_memory(int kilobytes);
-
-// Whether kernels that can multiply by mma.sync or by wgmma take the latter.
-void set_wgmma(bool on);
+// Which GPU the CPU stands in for: its compute capability (80, 86, 89, 90, 100 or 120, as nvcc
+// writes them), which decides how much shared memory there is and that 90 has wgmma, and the number
+// of its multiprocessors. The default is 100 with 2.
+void set_gpu(int capability, int multiprocessors);
 
 // Of launches with more blocks than this number, the blocks before it aren't run: for grids too
 // large to run whole.

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "host/gpu.h"
 #include "host/scheduler.h"
 #include "host/shared_memory.h"
 
@@ -27,7 +28,7 @@ uint64_t first_block = 0;
 std::atomic<int64_t> launches{0};
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes) {
-  if (shared_bytes < 0 || shared_bytes > shared_memory::most_bytes) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > most_shared_memory()) return cudaErrorInvalidValue;
   bool grid_fits = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535u &&
                    grid.z >= 1 && grid.z <= 65535u;
   bool block_fits = block.x >= 1 && block.x <= 1024u && block.y >= 1 && block.y <= 1024u &&

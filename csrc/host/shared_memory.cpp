@@ -19,7 +19,6 @@ namespace bertfast {
 namespace host {
 namespace shared_memory {
 
-int most_bytes = kMaxBytes;
 
 namespace {
 

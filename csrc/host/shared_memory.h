@@ -10,10 +10,8 @@ namespace bertfast {
 namespace host {
 namespace shared_memory {
 
-// What a thread block may ask for on sm_90 and sm_100, where it is most; and what it may ask for
-// here, which can be set to what it is elsewhere.
+// What a thread block may ask for on sm_90 and sm_100, where it is most. gpu.h: what it may here.
 constexpr int kMaxBytes = 227 * 1024;
-extern int most_bytes;
 
 // Fills `bytes` with 0xff: NaN as float, half and bfloat16, -1 as int.
 void begin_block(int bytes);

@@ -21,16 +21,19 @@ namespace host {
 namespace wgmma {
 namespace {
 
-constexpr int kM = 64, kN = 64, kK = 16;
-constexpr int kThreads = 128, kSums = kM * kN / kThreads;
+constexpr int kM = 64, kMostColumns = 128, kK = 16;
+constexpr int kThreads = 128;
 constexpr uint32_t kUnderWay = 0x7f80cafeu;  // a signalling NaN: arithmetic makes it a quiet one
 
 // The sums of products under way, by the place of the first thread's.
 struct Sums {
+  int count;  // a thread's
   float* place[kThreads];
-  float values[kThreads][kSums];
+  float values[kThreads][kMostColumns / 2];
   size_t group;
   Site site;
+
+  size_t bytes() const { return size_t(count) * sizeof(float); }
 };
 
 struct Warpgroup {
@@ -61,7 +64,8 @@ Warpgroup& mine() {
   return group;
 }
 
-// A matrix descriptor (PTX ISA, "Matrix Descriptor Format") of kK inner indices and 64 others.
+// A matrix descriptor (PTX ISA, "Matrix Descriptor Format") of kK inner indices and of others, rows
+// of A or columns of B.
 class Matrix {
  public:
   Matrix(uint64_t bits, bool outer, Site site)
@@ -106,11 +110,12 @@ float value(uint16_t bits, bool is_bfloat16) {
   return is_bfloat16 ? __bfloat162float({bits}) : __half2float({bits});
 }
 
-// Reads a matrix as the warpgroup's engine; use(other, inner, value) with each element.
+// Reads a matrix with so many others as the warpgroup's engine; use(other, inner, value) with each
+// element.
 template<class Use>
-void read(const Matrix& matrix, const char* name, const Product& product,
+void read(const Matrix& matrix, int others, const char* name, const Product& product,
           race_check::EngineAccess* access, Use use) {
-  for (int other = 0; other < 64; ++other) {
+  for (int other = 0; other < others; ++other) {
     for (int inner = 0; inner < kK; ++inner) {
       const int byte = matrix(other, inner);
       if (byte % 16 == 0) {
@@ -128,7 +133,7 @@ void read(const Matrix& matrix, const char* name, const Product& product,
   }
 }
 
-// Where sum i of a thread is in the product's 64 x 64.
+// Where sum i of a thread is among the product's.
 int row_of(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
@@ -138,7 +143,7 @@ int column_of(int thread, int i) {
 
 void check_untouched(const Sums& sums) {
   for (int thread = 0; thread < kThreads; ++thread) {
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < sums.count; ++i) {
       uint32_t bits;
       std::memcpy(&bits, sums.place[thread] + i, 4);
       if (bits == kUnderWay) continue;
@@ -159,9 +164,10 @@ void compute(void* const* lane_data, int) {
   }
   if (!group.fenced) fail("wgmma with no wgmma_fence since the last wgmma_commit", first.site);
   race_check::EngineAccess access(group.engine, my_number() * kThreads, kThreads, first.site);
-  static float a[kM][kK], b[kK][kN], d[kM][kN];
-  read(Matrix(first.b_matrix, first.b_outer, first.site), "wgmma's B", first, &access,
-       [&](int n, int k, float v) { b[k][n] = v; });
+  static float a[kM][kK];
+  static float b[kMostColumns / 32][kK][32], d[kMostColumns / 32][kM][32];
+  read(Matrix(first.b_matrix, first.b_outer, first.site), first.columns, "wgmma's B", first,
+       &access, [&](int n, int k, float v) { b[n / 32][k][n % 32] = v; });
   if (first.a) {
     for (int thread = 0; thread < kThreads; ++thread) {
       for (int i = 0; i < 8; ++i) {
@@ -172,7 +178,7 @@ void compute(void* const* lane_data, int) {
       }
     }
   } else {
-    read(Matrix(first.a_matrix, first.a_outer, first.site), "wgmma's A", first, &access,
+    read(Matrix(first.a_matrix, first.a_outer, first.site), kM, "wgmma's A", first, &access,
          [&](int m, int k, float v) { a[m][k] = v; });
   }
 
@@ -182,27 +188,36 @@ void compute(void* const* lane_data, int) {
   Sums* sums;
   if (known != group.under_way.end()) {
     sums = known->get();
+    if (sums->count != first.columns / 2) {
+      fail("wgmma of more or fewer columns than the one under way at " + to_string(sums->site),
+           first.site);
+    }
     check_untouched(*sums);
   } else {
     group.under_way.push_back(std::make_unique<Sums>());
     sums = group.under_way.back().get();
+    sums->count = first.columns / 2;
     for (int thread = 0; thread < kThreads; ++thread) {
       sums->place[thread] = lane(thread)->sums;
-      std::memcpy(sums->values[thread], lane(thread)->sums, sizeof(sums->values[thread]));
+      std::memcpy(sums->values[thread], lane(thread)->sums, sums->bytes());
     }
   }
   sums->group = group.closed.size();
   sums->site = first.site;
   for (int thread = 0; thread < kThreads; ++thread) {
-    for (int i = 0; i < kSums; ++i) {
-      d[row_of(thread, i)][column_of(thread, i)] =
+    for (int i = 0; i < sums->count; ++i) {
+      const int column = column_of(thread, i);
+      d[column / 32][row_of(thread, i)][column % 32] =
           first.accumulates ? sums->values[thread][i] : 0.f;
     }
   }
-  for (int row = 0; row < kM; ++row) add_products<kK, kN>(d[row], a[row], b);
+  for (int slab = 0; slab < first.columns / 32; ++slab) {
+    for (int row = 0; row < kM; ++row) add_products<kK, 32>(d[slab][row], a[row], b[slab]);
+  }
   for (int thread = 0; thread < kThreads; ++thread) {
-    for (int i = 0; i < kSums; ++i) {
-      sums->values[thread][i] = d[row_of(thread, i)][column_of(thread, i)];
+    for (int i = 0; i < sums->count; ++i) {
+      const int column = column_of(thread, i);
+      sums->values[thread][i] = d[column / 32][row_of(thread, i)][column % 32];
       std::memcpy(sums->place[thread] + i, &kUnderWay, 4);
     }
   }
@@ -230,7 +245,7 @@ void compute_wait(void* const* data, int) {
     if (sums->group >= done) return false;
     check_untouched(*sums);
     for (int thread = 0; thread < kThreads; ++thread) {
-      std::memcpy(sums->place[thread], sums->values[thread], sizeof(sums->values[thread]));
+      std::memcpy(sums->place[thread], sums->values[thread], sums->bytes());
     }
     return true;
   };

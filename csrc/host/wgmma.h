@@ -14,12 +14,10 @@ namespace bertfast {
 namespace host {
 namespace wgmma {
 
-// Whether kernels that can do without shall use it.
-inline bool available = false;
-
-// What a lane passes. `sums` are 32 floats, d[n][i] as matrix.h lays out C; a is null where A is in
-// shared memory. `outer`: rows in shared memory are inner indices.
+// What a lane passes. `sums` are d[n][i] for `columns`, half as many floats, as matrix.h lays out
+// C; a is null where A is in shared memory. `outer`: rows in shared memory are inner indices.
 struct Product {
+  int columns;
   float* sums;
   const unsigned* a;
   uint64_t a_matrix;

@@ -20,6 +20,7 @@
 // Moves, beside the operands (read once for each 128 rows or columns, mostly from the second-level
 // cache), y and u, or u and dv, once each: 4 bytes a value, and 4 / 128 for dbias.
 #include "device/gelu.cuh"
+#include "device/gpu.cuh"
 #include "device/product.cuh"
 #include "device/vec.cuh"
 #include "params.h"
@@ -262,8 +263,10 @@ int linear_gelu_tile_rows() {
   return kLarge;
 }
 
-cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dtype,
-                                       int multiprocessors, Stream stream) {
+cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dtype, Stream stream) {
+  Gpu gpu;
+  const cudaError_t error = current_gpu(&gpu);
+  if (error != cudaSuccess) return error;
   const int64_t tiles = (int64_t(p.rows - 1) / kLarge + 1) * ((p.cols - 1) / kLarge + 1);
   return with_form(dtype, tanh, [&](auto t, auto form) {
     const auto with_tile = [&](auto tile) {
@@ -272,9 +275,9 @@ cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dty
       const auto kernel = linear_gelu_forward_kernel<decltype(t), decltype(form)::value, kTile>;
       return launch(kernel, grid, dim3(kProductThreads), kProductBytes, stream, p);
     };
-    // A multiprocessor without a tile would idle.
-    return tiles < multiprocessors ? with_tile(std::integral_constant<int, kLarge / 2>())
-                                   : with_tile(std::integral_constant<int, kLarge>());
+    // A multiprocessor without a tile would idle. What is written is the same by either.
+    return tiles < gpu.multiprocessors ? with_tile(std::integral_constant<int, kLarge / 2>())
+                                       : with_tile(std::integral_constant<int, kLarge>());
   });
 }
 

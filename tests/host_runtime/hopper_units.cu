@@ -25,23 +25,31 @@ constexpr int kThreads = 128;
 struct ProductParams {
   const uint4* image;         // of shared memory: A, then B, where A's place is
   const unsigned* registers;  // of A, (steps, threads, 4)
-  float* sums;                // (threads, 32)
+  float* sums;                // (threads, columns / 2)
 };
 
 enum class From { kRegisters, kInner, kOuter };
 
-// 64 x 64 sums, over as many inner indices as a row of kRowBytes has values: 64 or 32.
-template<class T, int kRowBytes, From kFrom, Major kB>
+// The image of A or B for so many rows of A or columns of B. Slabs are whole.
+template<int kRowBytes>
+constexpr int image_bytes(int others) {
+  constexpr int kWidth = kRowBytes / 2;
+  return (others + kWidth - 1) / kWidth * kWidth * kRowBytes;
+}
+
+// 64 x kColumns sums, over as many inner indices as a row of kRowBytes has values: 64 or 32.
+template<class T, int kRowBytes, From kFrom, Major kB, int kColumns>
 __global__ void __launch_bounds__(kThreads) product(ProductParams p) {
   constexpr Major kA = kFrom == From::kOuter ? Major::kOuter : Major::kInner;
-  constexpr int kMatrix = 64 * kRowBytes;
-  constexpr int kSlab = kRowBytes == 64 ? 32 * kRowBytes : 0;
+  constexpr int kMatrix = image_bytes<kRowBytes>(64);
+  constexpr int kBytes = kMatrix + image_bytes<kRowBytes>(kColumns);
+  constexpr int kSlab = kRowBytes / 2 * kRowBytes;
   const int thread = int(threadIdx.x);
   const Shared<uint4> shared = shared_memory<uint4>(0);
-  for (int i = thread; i < 2 * kMatrix / 16; i += kThreads) shared.store(i, p.image[i]);
+  for (int i = thread; i < kBytes / 16; i += kThreads) shared.store(i, p.image[i]);
   async_proxy_fence();
   __syncthreads();
-  float d[8][4];
+  float d[kColumns / 8][4];
   unsigned a[kRowBytes / 32][4];
   if constexpr (kFrom == From::kRegisters) {
 #pragma unroll
@@ -65,23 +73,35 @@ __global__ void __launch_bounds__(kThreads) product(ProductParams p) {
   wgmma_commit();
   wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 32; ++i) p.sums[thread * 32 + i] = d[i / 4][i % 4];
+  for (int i = 0; i < kColumns / 2; ++i) p.sums[thread * kColumns / 2 + i] = d[i / 4][i % 4];
 }
 
-template<class T, int kRowBytes>
+template<class T, int kRowBytes, int kColumns>
 cudaError_t launch_product(int from, bool b_outer, const ProductParams& p) {
   void (*kernel)(ProductParams);
   if (from == 0) {
-    kernel = b_outer ? product<T, kRowBytes, From::kRegisters, Major::kOuter>
-                     : product<T, kRowBytes, From::kRegisters, Major::kInner>;
+    kernel = b_outer ? product<T, kRowBytes, From::kRegisters, Major::kOuter, kColumns>
+                     : product<T, kRowBytes, From::kRegisters, Major::kInner, kColumns>;
   } else if (from == 1) {
-    kernel = b_outer ? product<T, kRowBytes, From::kInner, Major::kOuter>
-                     : product<T, kRowBytes, From::kInner, Major::kInner>;
+    kernel = b_outer ? product<T, kRowBytes, From::kInner, Major::kOuter, kColumns>
+                     : product<T, kRowBytes, From::kInner, Major::kInner, kColumns>;
   } else {
-    kernel = b_outer ? product<T, kRowBytes, From::kOuter, Major::kOuter>
-                     : product<T, kRowBytes, From::kOuter, Major::kInner>;
+    kernel = b_outer ? product<T, kRowBytes, From::kOuter, Major::kOuter, kColumns>
+                     : product<T, kRowBytes, From::kOuter, Major::kInner, kColumns>;
   }
-  return launch(kernel, 1, kThreads, 2 * 64 * kRowBytes, nullptr, p);
+  const int bytes = image_bytes<kRowBytes>(64) + image_bytes<kRowBytes>(kColumns);
+  return launch(kernel, 1, kThreads, bytes, nullptr, p);
+}
+
+// All with the columns of a tile of heads; other numbers with one type, as the operands are alike.
+template<int kRowBytes>
+cudaError_t launch_columns(int columns, bool bfloat16, int from, bool b_outer,
+                           const ProductParams& p) {
+  if (!bfloat16) return launch_product<__half, kRowBytes, 64>(from, b_outer, p);
+  if (columns == 32) return launch_product<__nv_bfloat16, kRowBytes, 32>(from, b_outer, p);
+  if (columns == 64) return launch_product<__nv_bfloat16, kRowBytes, 64>(from, b_outer, p);
+  if (columns == 96) return launch_product<__nv_bfloat16, kRowBytes, 96>(from, b_outer, p);
+  return launch_product<__nv_bfloat16, kRowBytes, 128>(from, b_outer, p);
 }
 
 struct CopyParams {
@@ -116,21 +136,18 @@ __global__ void __launch_bounds__(kThreads) copy(const __grid_constant__ CopyPar
 
 }  // namespace
 
-// ROW_BYTES FROM (0 registers, 1 inner, 2 outer) B_OUTER BFLOAT16; in: the image, then the
+// ROW_BYTES COLUMNS FROM (0 registers, 1 inner, 2 outer) B_OUTER BFLOAT16; in: the image, then the
 // registers.
 cudaError_t run_wgmma(const Numbers& numbers, const void* in, void* out) {
-  const int row_bytes = numbers.at(0), from = numbers.at(1);
-  const bool b_outer = numbers.at(2) != 0, bfloat16 = numbers.at(3) != 0;
+  const int row_bytes = numbers.at(0), columns = numbers.at(1), from = numbers.at(2);
+  const bool b_outer = numbers.at(3) != 0, bfloat16 = numbers.at(4) != 0;
   const char* const bytes = static_cast<const char*>(in);
+  const auto image = row_bytes == 128 ? &image_bytes<128> : &image_bytes<64>;
   const ProductParams p{reinterpret_cast<const uint4*>(bytes),
-                        reinterpret_cast<const unsigned*>(bytes + 2 * 64 * row_bytes),
+                        reinterpret_cast<const unsigned*>(bytes + image(64) + image(columns)),
                         static_cast<float*>(out)};
-  if (row_bytes == 128) {
-    return bfloat16 ? launch_product<__nv_bfloat16, 128>(from, b_outer, p)
-                    : launch_product<__half, 128>(from, b_outer, p);
-  }
-  return bfloat16 ? launch_product<__nv_bfloat16, 64>(from, b_outer, p)
-                  : launch_product<__half, 64>(from, b_outer, p);
+  return row_bytes == 128 ? launch_columns<128>(columns, bfloat16, from, b_outer, p)
+                          : launch_columns<64>(columns, bfloat16, from, b_outer, p);
 }
 
 // SIZES BOX FROM_PLACE TO_PLACE (3 each); in: a dense tensor; out: the box's image, then a tensor

@@ -147,11 +147,11 @@ struct Nothing {};
 
 __global__ void nothing(Nothing) {}
 
-// GRID.X Y Z BLOCK.X Y Z SHARED KB [DRY]: what the launch says where a block may have so many KB.
+// GRID.X Y Z BLOCK.X Y Z SHARED CAPABILITY [DRY]: what the launch says on such a GPU.
 Case limits("limits", [](const Arguments& arguments) {
   auto number = [&](size_t i) { return unsigned(std::stoll(arguments.at(i))); };
   dim3 grid(number(0), number(1), number(2)), block(number(3), number(4), number(5));
-  host::set_shared_memory(std::stoi(arguments.at(7)));
+  host::set_gpu(std::stoi(arguments.at(7)), 2);
   host::set_dry_launch(arguments.size() > 8);
   std::puts(cudaGetErrorString(
       launch(nothing, grid, block, std::stoi(arguments.at(6)), nullptr, Nothing{})));

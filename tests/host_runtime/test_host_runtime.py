@@ -331,18 +331,18 @@ LIMITS = [
 
 @pytest.mark.parametrize("grid, block, shared_bytes, message", LIMITS)
 def test_launch_limits(program, grid: tuple, block: tuple, shared_bytes: int, message: str) -> None:
-    assert program.good("limits", *grid, *block, shared_bytes, 227).strip() == message
-    assert program.good("limits", *grid, *block, shared_bytes, 227, "dry").strip() == message
+    assert program.good("limits", *grid, *block, shared_bytes, 100).strip() == message
+    assert program.good("limits", *grid, *block, shared_bytes, 100, "dry").strip() == message
 
 
-@pytest.mark.parametrize("kilobytes", [99, 163, 227])
-def test_shared_memory_of_other_gpus(program, kilobytes: int) -> None:
+@pytest.mark.parametrize("capability, kilobytes", [(80, 163), (89, 99), (90, 227), (120, 99)])
+def test_shared_memory_of_other_gpus(program, capability: int, kilobytes: int) -> None:
     for extra, message in ((0, "no error"), (1, "invalid argument")):
         shared_bytes = kilobytes * 1024 + extra
-        said = program.good("limits", 1, 1, 1, 32, 1, 1, shared_bytes, kilobytes)
+        said = program.good("limits", 1, 1, 1, 32, 1, 1, shared_bytes, capability)
         assert said.strip() == message
-    said = program.fault("limits", 1, 1, 1, 32, 1, 1, 0, kilobytes + 1)
-    assert f"must be 99, 163 or 227 KB, got {kilobytes + 1}" in said
+    said = program.fault("limits", 1, 1, 1, 32, 1, 1, 0, capability + 2)
+    assert "must be of compute capability 80, 86, 89, 90, 100 or 120, with one" in said
 
 
 def test_a_dry_launch_runs_no_block(program) -> None:

@@ -13,7 +13,14 @@ Run = Callable[[str, int, list[int], bytes], bytes]
 THREADS = np.arange(128)
 WARP, G, T = THREADS // 32, THREADS % 32 // 4, THREADS % 4
 REGISTERS, INNER, OUTER = 0, 1, 2  # from where A comes, and how it lies
-WGMMA_CASES = list(itertools.product((128, 64), (REGISTERS, INNER, OUTER), (0, 1), (0, 1)))
+# Bytes of a row, columns, where A comes from, how B lies, and whether in bfloat16.
+WGMMA_CASES = [
+    case
+    for case in itertools.product(
+        (128, 64), (64, 32, 96, 128), (REGISTERS, INNER, OUTER), (0, 1), (1, 0)
+    )
+    if case[1] == 64 or case[4]
+]
 
 
 def swizzled(dense: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -34,11 +41,13 @@ def bits_of(values: np.ndarray, bfloat16: int) -> np.ndarray:
 
 
 def in_shared_memory(matrix: np.ndarray, row_bytes: int, outer: bool) -> bytes:
-    """The image of a matrix of (64, inner indices) 16-bit values."""
+    """The image of a matrix of (rows of A or columns of B, inner indices) 16-bit values, in whole
+    slabs."""
+    width = row_bytes // 2  # slabs of so many others, one after the other
+    matrix = np.pad(matrix, ((0, -len(matrix) % width), (0, 0)))
     if not outer:
         return swizzled(np.ascontiguousarray(matrix).view(np.uint8), row_bytes).tobytes()
-    width = row_bytes // 2  # slabs of so many of the 64, one after the other
-    slabs = [np.ascontiguousarray(matrix[i : i + width].T) for i in range(0, 64, width)]
+    slabs = [np.ascontiguousarray(matrix[i : i + width].T) for i in range(0, len(matrix), width)]
     return swizzled(np.stack(slabs).view(np.uint8), row_bytes).tobytes()
 
 
@@ -55,19 +64,22 @@ def a_registers(a: np.ndarray) -> bytes:
     return b"".join(steps)
 
 
-def check_wgmma(run: Run, row_bytes: int, a_from: int, b_outer: int, bfloat16: int) -> None:
-    """64 x 64 sums of integers, which are exact in any order."""
+def check_wgmma(
+    run: Run, row_bytes: int, columns: int, a_from: int, b_outer: int, bfloat16: int
+) -> None:
+    """64 x columns sums of integers, which are exact in any order."""
     rng = np.random.default_rng(row_bytes + a_from)
     inner = row_bytes // 2
-    a, b = rng.integers(-100, 100, (64, inner)), rng.integers(-100, 100, (64, inner))
+    a, b = (rng.integers(-100, 100, (others, inner)) for others in (64, columns))
     a_bits, b_bits = bits_of(a, bfloat16), bits_of(b, bfloat16)
     data = in_shared_memory(a_bits, row_bytes, a_from == OUTER)
     data += in_shared_memory(b_bits, row_bytes, bool(b_outer))
     data += a_registers(a_bits)
-    out = run("wgmma", 64 * 64 * 4, [row_bytes, a_from, b_outer, bfloat16], data)
-    of_thread = np.frombuffer(out, np.float32).reshape(128, 8, 4)
-    sums = np.full((64, 64), np.nan)
-    for n, i in itertools.product(range(8), range(4)):
+    numbers = [row_bytes, columns, a_from, b_outer, bfloat16]
+    out = run("wgmma", 64 * columns * 4, numbers, data)
+    of_thread = np.frombuffer(out, np.float32).reshape(128, columns // 8, 4)
+    sums = np.full((64, columns), np.nan)
+    for n, i in itertools.product(range(columns // 8), range(4)):
         sums[16 * WARP + G + i // 2 * 8, 8 * n + 2 * T + i % 2] = of_thread[:, n, i]
     np.testing.assert_array_equal(sums, a @ b.T)
 
