@@ -1,4 +1,4 @@
-"""Builds bertfast's two optional modules from the same kernel sources, csrc/kernels/*.cu.
+"""Builds bertfast's two optional modules from the same kernel sources, csrc/kernels/**/*.cu.
 
 `bertfast._cuda` is compiled by nvcc for GPUs, `bertfast._host` by g++ for a CPU (csrc/host stands
 in for CUDA). Neither needs torch. What is built is decided like this, never by a visible GPU:
@@ -33,7 +33,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")  # sm_86's runs on 8.9 too
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 HOW_TO_GET_NVCC = (
     "nvcc was not found in $CUDA_HOME/bin, on PATH or in the default place for the CUDA toolkit; "
@@ -139,7 +139,7 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", *gencode(archs)]
     threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
     verbose = "-Xptxas=-v"  # or it doesn't say that it made wgmma wait
-    commands = {source: [*base, *flags, threads, verbose] for source in sources("kernels/*.cu")}
+    commands = {source: [*base, *flags, threads, verbose] for source in sources("kernels/**/*.cu")}
     bindings = [*base, *common, *binding_flags("_cuda")]
     commands |= {source: bindings for source in sources("bindings/*.cpp")}
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
@@ -170,7 +170,7 @@ def host_recipe(env: Mapping[str, str]) -> Recipe:
     ]
     flags += ["-DBERTFAST_HOST"]
     commands = {source: [*compiler, *flags] for source in sources("host/*.cpp")}
-    commands |= {source: [*compiler, *flags, "-xc++"] for source in sources("kernels/*.cu")}
+    commands |= {source: [*compiler, *flags, "-xc++"] for source in sources("kernels/**/*.cu")}
     bindings = [*compiler, *flags, *binding_flags("_host")]
     commands |= {source: bindings for source in sources("bindings/*.cpp")}
     link = [*compiler, "-shared", *(speed[:1] if sanitize else ["-s"]), "-pthread"]

@@ -89,8 +89,8 @@ def _compile(arch: str, directory: Path) -> list[tuple[Path, str]]:
     if arch.rstrip("af") not in known:
         raise LeftOut(f"bertfast._cuda is not built, and nvcc {version()} can't compile for {arch}")
     cubins = []
-    for source in sorted(SOURCES.glob("kernels/*.cu")):
-        cubin = directory / f"{source.stem}.cubin"
+    for source in sorted(SOURCES.glob("kernels/**/*.cu")):
+        cubin = directory / f"{source.parent.name}_{source.stem}.cubin"
         said: list[str] = []
         flags = [*NVCC_FLAGS, f"-I{SOURCES}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
         run_tool("nvcc", *flags, "-o", str(cubin), str(source), hear=said.append)

@@ -2,17 +2,19 @@
 
 An element is a score: those of a block of queries by keys, which is one turn of the longest loop.
 In the forward and in dq over a plan's tiles that is the loop for sequences' ends and for tiles of
-several sequences, with its shorter steps. A kernel without a loop is counted whole. In the CUDA
-backward a loop's turn has several steps in an inner loop: what is counted is one of them and all
-that runs once a turn, which is more than runs for each.
+several sequences, with its shorter steps. A kernel without a loop is counted whole. The CUDA
+kernels are in aot_cuda.py.
 """
 
 import torch
 
 from ...packing.sequences import Sequences
-from ..aot import CUDA_NAMES, Case, Launch, Work
+from ..aot import Case, Launch, Work
 from ..dropout import NO_DROPOUT, Dropout
 from . import run
+from .aot_cuda import cuda_case
+
+__all__ = ["call_launchers", "cuda_case", "triton_case"]
 
 BATCH, HEADS = 3, 12
 TOKENS = 1000  # of a packed batch; a launch specialises on multiples of 16
@@ -104,57 +106,4 @@ def _triton_work(launch: Launch, pass_: str) -> Work:
         dropout=launch.has("seed_ptr"),
         scales=pass_ == "forward" and not launch.values["SINGLE"],
         wgmma=min(least for least, _ in products) >= 64 and launch.threads >= 128,
-    )
-
-
-_STAGES = 2
-_CUDA_WARPS = 4  # of a block, of 16 rows each
-
-
-def _cuda_keys_at_a_time(kernel: str, head_dim: int) -> tuple[int, int]:
-    """Rows of the streamed side that lie in a stage, and that one turn of the loop works on."""
-    if kernel == "attention_forward_kernel":
-        keys = 64 if head_dim <= 64 else 32
-        return keys, keys
-    if kernel == "attention_backward_dq_kernel":
-        return 64, 32
-    return (64 if head_dim <= 64 else 32), 16
-
-
-def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """The case of a template instance of csrc/kernels/attention_*.cu, if it is one."""
-    names = ("forward", "backward_dq", "backward_dkv")
-    if kernel not in [f"attention_{name}_kernel" for name in names]:
-        return None
-    dtype, head_dim, dropout = arguments[0], int(arguments[1]), arguments[2] == "true"
-    in_stage, at_a_time = _cuda_keys_at_a_time(kernel, head_dim)
-    products = {"forward": 2, "backward_dq": 3, "backward_dkv": 4}[
-        kernel.removeprefix("attention_").removesuffix("_kernel")
-    ]
-    work = Work(
-        *(16 * _CUDA_WARPS, in_stage, head_dim, ((16 * _CUDA_WARPS, head_dim),) * products),
-        streamed=in_stage,
-        dropout=dropout,
-        scales=kernel == "attention_forward_kernel",
-        turns=in_stage // at_a_time,
-        wgmma=kernel == "attention_forward_kernel" and head_dim == 64,
-    )
-    row_bytes = 2 * head_dim
-    shared = _STAGES * 2 * in_stage * row_bytes
-    # Where the tile lies, and of a shared one its keys and what threads know of it. A key mask adds
-    # a bit a key.
-    shared += 64 + 4 * (2 * _CUDA_WARPS + 6) + 8 * 32 * _CUDA_WARPS
-    if kernel == "attention_backward_dkv_kernel":
-        shared += _STAGES * in_stage * 8  # lse and delta
-        shared += 2 * 16 * _CUDA_WARPS * row_bytes if head_dim > 64 else 0
-    return Case(
-        f"D {head_dim}, {16 * _CUDA_WARPS} x {at_a_time}" + ", dropout" * dropout,
-        CUDA_NAMES[dtype],
-        threads=32 * _CUDA_WARPS,
-        elements=16 * at_a_time / 32,
-        loop=True,
-        again=True,
-        scalar_loads=1 if kernel == "attention_backward_dkv_kernel" else 0,  # lse with delta
-        dynamic_shared=shared,
-        work=work,
     )

@@ -1,4 +1,4 @@
-"""attention by csrc/kernels/attention_fwd.cu and attention_bwd.cu, on a GPU or for the host."""
+"""attention by csrc/kernels/attention, on a GPU or for the host."""
 
 from typing import Any
 

@@ -27,6 +27,7 @@
 #include "device/attention/turns.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.cuh"
+#include "kernels/attention/kernels.h"
 
 namespace bertfast {
 namespace {
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
 
 }  // namespace
 
-cudaError_t launch_attention_forward(const AttentionForward& params, DType dtype, Stream stream) {
+cudaError_t launch_forward_tiles(const AttentionForward& params, DType dtype, Stream stream) {
   AttentionForward p = params;
   return with_head_dim(dtype, p.batch.head_dim, [&](auto t, auto dim) {
     using T = decltype(t);

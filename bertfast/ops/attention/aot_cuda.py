@@ -1,0 +1,83 @@
+"""attention's CUDA kernels as `bertfast kernels` labels them: a function for each, by its name.
+
+In the backward a loop's turn has several steps in an inner loop: what is counted is one of them and
+all that runs once a turn, which is more than runs for each.
+"""
+
+from collections.abc import Callable
+
+from ..aot import CUDA_NAMES, Case, Work
+
+STAGES = 2
+WARPS = 4  # of a block, of 16 rows each
+ROWS = 16 * WARPS
+# Where the tile lies, and of a shared one its keys and what threads know of it. A key mask adds a
+# bit a key.
+BESIDE_TILES = 64 + 4 * (2 * WARPS + 6) + 8 * 32 * WARPS
+
+
+def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
+    """The case of a template instance of csrc/kernels/attention, if it is one."""
+    of_kernel = _KERNELS.get(kernel)
+    if of_kernel is None:
+        return None
+    dtype, head_dim, dropout = arguments
+    return of_kernel(CUDA_NAMES[dtype], int(head_dim), dropout == "true")
+
+
+def _forward_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
+    keys = 64 if head_dim <= 64 else 32
+    return _tiles((dtype, head_dim, dropout), 2, keys, keys, scales=True, wgmma=head_dim == 64)
+
+
+def _dq_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _tiles((dtype, head_dim, dropout), 3, 64, 32)
+
+
+def _dkv_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
+    queries = 64 if head_dim <= 64 else 32
+    others = STAGES * queries * 8  # lse and delta
+    others += 2 * ROWS * 2 * head_dim if head_dim > 64 else 0
+    return _tiles((dtype, head_dim, dropout), 4, queries, 16, scalar_loads=1, others=others)
+
+
+def _tiles(
+    form: tuple[str, int, bool],
+    products: int,
+    in_stage: int,
+    at_a_time: int,
+    *,
+    scales: bool = False,
+    wgmma: bool = False,
+    scalar_loads: int = 0,
+    others: int = 0,
+) -> Case:
+    """A kernel in tiles of 64 rows. in_stage: rows of the streamed side that lie in a stage;
+    at_a_time: those that a step works on; others: bytes of shared memory beside the stages."""
+    dtype, head_dim, dropout = form
+    work = Work(
+        *(ROWS, in_stage, head_dim, ((ROWS, head_dim),) * products),
+        streamed=in_stage,
+        dropout=dropout,
+        scales=scales,
+        turns=in_stage // at_a_time,
+        wgmma=wgmma,
+    )
+    return Case(
+        f"D {head_dim}, {ROWS} x {at_a_time}" + ", dropout" * dropout,
+        dtype,
+        threads=32 * WARPS,
+        elements=16 * at_a_time / 32,
+        loop=True,
+        again=True,
+        scalar_loads=scalar_loads,
+        dynamic_shared=STAGES * 2 * in_stage * 2 * head_dim + BESIDE_TILES + others,
+        work=work,
+    )
+
+
+_KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
+    "attention_forward_kernel": _forward_tiles,
+    "attention_backward_dq_kernel": _dq_tiles,
+    "attention_backward_dkv_kernel": _dkv_tiles,
+}

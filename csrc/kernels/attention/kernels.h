@@ -1,0 +1,13 @@
+// The launches of attention's kernels, one for each. launch.cu chooses between them.
+#pragma once
+
+#include "params.h"
+
+namespace bertfast {
+
+// By mma.sync, in tiles of 64 rows, on every GPU and for every call.
+cudaError_t launch_forward_tiles(const AttentionForward&, DType, Stream);
+cudaError_t launch_dq_tiles(const AttentionBackward&, DType, Stream);
+cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
+
+}  // namespace bertfast
