@@ -13,6 +13,7 @@ Q = torch.randn(2, 5, 2, 16)
 NESTED = torch.nested.nested_tensor([Q[0, :2], Q[0]])
 PACKED = torch.randn(10, 2, 16)
 CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+TABLE = torch.ones(6, 8)
 PACKED_CALL = dict(q=PACKED, k=PACKED, v=PACKED, cu_seqlens=CU, max_seqlen=6)
 BAD = [
     (dict(q=[1]), TypeError, "q must be a tensor, got list"),
@@ -71,6 +72,68 @@ BAD = [
         PACKED_CALL | dict(plan=packing.plan(CU, 8)),
         ValueError,
         "plan must be made with max_seqlen 6, got one of 8",
+    ),
+    # what a score is made of
+    (dict(rotary=TABLE), TypeError, "rotary must be (cos, sin), two tensors, got Tensor"),
+    (dict(rotary=(TABLE,)), TypeError, "rotary must be (cos, sin), two tensors, got tuple"),
+    (dict(rotary=(TABLE, None)), TypeError, "rotary's sin must be a tensor, got NoneType"),
+    (
+        dict(rotary=(TABLE, TABLE.half())),
+        TypeError,
+        "rotary's sin must have dtype torch.float32, got torch.float16",
+    ),
+    (
+        dict(rotary=(TABLE[:, :7], TABLE)),
+        ValueError,
+        "rotary's cos must have shape [positions, 8] (half the head dimension), the same for both, "
+        "got [6, 7]",
+    ),
+    (dict(rotary=(TABLE, TABLE[:5])), ValueError, "the same for both, got [5, 8]"),
+    (
+        dict(rotary=(TABLE[:4], TABLE[:4])),
+        ValueError,
+        "rotary's cos must have 5 positions or more, got 4",
+    ),
+    (
+        PACKED_CALL | dict(rotary=(TABLE[:5], TABLE[:5])),
+        ValueError,
+        "rotary's cos must have 6 positions or more, got 5",
+    ),
+    (
+        dict(rotary=(TABLE, TABLE.to("meta"))),
+        ValueError,
+        "rotary's sin must be on cpu (where q is), got meta",
+    ),
+    (
+        dict(rotary=(TABLE, TABLE.clone().requires_grad_())),
+        ValueError,
+        "rotary's sin must not require a gradient: none is computed for it",
+    ),
+    (
+        dict(q=Q[..., :15], k=Q[..., :15], v=Q[..., :15], rotary=(TABLE, TABLE)),
+        ValueError,
+        "q must have an even head dimension with rotary, got [2, 5, 2, 15]",
+    ),
+    (dict(window=64), TypeError, "window must be a tuple or list of ints, got int"),
+    (dict(window=(1,)), ValueError, "window must be (left, right), got 1 ints"),
+    (dict(window=(1, 1.0)), TypeError, "window must be a tuple or list of ints, got one with flo"),
+    (dict(window=(1, -1)), ValueError, "window must have ints of 0 or more, got -1"),
+    (dict(distance_bias=[1]), TypeError, "distance_bias must be a tensor, got list"),
+    (
+        dict(distance_bias=torch.ones(2, 4)),
+        ValueError,
+        "distance_bias must have shape [2, 2 * reach + 1] (heads, distances), got [2, 4]",
+    ),
+    (dict(distance_bias=torch.ones(3, 5)), ValueError, "(heads, distances), got [3, 5]"),
+    (
+        dict(distance_bias=torch.ones(2, 5, dtype=torch.int64)),
+        TypeError,
+        "distance_bias must have dtype float64, float32, float16 or bfloat16, got torch.int64",
+    ),
+    (
+        dict(distance_bias=torch.ones(2, 5, device="meta")),
+        ValueError,
+        "distance_bias must be on cpu (where q is), got meta",
     ),
     # what is no ordinary tensor
     (dict(q=Q.to_sparse()), TypeError, "q must be a dense tensor, got one of layout torch.sparse"),

@@ -19,6 +19,7 @@ import torch
 from ..ops import derivatives
 from ..ops.attention import registered as attention_op
 from ..ops.attention import run as attention
+from ..ops.attention.scores import Scores
 from ..ops.derivatives import Context
 from ..ops.dropout import Dropout
 from ..ops.layer_norm import registered as layer_norm_op
@@ -87,7 +88,12 @@ def _forward(
 
     # 2. attention
     context, lse = attention.forward(
-        qkv, call.sequences, call.scale, call.attention_dropout, call.attention_backend, save
+        qkv,
+        call.sequences,
+        Scores(call.scale),
+        call.attention_dropout,
+        call.attention_backend,
+        save,
     )
 
     # 3. the output's product, and what follows it
@@ -177,8 +183,8 @@ class _AttentionBlock(torch.autograd.Function):
             del da
 
             # 3. attention
-            dqkv = attention_backward(
-                *(dcontext, qkv, attention.Saved(context, lse), call.sequences, call.scale),
+            dqkv, _ = attention_backward(
+                *(dcontext, qkv, attention.Saved(context, lse), call.sequences, Scores(call.scale)),
                 *(call.attention_dropout, call.attention_backend),
             )
             del qkv, context, lse, dcontext

@@ -1,6 +1,7 @@
 """The fused ops: the same function on every backend, differentiable, with the same numbers."""
 
 from .attention import attention, attention_qkv
+from .attention.scores import bucket_bias
 from .bias_gelu import bias_gelu
 from .cross_entropy import linear_cross_entropy
 from .dispatch import available
@@ -14,6 +15,7 @@ __all__ = [
     "attention_qkv",
     "available",
     "bias_gelu",
+    "bucket_bias",
     "dropout_keep_mask",
     "gated",
     "layer_norm",

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import packing
 from ..ops import attention, attention_qkv, dropout
+from . import positions
 from .budget import UNIT_ROUNDOFF
 
 NAMES = ("q", "k", "v")
+GRADIENTS = ("dq", "dk", "dv", "dbias")
 LOG2E = math.log2(math.e)
 
 
@@ -35,6 +37,9 @@ class Case:
     values: str = "normal"
     top: float = 0.0  # in size
     layout: str = "one buffer"  # or "apart", "heads first"
+    rotary: bool = False
+    window: tuple[int, int] | None = None
+    reach: int | None = None  # of a bias by distance
 
     def __str__(self) -> str:
         words = ["+".join(map(str, self.lengths)), f"H{self.heads}", f"D{self.head_dim}"]
@@ -43,6 +48,9 @@ class Case:
         words += [f"p={self.p}"] if self.p else []
         words += [f"scale={self.scale}"] if self.scale is not None else []
         words += [f"scores={self.top:g}"] if self.top else []
+        words += ["rotary"] if self.rotary else []
+        words += ["window={}+{}".format(*self.window)] if self.window else []
+        words += [f"bias={self.reach}"] if self.reach is not None else []
         words += [w for w in (self.values, self.layout) if w not in ("normal", "one buffer")]
         return "-".join(words).replace(" ", "-")
 
@@ -122,6 +130,26 @@ def cases() -> list[Case]:
     return lengths + long + head_dims + masks + packed + dropouts + values + layouts
 
 
+def cases_by_position() -> list[Case]:
+    """Rotary positions, windows and biases by distance, alone and together."""
+    return [
+        Case((70, 40), heads=2, head_dim=16, rotary=True, layout="apart"),
+        Case((40, 150), mask="left", rotary=True, p=0.1),
+        Case((150,), head_dim=64, window=(40, 9)),
+        Case((70, 150), mask="holes", window=(1, 0), p=0.2),
+        Case((70, 150), mask="left", window=(64, 64), p=0.2),
+        Case((300,), window=(64, 64), rotary=True),
+        Case((70,), heads=2, reach=20, p=0.1),
+        Case((150, 60), heads=2, mask="right", reach=149),
+        Case((40, 70), mask="all", reach=3, window=(20, 30)),
+        Case((17, 0, 200, 9, 50), heads=2, packed=True, reach=30, rotary=True),
+        Case((17, 0, 40, 200, 3), packed=True, plan=True, rotary=True, window=(30, 30), p=0.1),
+        Case((17, 30, 9, 130), heads=2, packed=True, plan=True, reach=12, p=0.1),
+        Case((20, 9, 14, 3), packed=True, plan=True, rotary=True, reach=40, window=(5, 8)),
+        Case((140,), scale=-0.1, reach=0, head_dim=128, rotary=True),
+    ]
+
+
 def _key_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     if case.mask == "none":
         return None
@@ -165,6 +193,9 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     elif case.layout == "heads first":
         q, k, v = (t.transpose(-2, -3).contiguous().transpose(-2, -3) for t in (q, k, v))
+    bias = None
+    if case.reach is not None:
+        bias = torch.randn((case.heads, 2 * case.reach + 1), generator=generator).to(dtype)
     cu_seqlens = None
     if case.packed:
         cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
@@ -181,6 +212,9 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         "seed": torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator),
         "site": 3,
         "scale": case.scale,
+        "rotary": positions.tables(max(case.lengths), case.head_dim) if case.rotary else None,
+        "window": case.window,
+        "distance_bias": bias,
     }
 
 
@@ -201,15 +235,26 @@ def options(inputs: dict, device: str = "cpu") -> dict:
         "seed": inputs["seed"].to(device),
         "site": inputs["site"],
         "scale": inputs["scale"],
+        "rotary": inputs["rotary"] and tuple(table.to(device) for table in inputs["rotary"]),
+        "window": inputs["window"],
     }
+
+
+def _bias(inputs: dict, device: str, dtype: torch.dtype | None) -> list[Tensor]:
+    """The bias by distance, a leaf, if there is one."""
+    bias = inputs["distance_bias"]
+    return [] if bias is None else [bias.to(device, dtype).detach().requires_grad_()]
 
 
 def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | None = None) -> dict:
     """Output and gradients by a backend. dtype=torch.float64 with "torch" is the oracle."""
     leaves = [inputs[name].to(device, dtype).detach().requires_grad_() for name in NAMES]
-    out = attention(*leaves, **options(inputs, device), backend=backend)
+    bias = _bias(inputs, device, dtype)
+    more = options(inputs, device) | {"distance_bias": bias[0] if bias else None}
+    out = attention(*leaves, **more, backend=backend)
+    leaves += bias
     grads = torch.autograd.grad(out, leaves, inputs["dout"].to(device, dtype))
-    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    return {"out": out.detach()} | dict(zip(GRADIENTS, grads, strict=False))
 
 
 def run_qkv(
@@ -217,9 +262,12 @@ def run_qkv(
 ) -> dict:
     """The same by attention_qkv, its gradient taken apart."""
     buffer = torch.stack([inputs[name].to(device, dtype) for name in NAMES], -3).requires_grad_()
-    out = attention_qkv(buffer, **options(inputs, device), backend=backend)
-    (grad,) = torch.autograd.grad(out, buffer, inputs["dout"].to(device, dtype))
-    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grad.unbind(-3), strict=True))
+    bias = _bias(inputs, device, dtype)
+    more = options(inputs, device) | {"distance_bias": bias[0] if bias else None}
+    out = attention_qkv(buffer, **more, backend=backend)
+    leaves = [buffer, *bias]
+    grad, *rest = torch.autograd.grad(out, leaves, inputs["dout"].to(device, dtype))
+    return {"out": out.detach()} | dict(zip(GRADIENTS, (*grad.unbind(-3), *rest), strict=False))
 
 
 def oracle(inputs: dict) -> dict:
@@ -229,7 +277,9 @@ def oracle(inputs: dict) -> dict:
 def _padded(
     inputs: dict, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v, dout as (B, H, S, D), masked keys zeroed; the mask of keys; the dropout's factor."""
+    """q, k, v, dout as (B, H, S, D), masked keys zeroed; the mask of scores; the dropout's factor.
+
+    q and k are not rotated yet."""
     tensors = [inputs[name].to(dtype) for name in (*NAMES, "dout")]
     cu, mask = inputs["cu_seqlens"], inputs["key_mask"]
     if cu is not None:
@@ -250,7 +300,8 @@ def _padded(
         start = mask.int().argmax(1)
         keep = dropout.attention_keep_mask(inputs["seed"], inputs["site"], shape, threshold, start)
         factor = keep.to(dtype) * dropout.keep_scale(threshold)
-    return q, k, v, dout, mask[:, None, None, :], factor
+    inside = positions.in_window(q.shape[2], inputs["window"])
+    return q, k, v, dout, mask[:, None, None, :] & inside, factor
 
 
 def _pad(sequence: torch.Tensor, length: int) -> torch.Tensor:
@@ -272,12 +323,20 @@ def _scale(inputs: dict) -> float:
     return 1 / math.sqrt(inputs["q"].shape[-1]) if scale is None else scale
 
 
+def _scores(inputs: dict, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, S, S) of rotated q and k."""
+    scores = q @ k.transpose(-1, -2) * _scale(inputs)
+    scores = scores + positions.bias_of(inputs["distance_bias"], q.shape[2], q.dtype)
+    return scores.masked_fill(~mask, -torch.inf)
+
+
 def rounding_model(
     inputs: dict,
     statistics: Callable[[Tensor], Tensor] = lambda t: t,
     operand: Callable[[Tensor], Tensor] | None = None,
 ) -> dict:
-    """float32 arithmetic, rounded where the algorithm must: p, ds, lse and out, and the gradients.
+    """float32 arithmetic, rounded where the algorithm must: rotated q and k, p, ds, lse and out,
+    and the gradients.
 
     statistics (of the scores) and operand are the places where tests plant a precision fault.
     """
@@ -288,7 +347,10 @@ def rounding_model(
 
     operand = operand or rounded
     q, k, v, dout, mask, factor = _padded(inputs, torch.float32)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    rotary, bias = inputs["rotary"], inputs["distance_bias"]
+    if rotary:  # which rounds q and k once more
+        q, k = (rounded(positions.rotated(x, rotary)) for x in (q, k))
+    scores = _scores(inputs, q, k, mask)
     highest = statistics(scores.amax(-1, keepdim=True))
     highest = torch.where(highest == -torch.inf, 0.0, highest)
     weights = torch.exp(scores - highest)
@@ -304,9 +366,15 @@ def rounding_model(
     dp = dout @ v.transpose(-1, -2)
     dp = dp if factor is None else dp * factor
     delta = (dout * rounded(out)).sum(-1, keepdim=True)
-    ds = operand(p * (dp - delta))
+    exact = p * (dp - delta)
+    ds = operand(exact)
     found = {"out": out, "dq": ds @ k * scale, "dk": ds.transpose(-1, -2) @ q * scale, "dv": dv}
-    return {name: _packed_again(inputs, tensor).to(dtype) for name, tensor in found.items()}
+    for name in ("dq", "dk"):
+        found[name] = positions.rotated(found[name], rotary, back=True)
+    found = {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
+    if bias is not None:
+        found["dbias"] = positions.by_distance(exact, bias)
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
 def scales(inputs: dict) -> dict:
@@ -318,7 +386,9 @@ def scales(inputs: dict) -> dict:
     """
     scale = abs(_scale(inputs))
     q, k, v, dout, mask, factor = _padded(inputs, torch.float64)
-    scores = (q @ k.transpose(-1, -2) * _scale(inputs)).masked_fill(~mask, -torch.inf)
+    rotary, bias = inputs["rotary"], inputs["distance_bias"]
+    q, k = (positions.rotated(x, rotary) for x in (q, k))
+    scores = _scores(inputs, q, k, mask)
     p = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
     dp = dout @ v.transpose(-1, -2)
     dp = dp if factor is None else dp * factor
@@ -343,23 +413,33 @@ def scales(inputs: dict) -> dict:
     wide = plain * excess
     found["dq"] += (sizes * excess) @ k.abs() * scale
     found["dk"] += (sizes * excess).transpose(-1, -2) @ q.abs() * scale
+    for name in ("dq", "dk"):  # rotated back, which cancels once more
+        found[name] = positions.sizes_back(found[name], rotary)
     found["dv"] = (plain.transpose(-1, -2) @ dout).abs() + wide.transpose(-1, -2) @ dout.abs()
     # In the forward the sum that divides has the same errors: of p what remains is at most twice
     # the error times 1 - p, which is zero where one key has all. And out lies between values.
     alone = torch.minimum(2 * (1 - p) * plain * excess, plain / u)
     found["out"] = (plain @ v).abs() + alone @ v.abs()
-    return {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
+    found = {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
+    if bias is not None:  # a sum of ds over all scores of a distance
+        found["dbias"] = positions.by_distance(sizes * (1 + excess), bias)
+    return found
 
 
 def plain_torch(inputs: dict) -> dict:
     """Results of stock torch in this dtype: one op after the other, each rounding."""
     q, k, v, dout, mask, factor = _padded(inputs, inputs["q"].dtype)
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    q, k, v = leaves
-    scores = (q @ k.transpose(-1, -2) * _scale(inputs)).masked_fill(~mask, -torch.inf)
+    bias = _bias(inputs, "cpu", None)
+    q, k = (positions.rotated(x, inputs["rotary"]) for x in leaves[:2])
+    v, leaves = leaves[2], [*leaves, *bias]
+    scores = _scores(inputs | {"distance_bias": bias[0] if bias else None}, q, k, mask)
     p = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1)
     p = p * mask.any(-1, keepdim=True)
     out = (p if factor is None else p * factor) @ v
     found = (out.detach(), *torch.autograd.grad(out, leaves, dout))
-    names = ("out", "dq", "dk", "dv")
-    return {n: _packed_again(inputs, t) for n, t in zip(names, found, strict=True)}
+    names = ("out", *GRADIENTS)
+    return {
+        n: t if n == "dbias" else _packed_again(inputs, t)
+        for n, t in zip(names, found, strict=False)
+    }

@@ -16,6 +16,7 @@ from triton import knobs
 from bertfast.nn import Encoder
 from bertfast.ops import bias_gelu, layer_norm
 from bertfast.ops.attention import run as attention
+from bertfast.ops.attention.scores import Scores
 from bertfast.ops.cross_entropy import triton as loss
 from bertfast.ops.dropout import NO_DROPOUT, Dropout
 from bertfast.ops.linear import run as linear
@@ -132,8 +133,10 @@ def calls() -> None:
             for length in (1, 8):
                 for drop in (NO_DROPOUT, Dropout(seed, 100, 1, 2, None)):
                     qkv = heads[:size, :length]
-                    saved = attention.forward(qkv, Sequences(), 1, drop, "triton", True)
-                    attention.backward(saved.out, qkv, saved, Sequences(), 0.5, drop, "triton")
+                    saved = attention.forward(qkv, Sequences(), Scores(1), drop, "triton", True)
+                    attention.backward(
+                        saved.out, qkv, saved, Sequences(), Scores(0.5), drop, "triton"
+                    )
 
 
 def by_triton(self, grid, pointers, strides, numbers, constants, num_warps=4):

@@ -4,7 +4,6 @@ Both are one computation; attention_qkv reads q, k and v in place in one buffer 
 gradients into one. The registered ops are in registered.py.
 """
 
-import math
 import operator
 
 import torch
@@ -13,6 +12,7 @@ from ... import checks, packing, tracing
 from .. import dispatch, dropout
 from ..registration import any_requires_grad, distinct
 from . import check, limits, reference, registered
+from .scores import Scores
 
 __all__ = ["attention", "attention_qkv"]
 
@@ -30,6 +30,9 @@ def attention(
     seed: torch.Tensor | None = None,
     site: int = 0,
     scale: float | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    window: tuple[int, int] | None = None,
+    distance_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """dropout(softmax(scale * q k^T)) v for each head of each sequence; scale 1/sqrt(head_dim).
@@ -48,6 +51,16 @@ def attention(
     tensor with one element on q's device, drawn from torch's generator if it is None. The caller
     decides about training: dropout_p = 0 means none.
 
+    Where a query and a key lie may count. A position is that in its sequence, or in a padded row.
+    rotary, (cos, sin), float32 (positions, head_dim / 2) each, rotates q and k first: the halves of
+    a head, x1 and x2, become x1 cos - x2 sin and x2 cos + x1 sin, in float32, rounded once. No
+    gradient is computed for the tables.
+    window, (left, right): a query sees the keys from `left` before it to `right` behind it.
+    distance_bias, (heads, 2 * reach + 1), of finite numbers, is added to scale * q k^T, and has a
+    gradient: the bias of a distance, key - query, is at distance + reach; greater distances have
+    the first one or the last. T5's buckets become one by `bucket_bias`; ALiBi's is slope *
+    -abs(distance).
+
     backend: "auto", "torch", "triton" or "cuda"; an explicit one that can't run here raises
     ValueError.
     """
@@ -55,10 +68,12 @@ def attention(
     cast = tracing.autocast(q)
     check.check_qkv(q, k, v, q.dtype if cast is None else None)
     check.check_layout("q", q, q.shape[:-2], key_mask, cu_seqlens, max_seqlen, plan)
-    scale = _check_scalars("q", q, dropout_p, seed, site, scale)
+    _check_dropout("q", q, dropout_p, seed, site)
+    longest = q.shape[1] if max_seqlen is None else max_seqlen
+    scores = check.check_scores("q", q, longest, scale, rotary, window, distance_bias)
     layout = (key_mask, cu_seqlens, max_seqlen)
     requested = backend
-    backend = _choose("attention", backend, q, cast or q.dtype, *layout)
+    backend = _choose("attention", backend, q, cast or q.dtype, *layout, scores.features)
 
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
@@ -68,10 +83,10 @@ def attention(
         drop = dropout.dropout_of(dropout_p, seed, site, q.device)
     if backend == "torch" or tracing.only_reference():
         sequences = packing.sequences_of(*layout, plan, q.shape[0])
-        return reference.forward(q, k, v, sequences, scale, drop)
-    rest = _flat(*layout, plan, drop, scale, backend)
-    plain = tracing.plain_call(q, k, v, *rest[:3], drop.seed)
-    if any_requires_grad(q, k, v):
+        return reference.forward(q, k, v, sequences, scores, drop)
+    rest = _flat(*layout, plan, drop, scores, backend)
+    plain = tracing.plain_call(q, k, v, *rest[:3], drop.seed, *scores[1:4])
+    if any_requires_grad(q, k, v, scores.bias):
         if plain:
             return registered.apply_plain(q, k, v, *rest, plain)
         return registered.Attention.apply(*distinct((q, k, v)), *rest, plain)
@@ -89,6 +104,9 @@ def attention_qkv(
     seed: torch.Tensor | None = None,
     site: int = 0,
     scale: float | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    window: tuple[int, int] | None = None,
+    distance_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """attention of the three parts of one buffer, which are read in place.
@@ -98,11 +116,13 @@ def attention_qkv(
     """
     check.check_one_buffer(qkv)
     check.check_layout("qkv", qkv, qkv.shape[:-3], key_mask, cu_seqlens, max_seqlen, plan)
-    scale = _check_scalars("qkv", qkv, dropout_p, seed, site, scale)
+    _check_dropout("qkv", qkv, dropout_p, seed, site)
+    longest = qkv.shape[1] if max_seqlen is None else max_seqlen
+    scores = check.check_scores("qkv", qkv, longest, scale, rotary, window, distance_bias)
     cast = tracing.autocast(qkv)
     layout = (key_mask, cu_seqlens, max_seqlen)
     requested = backend
-    backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout)
+    backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout, scores.features)
 
     if cast is not None:
         qkv = qkv.to(cast)
@@ -113,10 +133,10 @@ def attention_qkv(
     if backend == "torch" or tracing.only_reference():
         sequences = packing.sequences_of(*layout, plan, qkv.shape[0])
         q, k, v = qkv.unbind(-3)
-        return reference.forward(q, k, v, sequences, scale, drop)
-    rest = _flat(*layout, plan, drop, scale, backend)
-    plain = tracing.plain_call(qkv, *rest[:3], drop.seed)
-    if any_requires_grad(qkv):
+        return reference.forward(q, k, v, sequences, scores, drop)
+    rest = _flat(*layout, plan, drop, scores, backend)
+    plain = tracing.plain_call(qkv, *rest[:3], drop.seed, *scores[1:4])
+    if any_requires_grad(qkv, scores.bias):
         apply = registered.apply_qkv_plain if plain else registered.AttentionQKV.apply
         return apply(qkv, *rest, plain)
     return registered.infer_qkv.call(plain)(qkv, *rest)
@@ -128,31 +148,21 @@ def _flat(
     max_seqlen: int | None,
     plan: "packing.Plan | None",
     drop: dropout.Dropout,
-    scale: float,
+    scores: Scores,
     backend: str,
 ) -> tuple:
     """The arguments of a registered op after q, k and v, one by one."""
     tiles, tile = (None, 0) if plan is None else (plan.tiles, plan.tile)
     layout = (key_mask, cu_seqlens, tiles, tile, drop.seed, max_seqlen or 0)
-    return (*layout, scale, drop.threshold, drop.site, backend)
+    return (*layout, scores.scale, drop.threshold, drop.site, backend, *scores.parts)
 
 
-def _check_scalars(
-    name: str,
-    x: torch.Tensor,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    site: int,
-    scale: float | None,
-) -> float:
-    """The scale."""
+def _check_dropout(
+    name: str, x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, site: int
+) -> None:
     checks.check_dropout(dropout_p, site)
     if seed is not None:
         checks.check_seed(seed, x.device, like=name)
-    if scale is None:
-        return 1.0 / math.sqrt(operator.index(x.shape[-1]))
-    checks.check_number("scale", scale)
-    return float(scale)
 
 
 def _choose(
@@ -163,15 +173,16 @@ def _choose(
     key_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
+    features: tuple[str, ...],
 ) -> str:
     # Under torch.compile(dynamic=True) too, the head dimension is a constant.
     case = (x.device, dtype, operator.index(x.shape[-1]))
     if tracing.is_compiling():  # a size that is looked at is a size that can't change
-        return dispatch.choose(op, backend, *case)
+        return dispatch.choose(op, backend, *case, *((None, features) if features else ()))
     sequences, length = x.shape[:2]
     longest = length
     if cu_seqlens is not None:
         sequences, longest = 1, max_seqlen or 0
         length = limits.packed_length(x.shape[0], cu_seqlens.shape[0] - 1)
     size = limits.size_of(sequences, x.shape[-2], length, key_mask is not None, longest)
-    return dispatch.choose(op, backend, *case, size)
+    return dispatch.choose(op, backend, *case, size, *((features,) if features else ()))

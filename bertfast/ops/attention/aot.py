@@ -13,6 +13,7 @@ from ..aot import Case, Launch, Work
 from ..dropout import NO_DROPOUT, Dropout
 from . import run
 from .aot_cuda import cuda_case
+from .scores import Scores
 
 __all__ = ["call_launchers", "cuda_case", "triton_case"]
 
@@ -64,11 +65,11 @@ def call(
     heads = torch.empty(*tokens, 3, HEADS, head_dim, dtype=dtype)
     drop = Dropout(torch.empty(1, dtype=torch.int64), 6554, 1.1, 3, None) if dropout else NO_DROPOUT
     if forward:
-        run.forward(heads, sequences, 0.125, drop, "triton", True)
+        run.forward(heads, sequences, Scores(0.125), drop, "triton", True)
     if backward:
         saved = run.new_saved(heads, layout != "masked", True)
         dout = torch.empty_like(saved.out)
-        run.backward(dout, heads, saved, sequences, 0.125, drop, "triton")
+        run.backward(dout, heads, saved, sequences, Scores(0.125), drop, "triton")
 
 
 def triton_case(launch: Launch) -> Case | None:

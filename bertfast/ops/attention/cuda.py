@@ -10,6 +10,7 @@ from .. import native
 from ..dropout import Dropout
 from . import limits
 from .run import AnyHeads, Heads, Saved, parts
+from .scores import Scores
 
 _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
@@ -19,27 +20,28 @@ def unsupported_reason(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     size: limits.Size | None = None,
+    features: tuple[str, ...] = (),
 ) -> str | None:
     reason = native.unsupported_reason(device)
-    return reason or limits.unsupported_reason("cuda", dtype, head_dim, size)
+    return reason or limits.unsupported_reason("cuda", dtype, head_dim, size, features)
 
 
 def forward(
     heads: AnyHeads,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
     """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
     module = native.module_for(out)
-    if module.attention_forward(heads, sequences, scale, dropout, out, lse):
+    if module.attention_forward(heads, sequences, scores.scale, dropout, out, lse):
         return
     copies = _Copies(module)
     heads = Heads(*map(copies.read, parts(heads)))
     written = copies.write(out)
-    done = module.attention_forward(heads, sequences, scale, dropout, written, lse)
+    done = module.attention_forward(heads, sequences, scores.scale, dropout, written, lse)
     copies.give_back(done)
 
 
@@ -48,18 +50,19 @@ def backward(
     heads: AnyHeads,
     saved: Saved,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     grads: AnyHeads,
+    bias_grad: torch.Tensor | None,
 ) -> None:
-    """Fills the gradients."""
+    """Fills the gradients. bias_grad: of a bias, which these kernels don't take yet."""
     out, lse = saved
     if lse is None:
         raise AssertionError("the forward saved no lse for this backward")
     module = native.module_for(out)
     # lse and delta of each row, from the first kernel to the second.
     statistics = lse.new_empty((*lse.shape, 2))
-    rest = (sequences, scale, dropout)
+    rest = (sequences, scores.scale, dropout)
     if module.attention_backward(dout, heads, saved, *rest, grads, statistics):
         return
     copies = _Copies(module)

@@ -9,6 +9,8 @@ DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
 }
+# What the kernels can do to scores, by the names of the public functions' arguments.
+FEATURES: dict[str, tuple[str, ...]] = {"triton": (), "cuda": ()}
 _WRONG_DTYPE = {
     "triton": "q must be float32, float16 or bfloat16, got {}",
     "cuda": "its tensor-core kernels take float16 and bfloat16, got {}",
@@ -46,12 +48,20 @@ def packed_length(tokens: int, sequences: int) -> int:
 
 
 def unsupported_reason(
-    backend: str, dtype: torch.dtype | None, head_dim: int | None, size: Size | None
+    backend: str,
+    dtype: torch.dtype | None,
+    head_dim: int | None,
+    size: Size | None,
+    features: tuple[str, ...] = (),
 ) -> str | None:
+    """features: of scores, those that are asked for."""
     if dtype is not None and dtype not in DTYPES[backend]:
         return _WRONG_DTYPE[backend].format(dtype)
     if head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"the head dimension must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
+    missing = [name for name in features if name not in FEATURES[backend]]
+    if missing:
+        return f"its kernels don't have {' and '.join(missing)} yet"
     if size is None or isinstance(size, int):
         return None
     sequences, heads, length, masked = size

@@ -1,13 +1,13 @@
-"""out = dropout(softmax(scale * q k^T)) v over each sequence's attended keys, in torch.
+"""out = dropout(softmax(scores)) v over each sequence's attended keys, in torch.
 
 Runs in float32 for 16-bit inputs and rounds once, at the output; float64 stays float64, which makes
 it the oracle of every test. On a CPU it is also what `backend="auto"` runs: without dropout through
 torch's fused attention, which stores no probabilities; a packed batch sequence by sequence,
-neighbours of one length in one call.
+neighbours of one length in one call; with a window or a bias some queries at a time, so that no
+mask of all queries by all keys is made.
 
 Masked keys and values are zeroed first, so nothing that lies there gets out, NaN neither; so are
-the queries of a row without any key: it attends to zeros only and is zero itself, as are its
-gradients.
+queries without any key: they attend to zeros only and are zero themselves, as are their gradients.
 """
 
 import torch
@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from ... import packing, tracing
 from .. import dropout
 from ..dropout import Dropout
+from .scores import Block, Scores, bias_matrix, blocks, rotated, seen, sees_any
+
+_STEP = 256  # queries at a time, with a window or a bias
 
 
 def forward(
@@ -23,7 +26,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     sequences: packing.Sequences,
-    scale: float,
+    scores: Scores,
     drop: Dropout,
 ) -> torch.Tensor:
     """Padded (B, S, H, D) or packed (T, H, D)."""
@@ -32,14 +35,16 @@ def forward(
     compute = dtype if dtype == torch.float64 else torch.float32
     q, k, v = (tensor.to(compute) for tensor in (q, k, v))
     if cu_seqlens is None:
-        out = _padded(q, k, v, key_mask, scale, drop)
+        out = _padded(q, k, v, key_mask, scores, drop)
     elif cu_seqlens.device.type != "cpu" or tracing.is_compiling():
-        out = _through_padding(q, k, v, cu_seqlens, max_seqlen, scale, drop)
+        out = _through_padding(q, k, v, cu_seqlens, max_seqlen, scores, drop)
     else:
         runs = sequences.runs
         if runs is None:
             runs = packing.equal_runs(cu_seqlens.tolist())
-        out = _by_runs(q, k, v, runs, scale, drop)
+        out = _by_runs(q, k, v, runs, scores, drop)
+    if q.numel() == 0 and scores.bias is not None:
+        out = out + 0.0 * scores.bias.sum()  # a gradient of zeros
     return out.to(dtype)
 
 
@@ -48,39 +53,80 @@ def _padded(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
-    scale: float,
+    scores: Scores,
     drop: Dropout,
     sequence: int = 0,
 ) -> torch.Tensor:
     """sequence: the number of the first one, for dropout."""
     if q.numel() == 0:
         return q * 1.0 + 0.0 * (k + v)
-    mask = None
+    any_key = None
     if key_mask is not None:
-        any_key = key_mask.any(1, keepdim=True)
+        if scores.windowed:
+            any_key = sees_any(key_mask, scores)
+        else:
+            any_key = key_mask.any(1, keepdim=True)
         q = q.masked_fill(~any_key[:, :, None, None], 0.0)
         k = k.masked_fill(~key_mask[:, :, None, None], 0.0)
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
-        mask = (key_mask | ~any_key)[:, None, None, :]
+    if scores.cos is not None and scores.sin is not None:
+        q, k = (rotated(x, scores.cos, scores.sin) for x in (q, k))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    length = q.shape[2]
+    whole = Block(0, length, 0, length)
     if drop.seed is None and not tracing.only_reference():  # without dropout, or torch draws
         p = drop.threshold / 65536
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=scale)
-        return out.transpose(1, 2)
-    scores = q @ k.transpose(-1, -2) * scale
+        in_parts = scores.windowed or scores.bias is not None
+        in_parts = in_parts and not tracing.is_compiling()
+        at_a_time = blocks(length, _STEP, scores) if in_parts else [whole]
+        outs = []
+        for block, some in zip(at_a_time, q.split(_STEP if in_parts else length, 2), strict=True):
+            keys, values = (x[:, :, block.start : block.end] for x in (k, v))
+            mask = _mask(key_mask, any_key, scores, block, q)
+            outs.append(
+                F.scaled_dot_product_attention(
+                    *(some, keys, values, mask), dropout_p=p, scale=scores.scale
+                )
+            )
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)
+    found = q @ k.transpose(-1, -2) * scores.scale
+    mask = _mask(key_mask, any_key, scores, whole, q)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    probabilities = scores.softmax(-1)
+        found = found + mask if scores.bias is not None else found.masked_fill(~mask, -torch.inf)
+    probabilities = found.softmax(-1)
     if drop.threshold and drop.seed is None:
         probabilities = F.dropout(probabilities, drop.threshold / 65536)
     elif drop.threshold and drop.seed is not None:
         # The mask counts from a sequence's first token, wherever that lies in the padded row.
         start = None if key_mask is None else key_mask.int().argmax(1)
         keep = dropout.attention_keep_mask(
-            drop.seed, drop.site, scores.shape, drop.threshold, start, sequence
+            drop.seed, drop.site, found.shape, drop.threshold, start, sequence
         )
         probabilities = torch.where(keep, probabilities * drop.scale, 0.0)
     return (probabilities @ v).transpose(1, 2)
+
+
+def _mask(
+    key_mask: torch.Tensor | None,
+    any_key: torch.Tensor | None,
+    scores: Scores,
+    block: Block,
+    q: torch.Tensor,
+) -> torch.Tensor | None:
+    """The keys that a block's queries see, as booleans, or where there is a bias as what is added
+    to their scores. any_key: (B, S or 1), the queries that see one; others see all zeros around
+    them."""
+    mask = None
+    if scores.windowed:
+        mask = seen(block, scores, q.device)
+    if key_mask is not None and any_key is not None:
+        own = any_key[:, block.first : block.last] if any_key.shape[1] > 1 else any_key
+        keys = key_mask[:, None, None, block.start : block.end] | ~own[:, None, :, None]
+        mask = keys if mask is None else keys & mask
+    if scores.bias is None:
+        return mask
+    bias = bias_matrix(scores.bias, block).to(q.dtype)[None]
+    return bias if mask is None else torch.where(mask, bias, -torch.inf)
 
 
 def _by_runs(
@@ -88,7 +134,7 @@ def _by_runs(
     k: torch.Tensor,
     v: torch.Tensor,
     runs: "tuple[packing.Run, ...]",
-    scale: float,
+    scores: Scores,
     drop: Dropout,
 ) -> torch.Tensor:
     """Sequences of one length that are neighbours are one padded batch without padding."""
@@ -99,7 +145,7 @@ def _by_runs(
     for run, part in zip(runs, parts, strict=True):
         shape = (run.count, run.length)
         q_run, k_run, v_run = (tensor.unflatten(0, shape) for tensor in part)
-        out = _padded(q_run, k_run, v_run, None, scale, drop, run.sequence)
+        out = _padded(q_run, k_run, v_run, None, scores, drop, run.sequence)
         outs.append(out.flatten(0, 1))
     if not outs:
         return q * 1.0 + 0.0 * (k + v)
@@ -112,7 +158,7 @@ def _through_padding(
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
-    scale: float,
+    scores: Scores,
     drop: Dropout,
 ) -> torch.Tensor:
     """Every sequence as a row of a padded batch: no length is read on the host."""
@@ -125,7 +171,7 @@ def _through_padding(
     # Beyond a sequence's end lie its neighbours' tokens, in whose gradients a NaN would be no zero.
     outside = ~key_mask[:, :, None, None]
     q, k, v = (tensor[index].masked_fill(outside, 0.0) for tensor in (q, k, v))
-    out = _padded(q, k, v, key_mask, scale, drop)
+    out = _padded(q, k, v, key_mask, scores, drop)
     token = torch.arange(tokens, device=q.device)
     row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=cu.shape[0] - 2)
     return out[row, token - cu[row]]

@@ -15,23 +15,38 @@ from .. import derivatives
 from ..derivatives import Context
 from ..dropout import Dropout
 from ..dropout import restored as restored_dropout
-from ..registration import Op, empty, fast_apply
+from ..registration import Op, empty, fast_apply, nothing
 from . import run
 from .run import Heads, Saved
+from .scores import NO_LIMIT, Scores
+from .scores import restored as restored_scores
 
 _REST = (
     "Tensor? key_mask, Tensor? cu_seqlens, Tensor? tiles, int tile, Tensor? seed, "
-    "SymInt max_seqlen, float scale, int threshold, int site, str backend"
+    "SymInt max_seqlen, float scale, int threshold, int site, str backend, "
+    "Tensor? cos=None, Tensor? sin=None, Tensor? bias=None, "
+    f"int left={NO_LIMIT}, int right={NO_LIMIT}"
 )
+_WANT_BIAS = "bool want_bias=False"
 _THREE = "Tensor q, Tensor k, Tensor v"
 _FORWARD = "(Tensor out, Tensor lse)"
 
 
-def _types(q: torch.Tensor, rest: tuple) -> tuple[Sequences, float, Dropout, str]:
-    """sequences, scale, dropout and backend of an op's last arguments."""
-    key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, scale, threshold, site, backend = rest
+def _types(q: torch.Tensor, rest: tuple) -> tuple[Sequences, Scores, Dropout, str]:
+    """sequences, scores, dropout and backend of an op's last arguments."""
+    key_mask, cu_seqlens, tiles, tile, seed, max_seqlen, scale, threshold, site, backend = rest[:10]
     sequences = restored_sequences(key_mask, cu_seqlens, tiles, tile, max_seqlen, q.shape[0])
-    return sequences, scale, restored_dropout(seed, threshold, site), backend
+    scores = restored_scores(scale, rest[10:15])
+    return sequences, scores, restored_dropout(seed, threshold, site), backend
+
+
+def _wants_bias(rest: tuple) -> bool:
+    """The last of a backward's arguments. The dispatcher leaves out what is the default."""
+    return len(rest) > 15 and rest[15]
+
+
+def _new_bias(dout: torch.Tensor, rest: tuple) -> torch.Tensor:
+    return empty(rest[12]) if _wants_bias(rest) else nothing(dout)
 
 
 # Three tensors.
@@ -53,8 +68,10 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     *rest: object,
-) -> Heads:
-    return run.backward(dout, Heads(q, k, v), Saved(out, lse), *_types(q, rest))
+) -> tuple[torch.Tensor, ...]:
+    types, want_bias = _types(q, rest), _wants_bias(rest)
+    grads, bias = run.backward(dout, Heads(q, k, v), Saved(out, lse), *types, want_bias)
+    return (*grads, nothing(dout) if bias is None else bias)
 
 
 # One buffer.
@@ -70,8 +87,10 @@ def _forward_qkv(qkv: torch.Tensor, *rest: object) -> Saved:
 
 def _backward_qkv(
     dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *rest: object
-) -> torch.Tensor:
-    return run.backward(dout, qkv, Saved(out, lse), *_types(qkv, rest))
+) -> tuple[torch.Tensor, ...]:
+    types, want_bias = _types(qkv, rest), _wants_bias(rest)
+    grad, bias = run.backward(dout, qkv, Saved(out, lse), *types, want_bias)
+    return grad, nothing(dout) if bias is None else bias
 
 
 def _new(q: torch.Tensor) -> Saved:
@@ -85,10 +104,13 @@ def _new_qkv(qkv: torch.Tensor) -> Saved:
 infer = Op(f"attention({_THREE}, {_REST}) -> Tensor", _infer, lambda q, *_: empty(q))
 forward = Op(f"attention_forward({_THREE}, {_REST}) -> {_FORWARD}", _forward, lambda q, *_: _new(q))
 backward = Op(
-    f"attention_backward(Tensor dout, {_THREE}, Tensor out, Tensor lse, {_REST}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_backward(Tensor dout, {_THREE}, Tensor out, Tensor lse, {_REST}, {_WANT_BIAS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     _backward,
-    lambda dout, q, k, v, *_: Heads(empty(q), empty(k), empty(v)),
+    lambda dout, q, k, v, out, lse, *rest: (
+        *(empty(q), empty(k), empty(v)),
+        _new_bias(dout, rest),
+    ),
     batched=True,
 )
 infer_qkv = Op(
@@ -100,9 +122,10 @@ forward_qkv = Op(
     lambda qkv, *_: _new_qkv(qkv),
 )
 backward_qkv = Op(
-    f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_REST}) -> Tensor",
+    f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_REST}, "
+    f"{_WANT_BIAS}) -> (Tensor dqkv, Tensor dbias)",
     _backward_qkv,
-    lambda dout, qkv, *_: empty(qkv),
+    lambda dout, qkv, out, lse, *rest: (empty(qkv), _new_bias(dout, rest)),
     batched=True,
 )
 
@@ -112,16 +135,19 @@ def backward_as_op(
     qkv: torch.Tensor,
     saved: Saved,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     backend: str,
-) -> torch.Tensor:
+    want_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """run.backward of one buffer by torch's dispatcher, for gradients that it alone can read, such
     as batches."""
     key_mask, cu_seqlens, max_seqlen, tiles, tile, _ = sequences
     layout = (key_mask, cu_seqlens, tiles, tile, dropout.seed, max_seqlen)
-    numbers = (scale, dropout.threshold, dropout.site)
-    return backward_qkv.dispatched(dout, qkv, *saved, *layout, *numbers, backend)
+    numbers = (scores.scale, dropout.threshold, dropout.site)
+    more = (*scores.parts, True) if want_bias else scores.parts
+    dqkv, dbias = backward_qkv.dispatched(dout, qkv, *saved, *layout, *numbers, backend, *more)
+    return dqkv, dbias if want_bias else None
 
 
 class Attention(torch.autograd.Function):
@@ -141,8 +167,8 @@ class Attention(torch.autograd.Function):
         *constants, plain = rest
         layout = (key_mask, cu_seqlens, tiles, tile, seed)
         out, lse = forward.call(plain)(q, k, v, *layout, *constants)
-        ctx.save_for_backward(q, k, v, out, lse, key_mask, cu_seqlens, tiles, seed)
-        ctx.constants = (tile, *constants)
+        tables = _keep(ctx, tile, constants)
+        ctx.save_for_backward(q, k, v, out, lse, key_mask, cu_seqlens, tiles, seed, *tables)
         return out
 
     @staticmethod
@@ -150,13 +176,9 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        *saved, seed = saved
-        tile, *constants = ctx.constants
         plain = plain_backward(dout, *saved[:3])
-        grads = backward.call(plain)(dout, *saved, tile, seed, *constants)
-        wanted = ctx.needs_input_grad[:3]
-        grads = (g if want else None for g, want in zip(grads, wanted, strict=True))
-        return (*grads, *(None,) * 11)
+        grads = backward.call(plain)(dout, *saved[:8], *_kept(ctx, saved[8:]))
+        return _wanted(ctx, grads)
 
 
 class AttentionQKV(torch.autograd.Function):
@@ -174,8 +196,8 @@ class AttentionQKV(torch.autograd.Function):
         *constants, plain = rest
         layout = (key_mask, cu_seqlens, tiles, tile, seed)
         out, lse = forward_qkv.call(plain)(qkv, *layout, *constants)
-        ctx.save_for_backward(qkv, out, lse, key_mask, cu_seqlens, tiles, seed)
-        ctx.constants = (tile, *constants)
+        tables = _keep(ctx, tile, constants)
+        ctx.save_for_backward(qkv, out, lse, key_mask, cu_seqlens, tiles, seed, *tables)
         return out
 
     @staticmethod
@@ -183,11 +205,35 @@ class AttentionQKV(torch.autograd.Function):
     def backward(
         ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        *saved, seed = saved
-        tile, *constants = ctx.constants
         plain = plain_backward(dout, saved[0])
-        dqkv = backward_qkv.call(plain)(dout, *saved, tile, seed, *constants)
-        return (dqkv, *(None,) * 11)
+        grads = backward_qkv.call(plain)(dout, *saved[:6], *_kept(ctx, saved[6:]))
+        return _wanted(ctx, grads)
+
+
+def _keep(ctx: Context, tile: int, constants: list[Any]) -> list[torch.Tensor | None]:
+    """Keeps all constants but scores' tensors, which are to be saved with the others."""
+    ctx.tile, ctx.numbers, ctx.window = tile, constants[:5], constants[8:]
+    return constants[5:8]
+
+
+def _kept(ctx: Context, saved: list[torch.Tensor | None]) -> tuple:
+    """A backward's last arguments, of what was saved last: the seed and scores' tensors."""
+    seed, *tables = saved
+    want_bias = (ctx.needs_input_grad[-4],) if tables else ()
+    return (ctx.tile, seed, *ctx.numbers, *tables, *ctx.window, *want_bias)
+
+
+def _wanted(ctx: Context, grads: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+    """For each argument of forward its gradient or None. Scores' bias is the fourth but last."""
+    *heads, bias = grads
+    needs = ctx.needs_input_grad
+    found: list[torch.Tensor | None] = [None] * len(needs)
+    for place, grad in enumerate(heads):
+        if needs[place]:
+            found[place] = grad
+    if needs[-4]:
+        found[-4] = bias
+    return tuple(found)
 
 
 apply_plain = fast_apply(Attention)

@@ -15,6 +15,7 @@ from .. import dispatch
 from ..dropout import Dropout
 from ..registration import empty
 from . import limits
+from .scores import Scores
 
 
 class Heads(NamedTuple):
@@ -42,7 +43,7 @@ class Saved(NamedTuple):
 def forward(
     heads: AnyHeads,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     backend: str,
     save: bool,
@@ -52,7 +53,7 @@ def forward(
     if saved.out.numel():
         module = dispatch.backend_module("attention", backend)
         sequences = _in_few_programs(sequences, saved.out)
-        module.forward(_dense_heads(heads), sequences, scale, dropout, *saved)
+        module.forward(_dense_heads(heads), sequences, scores, dropout, *saved)
     return saved
 
 
@@ -61,18 +62,22 @@ def backward(
     heads: Form,
     saved: Saved,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     backend: str,
-) -> Form:
-    """The gradients of q, k and v, in the form of `heads`."""
+    want_bias: bool = False,
+) -> tuple[Form, torch.Tensor | None]:
+    """The gradients of q, k and v, in the form of `heads`, and of the scores' bias, if wanted."""
     grads = new_like(heads)
+    bias = None if scores.bias is None or not want_bias else empty(scores.bias)
+    if bias is not None and not dout.numel():
+        bias.zero_()
     if dout.numel():
         module = dispatch.backend_module("attention", backend)
         sequences = _in_few_programs(sequences, dout)
         dense = _dense_heads(heads)
-        module.backward(_dense(dout), dense, saved, sequences, scale, dropout, grads)
-    return grads
+        module.backward(_dense(dout), dense, saved, sequences, scores, dropout, grads, bias)
+    return grads, bias
 
 
 def new_saved(heads: AnyHeads, packed: bool, save: bool) -> Saved:

@@ -13,6 +13,7 @@ from ..triton_launch import Launch
 from . import limits
 from .config import Config, architecture, block_d, config
 from .run import AnyHeads, Saved, parts
+from .scores import Scores
 from .triton_bwd_dkv import attention_bwd_dkv_kernel
 from .triton_bwd_dq import attention_bwd_dq_kernel
 from .triton_fwd import attention_fwd_kernel
@@ -23,9 +24,10 @@ def unsupported_reason(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
     size: limits.Size | None = None,
+    features: tuple[str, ...] = (),
 ) -> str | None:
     reason = triton_lib.unsupported_reason(device)
-    return reason or limits.unsupported_reason("triton", dtype, head_dim, size)
+    return reason or limits.unsupported_reason("triton", dtype, head_dim, size, features)
 
 
 _LOG2_E = math.log2(math.e)
@@ -38,7 +40,9 @@ _backward_dkv = Launch(attention_bwd_dkv_kernel)
 class _Batch:
     """The arguments about a batch, the same for all kernels."""
 
-    def __init__(self, q: torch.Tensor, sequences: Sequences, scale: float, drop: Dropout) -> None:
+    def __init__(
+        self, q: torch.Tensor, sequences: Sequences, scores: Scores, drop: Dropout
+    ) -> None:
         self.heads, self.head_dim = q.shape[-2:]
         self.arch = _class_of(triton_lib.capability(q))
         self.itemsize = q.element_size()
@@ -59,7 +63,7 @@ class _Batch:
         self.layout = (mask, dense(cu_seqlens), dense(self.tiles), dense(drop.seed))
         mask_stride = 0 if mask is None else row_stride(mask, self.length)
         self.mask_and_lse = (mask_stride, *lse_strides, self.heads)
-        self.scale, self.scale_log2 = scale, scale * _LOG2_E
+        self.scale, self.scale_log2 = scores.scale, scores.scale * _LOG2_E
         self.drop = (drop.site, min(drop.threshold, 65535), drop.scale)
         # float32 is multiplied as float32, unless torch itself may use TF32.
         self.tf32 = q.dtype == torch.float32 and (
@@ -101,14 +105,14 @@ def _blocks(head_dim: int, chosen: Config) -> tuple[int, int, int, int]:
 def forward(
     heads: AnyHeads,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
     """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
     q, k, v = parts(heads)
-    batch = _Batch(q, sequences, scale, dropout)
+    batch = _Batch(q, sequences, scores, dropout)
     chosen = batch.config("forward")
     grid, n_tiles = batch.grid(chosen.block_m, batch.extra)
     with triton_lib.on_device(q):
@@ -130,16 +134,17 @@ def backward(
     heads: AnyHeads,
     saved: Saved,
     sequences: Sequences,
-    scale: float,
+    scores: Scores,
     dropout: Dropout,
     grads: AnyHeads,
+    bias_grad: torch.Tensor | None,
 ) -> None:
     """Fills the gradients, whose strides are the same."""
     q, k, v = parts(heads)
     dq, dk, dv = parts(grads)
     if saved.lse is None:
         raise AssertionError("the forward saved no lse for this backward")
-    batch = _Batch(q, sequences, scale, dropout)
+    batch = _Batch(q, sequences, scores, dropout)
     layout, out, lse = batch.layout, saved.out, dense(saved.lse)
     inputs = (*head_strides(dout), *head_strides(q), *head_strides(k), *head_strides(v))
     outputs = shared_head_strides(dq, dk, dv)

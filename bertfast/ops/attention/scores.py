@@ -1,0 +1,129 @@
+"""A score as it is made of a query and a key, in the form that attention takes.
+
+    score = scale * rotated(q) rotated(k)^T + bias,  -inf for keys outside the window
+
+rotated: half-split rotary positions. With a head's first half x1 and its second x2, and the tables'
+row of the token's position,
+    x1 cos - x2 sin,  x2 cos + x1 sin
+in float32, rounded once to the operands' dtype.
+bias: for each head and distance key - query, distances beyond `reach` counting as reach.
+Positions are counted from a sequence's first token, or in a padded batch from the row's.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NO_LIMIT = 2**30  # keys to a side of a query: more than any sequence has
+
+
+class Scores(NamedTuple):
+    """All that makes a score but q and k themselves. All tensors are dense."""
+
+    scale: float
+    cos: torch.Tensor | None = None  # float32 (positions, head_dim // 2)
+    sin: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # (heads, 2 * reach + 1)
+    left: int = NO_LIMIT  # a query sees keys from left before it to right behind it
+    right: int = NO_LIMIT
+
+    @property
+    def windowed(self) -> bool:
+        return self.left < NO_LIMIT or self.right < NO_LIMIT
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The arguments of the public function that were given, beside scale."""
+        given = {
+            "rotary": self.cos is not None,
+            "window": self.windowed,
+            "distance_bias": self.bias is not None,
+        }
+        return tuple(name for name, used in given.items() if used)
+
+    @property
+    def parts(self) -> tuple:
+        """All but scale, one by one, for a registered op; nothing where that is its default."""
+        plain = self.cos is None and self.bias is None and not self.windowed
+        return () if plain else (self.cos, self.sin, self.bias, self.left, self.right)
+
+
+def restored(scale: float, parts: tuple) -> Scores:
+    """The scores whose parts went through a registered op one by one."""
+    if not parts:
+        return Scores(scale)
+    given = Scores(*(scale, *parts))  # the dispatcher leaves out what is the default at the end
+    cos, sin, bias = (None if table is None else table.contiguous() for table in given[1:4])
+    return Scores(scale, cos, sin, bias, given.left, given.right)
+
+
+class Block(NamedTuple):
+    """Queries from first and keys from start, up to but without last and end."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+def blocks(length: int, step: int, scores: Scores) -> list[Block]:
+    """A sequence's queries, `step` at a time, with all keys that one of them may see."""
+    found = []
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        keys = max(first - scores.left, 0), min(last + scores.right, length)
+        found.append(Block(first, last, *keys))
+    return found
+
+
+def bucket_bias(weight: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
+    """attention's distance_bias of a table by buckets, as T5's: (heads, distances).
+
+    weight: (buckets, heads). buckets: int64 (distances,), the bucket of each distance key - query
+    from -reach to reach. The gradient of weight is summed in one order, which that of
+    weight[buckets] isn't on every device.
+    """
+    hit = buckets == torch.arange(weight.shape[0], device=buckets.device)[:, None]
+    return torch.where(hit[:, None], weight[:, :, None], 0.0).sum(0)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(B, S, H, D) rotated by each token's position in its row."""
+    length = x.shape[1]
+    cos, sin = (table[:length, None].to(x.dtype) for table in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def seen(block: Block, scores: Scores, device: torch.device) -> torch.Tensor:
+    """(queries, keys) booleans of a block: True in a query's window."""
+    query = torch.arange(block.first, block.last, device=device)[:, None]
+    key = torch.arange(block.start, block.end, device=device)
+    return (key >= query - scores.left) & (key <= query + scores.right)
+
+
+def sees_any(key_mask: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """(B, S) booleans: the queries that have an attended key in their window."""
+    length = key_mask.shape[1]
+    before = F.pad(key_mask.int().cumsum(1), (1, 0))
+    query = torch.arange(length, device=key_mask.device)
+    start = (query - scores.left).clamp(min=0)
+    end = (query + scores.right + 1).clamp(max=length)
+    return before[:, end] > before[:, start]
+
+
+def bias_matrix(bias: torch.Tensor, block: Block) -> torch.Tensor:
+    """(heads, queries, keys): the bias of a block.
+
+    Each row is the one before it, shifted by one: so it is made by cuts and views of one line of
+    distances, whose gradients are sums in one order.
+    """
+    reach = bias.shape[1] // 2
+    least, most = block.start - block.last + 1, block.end - 1 - block.first
+    inner = bias[:, max(least + reach, 0) : max(min(most, reach) + reach + 1, 0)]
+    below = min(max(-reach - least, 0), most - least + 1)
+    above = most - least + 1 - below - inner.shape[1]
+    ends = bias[:, :1].expand(-1, below), bias[:, -1:].expand(-1, above)
+    line = torch.cat((ends[0], inner, ends[1]), 1)
+    return line.unfold(1, block.end - block.start, 1).flip(1)

@@ -1,0 +1,127 @@
+"""Rotary positions, windows and biases by distance in attention, on every backend."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bertfast.ops import attention, attention_qkv, bucket_bias
+from bertfast.testing import attention as table
+from bertfast.testing import compare, hold_to_budget, positions, worst
+from bertfast.testing.attention import Case
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+ALL = dict(rotary=True, window=(30, 9), reach=20)
+
+
+@dtypes
+@pytest.mark.parametrize("case", table.cases_by_position(), ids=str)
+def test_torch_backend_stays_within_the_error_budget(case, dtype):
+    inputs = table.make_inputs(case, dtype)
+    result = table.run(inputs, "torch")
+    hold_to_budget(table, inputs, result)
+    for name, value in table.run_qkv(inputs, "torch").items():
+        assert value.dtype == result[name].dtype and value.shape == result[name].shape
+        assert (value - result[name]).abs().max() <= 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("change", ["rotary", "window", "distance_bias"])
+def test_budget_catches_a_wrong_position(change):
+    inputs = table.make_inputs(Case((140,), head_dim=64, **ALL), torch.float16)
+    wrong = dict(inputs)
+    if change == "window":
+        wrong["window"] = (31, 9)
+    elif change == "rotary":
+        wrong["rotary"] = tuple(table.bfloat16().float() for table in inputs["rotary"])
+    else:
+        wrong["distance_bias"] = inputs["distance_bias"].roll(1, 1)
+    oracle, model, scales = (f(inputs) for f in (table.oracle, table.rounding_model, table.scales))
+    assert worst(compare(model, oracle, model, scales)).ok
+    assert not worst(compare(table.rounding_model(wrong), oracle, model, scales)).ok
+
+
+def test_rotary_is_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k, v = torch.randn(3, 2, 33, 2, 16, dtype=torch.float64)
+    cos, sin = positions.tables(40, 16)
+    twice = (torch.cat((t[:33], t[:33]), -1).double()[None] for t in (cos, sin))
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    rotated = apply_rotary_pos_emb(*heads_first[:2], *twice)
+    want = F.scaled_dot_product_attention(*rotated, heads_first[2]).transpose(1, 2)
+    assert (attention(q, k, v, rotary=(cos, sin)) - want).abs().max() < 1e-12
+
+
+def test_gradients_of_the_reference_in_float64():
+    case = Case((3, 7), mask="left", p=0.3, head_dim=4, rotary=True, window=(2, 1), reach=1)
+    inputs = table.make_inputs(case, torch.float32)
+    leaves = [inputs[name].double().requires_grad_() for name in (*table.NAMES, "distance_bias")]
+    options = table.options(inputs)
+
+    def call(*leaves):
+        return attention(*leaves[:3], distance_bias=leaves[3], **options)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_a_bias_by_buckets_is_a_gather_with_an_ordered_gradient():
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    buckets = torch.tensor([4, 4, 0, 1, 2, 3, 4])
+    bias = bucket_bias(weight, buckets)
+    assert torch.equal(bias, weight[buckets].t())
+    upstream = torch.randn(3, 7, dtype=torch.float64)
+    got, want = (torch.autograd.grad(b, weight, upstream) for b in (bias, weight[buckets].t()))
+    assert torch.allclose(got[0], want[0], rtol=1e-14)
+
+
+class _Largest(TorchDispatchMode):
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_a_window_makes_no_matrix_of_all_scores():
+    q = torch.randn(1, 4096, 1, 8)
+    with _Largest() as seen:
+        out = attention(q, q, q, window=(64, 64))
+    assert out.shape == q.shape
+    assert 0 < seen.values <= 512 * 512  # of 256 queries by 384 keys, and of 4096 tokens by 8
+
+
+def test_a_window_of_whole_sequences_is_none():
+    """Whatever backend serves a call without a window serves it."""
+    q = torch.randn(2, 33, 1, 16)
+    assert torch.equal(attention(q, q, q, window=(32, 40)), attention(q, q, q))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nothing_to_do(bias):
+    q = torch.zeros(0, 2, 16, requires_grad=True)
+    cu = torch.zeros(3, dtype=torch.int32)
+    more = dict(distance_bias=torch.ones(2, 5, requires_grad=True)) if bias else {}
+    options = dict(rotary=positions.tables(3, 16), window=(1, 1))
+    out = attention(q, q, q, cu_seqlens=cu, max_seqlen=3, **options, **more)
+    assert out.shape == q.shape
+    leaves = (q, *more.values())
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape and not grad.any()
+
+
+def test_what_a_backend_does_not_have_is_refused_in_words(target, need):
+    need("attention", target)
+    backend, device = target
+    q = torch.randn(1, 9, 1, 16, device=device, dtype=torch.float16)
+    bias = torch.zeros(1, 3, device=device)
+    text = f"backend '{backend}' can't run attention here: its kernels don't have window and dista"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        attention(q, q, q, window=(1, 1), distance_bias=bias, backend=backend)
+    assert attention(q, q, q, window=(1, 1), distance_bias=bias).shape == q.shape
+    qkv = torch.stack((q, q, q), -3)
+    assert attention_qkv(qkv, window=(1, 1), distance_bias=bias).shape == q.shape
