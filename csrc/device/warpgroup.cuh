@@ -13,6 +13,12 @@ namespace bertfast {
 
 constexpr int kWarpgroup = 128;  // threads
 
+// A value that is the same in all lanes of a warp, which the compiler then knows: what follows from
+// it is computed once for the warp, and needs no registers of its lanes. All lanes call it.
+__device__ __forceinline__ int warp_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
 #ifdef BERTFAST_HOST
 
 inline bool elect_one(host::Site site = host::Site::here()) {

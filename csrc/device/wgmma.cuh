@@ -62,6 +62,12 @@ __device__ __forceinline__ uint64_t wgmma_matrix(Shared<uint4> rows, int byte, i
          kEightRows >> 4 << 32 | kSwizzle << 62;
 }
 
+// The matrix that begins `bytes` further on: one addition, as an address never carries.
+__device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
+  const int low = anew(int(uint32_t(matrix) + (uint32_t(bytes) >> 4)));
+  return matrix >> 32 << 32 | uint32_t(low);
+}
+
 // From the matrix of one product to that of the next 16 inner indices, in bytes.
 template<int kRowBytes, Major kMajor>
 inline constexpr int kWgmmaStep = kMajor == Major::kInner ? 32 : 16 * kRowBytes;

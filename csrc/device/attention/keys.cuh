@@ -17,26 +17,26 @@ struct Keys {
   static __host__ __device__ constexpr int word_count(int length) {
     return (length + 31) / 32 + 2 * kTileRows / 32;
   }
-  static __host__ __device__ constexpr int shared_bytes(int length) {
-    return 4 * (2 * kAttentionWarps + word_count(length));
+  static __host__ __device__ constexpr int shared_bytes(int length, int warps = kAttentionWarps) {
+    return 4 * (2 * warps + word_count(length));
   }
 
-  // All warps read the mask, once, if there is one; the bytes begin at `shared`.
+  // The block's warps read the mask, once, if there is one; the bytes begin at `shared`.
   __device__ __forceinline__ Keys(const AttentionBatch& p, const TilePlace& at, int shared,
-                                  int thread)
+                                  int thread, int warps = kAttentionWarps)
       : low(0),
         high(at.length),
         masked(p.key_mask || at.alone),
         words(shared_memory<unsigned>(shared)) {
     if (!masked) return;
     const Shared<int> ends = shared_memory<int>(shared);
-    words = shared_memory<unsigned>(shared + 8 * kAttentionWarps);
+    words = shared_memory<unsigned>(shared + 8 * warps);
     const uint8_t* mask = p.key_mask + at.batch * p.mask_batch;
     const int warp = thread / 32, lane = thread % 32;
     low = at.length;
     high = 0;
 #pragma unroll 1
-    for (int word = warp; word < word_count(at.length); word += kAttentionWarps) {
+    for (int word = warp; word < word_count(at.length); word += warps) {
       const int key = 32 * word + lane;
       const bool on = key < at.length && (p.key_mask ? mask[key] != 0 : key >= at.from);
       const unsigned bits = __ballot_sync(0xffffffffu, on);
@@ -52,7 +52,7 @@ struct Keys {
     }
     __syncthreads();
 #pragma unroll
-    for (int other = 0; other < kAttentionWarps; ++other) {
+    for (int other = 0; other < warps; ++other) {
       low = min(low, ends.load(2 * other));
       high = max(high, ends.load(2 * other + 1));
     }

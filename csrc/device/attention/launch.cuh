@@ -20,13 +20,13 @@ cudaError_t with_head_dim(DType dtype, int head_dim, Use use) {
 
 // The grid, which it also enters into p. Where dropout's coordinates don't start at a sequence's
 // first position, up to `before` positions before it belong to the first tile.
-inline dim3 attention_grid(AttentionBatch& p, int before) {
+inline dim3 attention_grid(AttentionBatch& p, int before, int rows = kTileRows) {
   if (p.tiles) {
     p.n_tiles = p.plan_size;
     return dim3(p.n_tiles * p.heads);
   }
   const int extra = p.key_mask && p.seed ? before : 0;
-  p.n_tiles = (p.length + extra + kTileRows - 1) / kTileRows;
+  p.n_tiles = (p.length + extra + rows - 1) / rows;
   return dim3(p.n_tiles * p.heads * p.batch);
 }
 

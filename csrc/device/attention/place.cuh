@@ -53,6 +53,9 @@ struct TilePlace {
 // Tiles of one head of a sequence are neighbours, as they read the same keys. The grid has room for
 // the longest sequence, or for the longest plan; a block without a tile leaves at once, which costs
 // less than what a persistent grid would hold back in registers and in balance.
+//
+// kRows: positions of a tile, where no plan says it.
+template<int kRows = kTileRows>
 __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p, int alone) {
   const int block = anew(int(blockIdx.x)), tiles = p.n_tiles;
   TilePlace at;
@@ -69,7 +72,7 @@ __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p, int alon
     at.alone = alone;
     return at;
   }
-  at.first = block % tiles * kTileRows;
+  at.first = block % tiles * kRows;
   at.head = block / tiles % p.heads;
   at.batch = block / tiles / p.heads;
   at.many = 1;
