@@ -271,6 +271,7 @@ def gated(row, **exceptions):
     [
         ({"late_loads": 3}, "3 loads are issued only behind the first exponential"),
         ({"local_in_loops": 3}, "3 accesses to local memory in a loop"),
+        ({"before_wait": 2}, "2 accesses to global memory before it waits for earlier kernels"),
         ({"multiplies": True}, "no path through its main loop multiplies what one turn should"),
         ({"hot": dataclasses.replace(HOT, waits=8)}, "8 waits for 2 products by wgmma"),
         (
@@ -329,6 +330,14 @@ def test_local_memory_counts_only_in_a_loop():
     assert sass.parse(outside)["first_kernel"].local_in_loops == 0
     inside = SASS.replace("SHFL.BFLY PT, R9, R8, 0x1, 0x1f", "LDL R9, [R1]")
     assert sass.parse(inside)["first_kernel"].local_in_loops == 1
+
+
+@pytest.mark.parametrize(
+    "place, count", [("LDC R1, c[0x0][0x28]", 0), ("LDG.E.64.CONSTANT R4, desc[UR4][R2.64]", 1)]
+)
+def test_global_accesses_before_the_wait_for_earlier_kernels(place, count):
+    assert sass.parse(SASS)["first_kernel"].before_wait == 0
+    assert sass.parse(SASS.replace(place, "ACQBULK"))["first_kernel"].before_wait == count
 
 
 # The budget of hot paths.

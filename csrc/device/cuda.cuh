@@ -18,7 +18,6 @@
 #include <cuda_runtime.h>
 #include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 namespace bertfast {
@@ -61,25 +60,59 @@ __device__ __forceinline__ V* vector_at(T* element) {
 
 #ifdef __CUDACC__  // the bindings, plain C++, include this header too
 
-// Lets a kernel have all the shared memory that a block of the current device may ask for. Once for
-// a kernel and device: a lower limit set later would hold for launches that a graph captured
-// before.
-inline cudaError_t allow_shared_memory(const void* kernel) {
+// Prepares a kernel for launches on the current device, once. It may have all the shared memory
+// that a block may ask for: a lower limit set later would hold for launches that a graph captured
+// before. early: whether it can be launched early, as its code was compiled for 9.0 or later and so
+// waits, and the driver can capture such launches, which those before CUDA 12.3 can't.
+inline cudaError_t prepare(const void* kernel, bool* early) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
-  int device = 0, most = 0;
+  static std::map<std::pair<const void*, int>, bool> prepared;
+  int device = 0, most = 0, driver = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  cudaFuncAttributes own;
+  const auto found = prepared.find({kernel, device});
+  if (found != prepared.end()) {
+    *early = found->second;
+    return cudaSuccess;
+  }
+  cudaFuncAttributes own{};
   error = cudaFuncGetAttributes(&own, kernel);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    most -= int(own.sharedSizeBytes);  // what the kernel has besides
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error != cudaSuccess) return error;
-  most -= int(own.sharedSizeBytes);  // what the kernel has besides
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess) allowed.insert({kernel, device});
+  *early = own.ptxVersion >= 90 && driver >= 12030;
+  prepared[{kernel, device}] = *early;
+  return cudaSuccess;
+}
+
+template<class Params>
+cudaError_t launch(bool early, void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
+                   Stream stream, const Params& params) {
+  const void* const handle = reinterpret_cast<const void*>(kernel);
+  bool can_be_early = false;
+  cudaError_t error = prepare(handle, &can_be_early);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early && can_be_early ? 1 : 0;
+    void* arguments[] = {const_cast<Params*>(&params)};
+    error = cudaLaunchKernelExC(&config, handle, arguments);
+  }
+  if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
@@ -88,20 +121,15 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
 template<class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes, Stream stream,
                    const Params& params) {
-  const void* const handle = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024) error = allow_shared_memory(handle);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = stream;
-    void* arguments[] = {const_cast<Params*>(&params)};
-    error = cudaLaunchKernelExC(&config, handle, arguments);
-  }
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  return launch(false, kernel, grid, block, shared_bytes, stream, params);
+}
+
+// The same of a kernel whose threads begin by await_earlier_kernels() (device/earlier.cuh): where
+// the GPU can, it comes up while the one before it in the stream ends.
+template<class Params>
+cudaError_t launch_early(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
+                         Stream stream, const Params& params) {
+  return launch(true, kernel, grid, block, shared_bytes, stream, params);
 }
 
 #endif

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "host/earlier.h"
 #include "host/gpu.h"
 #include "host/scheduler.h"
 #include "host/shared_memory.h"
@@ -36,7 +37,7 @@ cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes) {
   return grid_fits && block_fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*),
+void run_grid(dim3 grid, dim3 block, int shared_bytes, bool early, void (*body)(const void*),
               const void* argument) {
   // threadIdx and its like are global, so launches from several OS threads take turns.
   static std::mutex one_launch;
@@ -44,6 +45,7 @@ void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*)
   gridDim = grid;
   blockDim = block;
   restart_schedule();
+  const int threads = int(block.x * block.y * block.z);
 
   // Blocks run one after the other. In random order, block number i of n is (first + i * step) % n,
   // which visits each once if step and n have no common factor.
@@ -59,10 +61,11 @@ void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*)
   }
   uint64_t number = first;
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t block = skipped + number;
-    blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y),
-                unsigned(block / grid.x / grid.y)};
+    const uint64_t place = skipped + number;
+    blockIdx = {unsigned(place % grid.x), unsigned(place / grid.x % grid.y),
+                unsigned(place / grid.x / grid.y)};
     shared_memory::begin_block(shared_bytes);
+    earlier::begin_block(early);
     try {
       run_block(body, argument);
     } catch (...) {
@@ -70,6 +73,7 @@ void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*)
       throw;
     }
     shared_memory::end_block();
+    earlier::end_block(threads);
     number = (number + step) % count;
   }
 }

@@ -26,7 +26,7 @@ extern uint64_t first_block;           // blocks before it aren't run
 extern std::atomic<int64_t> launches;  // since the last reset, dry ones too
 
 cudaError_t check_launch(dim3 grid, dim3 block, int shared_bytes);
-void run_grid(dim3 grid, dim3 block, int shared_bytes, void (*body)(const void*),
+void run_grid(dim3 grid, dim3 block, int shared_bytes, bool early, void (*body)(const void*),
               const void* argument);
 
 // A kernel and its parameters, as one argument.
@@ -49,11 +49,9 @@ inline float anew(float value) {
   return value;
 }
 
-// Runs kernel(params) to its end. Returns CUDA's error for arguments that CUDA refuses; throws what
-// the kernel did wrong.
 template<class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes, Stream stream,
-                   const Params& params) {
+cudaError_t launch(bool early, void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
+                   Stream stream, const Params& params) {
   static_assert(std::is_trivially_copyable<Params>::value && sizeof(Params) <= 4096,
                 "a kernel's parameters are copied as bytes, into 4 KB of constant memory");
   (void)stream;
@@ -62,8 +60,23 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_byt
   ++host::launches;
   if (host::dry_launch) return error;
   host::Call<Params> call{kernel, params};
-  host::run_grid(grid, block, shared_bytes, &host::Call<Params>::run, &call);
+  host::run_grid(grid, block, shared_bytes, early, &host::Call<Params>::run, &call);
   return cudaSuccess;
+}
+
+// Runs kernel(params) to its end. Returns CUDA's error for arguments that CUDA refuses; throws what
+// the kernel did wrong.
+template<class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes, Stream stream,
+                   const Params& params) {
+  return launch(false, kernel, grid, block, shared_bytes, stream, params);
+}
+
+// The same of a kernel whose threads begin by await_earlier_kernels().
+template<class Params>
+cudaError_t launch_early(void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
+                         Stream stream, const Params& params) {
+  return launch(true, kernel, grid, block, shared_bytes, stream, params);
 }
 
 }  // namespace bertfast

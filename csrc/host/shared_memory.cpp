@@ -19,7 +19,6 @@ namespace bertfast {
 namespace host {
 namespace shared_memory {
 
-
 namespace {
 
 alignas(1024) unsigned char memory[kMaxBytes];

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "device/columns.cuh"
+#include "device/earlier.cuh"
 #include "device/gelu.cuh"
 #include "device/types.cuh"
 #include "device/vec.cuh"
@@ -33,6 +34,7 @@ constexpr int kBackwardBlocks = 4;
 template<class X, class T, int kVec, int kRows, bool kTanh, bool kBias>
 __global__ void __launch_bounds__(kColumnThreads, kForwardBlocks<T>)
     bias_gelu_forward_kernel(BiasGeluForward p) {
+  await_earlier_kernels();
   using XVec = Vec<X, kVec>;
   const Place place(kVec, p.tiles);
   const int64_t first = place.row * kRows;
@@ -67,6 +69,7 @@ __global__ void __launch_bounds__(kColumnThreads, kForwardBlocks<T>)
 template<class X, class T, int kVec, int kRows, bool kTanh>
 __global__ void __launch_bounds__(kColumnThreads, kBackwardBlocks)
     bias_gelu_backward_kernel(BiasGeluBackward p) {
+  await_earlier_kernels();
   using XVec = Vec<X, kVec>;
   using TVec = Vec<T, kVec>;
   const Place place(kVec, p.tiles);
@@ -159,7 +162,7 @@ cudaError_t launch_bias_gelu_forward(BiasGeluForward p, bool tanh, DType x_dtype
         return cudaErrorInvalidValue;  // it is the bias that makes y wider than x
       } else {
         const auto kernel = bias_gelu_forward_kernel<X, T, kVec, kForwardRows, kTanh, kBias>;
-        return launch(kernel, blocks.grid, blocks.block, 0, stream, p);
+        return launch_early(kernel, blocks.grid, blocks.block, 0, stream, p);
       }
     });
   });
@@ -178,7 +181,7 @@ cudaError_t launch_bias_gelu_backward(BiasGeluBackward p, bool tanh, DType x_dty
     p.tiles = blocks.tiles;
     const auto kernel =
         bias_gelu_backward_kernel<decltype(x), decltype(t), kVec, kBackwardRows, kTanh>;
-    return launch(kernel, blocks.grid, blocks.block, 0, stream, p);
+    return launch_early(kernel, blocks.grid, blocks.block, 0, stream, p);
   });
 }
 

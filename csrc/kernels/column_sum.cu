@@ -5,6 +5,7 @@
 // rows, each every 64th, and all loads of 8 of its rows are under way before the first is added.
 // Kahan's compensation keeps the error independent of the number of rows. Then the walkers' sums
 // are added, in a warp and over the warps. Fixed order: the same bits each run.
+#include "device/earlier.cuh"
 #include "device/vec.cuh"
 #include "params.h"
 
@@ -18,6 +19,7 @@ constexpr int kAtOnce = 8;  // rows of a walker
 // kVec: 4, or 1 where 16-byte accesses aren't possible.
 template<class T, int kVec>
 __global__ void __launch_bounds__(32 * kWarps, 4) column_sum_kernel(ColumnSum p) {
+  await_earlier_kernels();
   constexpr int kLanes = kColumns / kVec;  // of a row
   constexpr int kWalkers = 32 * kWarps / kLanes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -77,7 +79,7 @@ cudaError_t launch_for(const ColumnSum& p, Stream stream) {
   const bool wide = p.cols % 4 == 0 && is_aligned(p.partial);
   const auto kernel = wide ? column_sum_kernel<T, 4> : column_sum_kernel<T, 1>;
   constexpr int kBytes = kColumns * kWarps * sizeof(float);
-  return launch(kernel, grid, dim3(32 * kWarps), kBytes, stream, p);
+  return launch_early(kernel, grid, dim3(32 * kWarps), kBytes, stream, p);
 }
 
 }  // namespace

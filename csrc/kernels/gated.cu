@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "device/columns.cuh"
+#include "device/earlier.cuh"
 #include "device/gelu.cuh"
 #include "device/silu.cuh"
 #include "device/types.cuh"
@@ -37,6 +38,7 @@ using Gate = std::conditional_t<kForm == Activation::kSilu, Silu,
 
 template<class T, Activation kForm, int kVec, int kRows, bool kBias>
 __global__ void __launch_bounds__(kColumnThreads) gated_forward_kernel(GatedForward p) {
+  await_earlier_kernels();
   using TVec = Vec<T, kVec>;
   const Place place(kVec, p.tiles);
   const int64_t first = place.row * kRows;
@@ -77,6 +79,7 @@ __global__ void __launch_bounds__(kColumnThreads) gated_forward_kernel(GatedForw
 template<class T, Activation kForm, int kVec, int kRows, bool kBias>
 __global__ void __launch_bounds__(kColumnThreads, kBias ? kBiasedBackwardBlocks : kBackwardBlocks)
     gated_backward_kernel(GatedBackward p) {
+  await_earlier_kernels();
   using TVec = Vec<T, kVec>;
   const Place place(kVec, p.tiles);
   if (place.col >= unsigned(p.cols) || place.row >= p.chains) return;
@@ -191,7 +194,7 @@ cudaError_t launch_gated_forward(GatedForward p, Activation activation, DType dt
         p.tiles = blocks.tiles;
         const auto kernel = gated_forward_kernel<decltype(t), decltype(form)::value, kVec,
                                                  kForwardRows, decltype(biased)::value>;
-        return launch(kernel, blocks.grid, blocks.block, 0, stream, p);
+        return launch_early(kernel, blocks.grid, blocks.block, 0, stream, p);
       });
 }
 
@@ -208,7 +211,7 @@ cudaError_t launch_gated_backward(GatedBackward p, Activation activation, DType 
         p.tiles = blocks.tiles;
         const auto kernel = gated_backward_kernel<decltype(t), decltype(form)::value, kVec,
                                                   kBackwardRows, decltype(biased)::value>;
-        return launch(kernel, blocks.grid, blocks.block, 0, stream, p);
+        return launch_early(kernel, blocks.grid, blocks.block, 0, stream, p);
       });
 }
 

@@ -18,6 +18,7 @@
 // those in a fixed order. No atomics: the same bits each run.
 #include <type_traits>
 
+#include "device/earlier.cuh"
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
 #include "device/types.cuh"
@@ -76,6 +77,7 @@ using ForwardParams = std::conditional_t<kCopy, LayerNormForwardCopying, LayerNo
 template<class X, class T, class S, bool kDropout, bool kCopy>
 __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
     layer_norm_forward_kernel(ForwardParams<kCopy> p) {
+  await_earlier_kernels();
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
   const int row = blockIdx.x * S::kRows + S::group();
@@ -232,6 +234,7 @@ constexpr int kResident = S::kBlock < 384 ? 384 / S::kBlock : 1;
 template<class X, class T, class S, bool kDropout>
 __global__ void __launch_bounds__(S::kBlock, kResident<S>)
     layer_norm_backward_kernel(LayerNormBackward p) {
+  await_earlier_kernels();
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
   const int cols = S::kFull ? S::kCols : p.cols;
@@ -404,7 +407,7 @@ cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying& p, DType x_
                                 ? layer_norm_forward_kernel<X, T, S, true, kCopy>
                                 : layer_norm_forward_kernel<X, T, S, !S::kFull, kCopy>;
         const ForwardParams<kCopy>& params = p;
-        return launch(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
+        return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
       };
       if constexpr (std::is_same_v<X, T>) {
         return p.copy ? cudaErrorInvalidValue : launch_copying(std::false_type());
@@ -434,7 +437,7 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype
       constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
       const auto kernel = p.seed || !S::kFull ? layer_norm_backward_kernel<X, T, S, true>
                                               : layer_norm_backward_kernel<X, T, S, !S::kFull>;
-      return launch(kernel, dim3(p.blocks), dim3(S::kBlock), kBytes, stream, p);
+      return launch_early(kernel, dim3(p.blocks), dim3(S::kBlock), kBytes, stream, p);
     };
     constexpr int kVec = kVecOf<T>;
     const bool wide = p.cols % kVec == 0 && p.dy_row_stride % kVec == 0 &&

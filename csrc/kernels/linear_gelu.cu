@@ -19,6 +19,7 @@
 //
 // Moves, beside the operands (read once for each 128 rows or columns, mostly from the second-level
 // cache), y and u, or u and dv, once each: 4 bytes a value, and 4 / 128 for dbias.
+#include "device/earlier.cuh"
 #include "device/gelu.cuh"
 #include "device/gpu.cuh"
 #include "device/product.cuh"
@@ -61,6 +62,7 @@ __device__ __forceinline__ void load_bias(float (&bias)[kVec], const void* from,
 template<class T, bool kTanh, int kTile>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     linear_gelu_forward_kernel(LinearGeluForward p) {
+  await_earlier_kernels();
   const int thread = int(threadIdx.x);
   const ProductTile<kTile> at(p.rows, p.group_bits);
   if (at.rows <= 0) return;
@@ -155,6 +157,7 @@ __device__ __forceinline__ Vec<T, kVec> load_row(const T* from, int row, int col
 template<class T, bool kTanh>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     linear_gelu_backward_kernel(LinearGeluBackward p) {
+  await_earlier_kernels();
   const int thread = int(threadIdx.x);
   const ProductTile<kLarge> at(p.rows, p.group_bits);
   if (at.rows <= 0) return;
@@ -273,7 +276,7 @@ cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dty
       constexpr int kTile = decltype(tile)::value;
       const dim3 grid = product_grid<kTile>(p.rows, p.cols, p.group_bits);
       const auto kernel = linear_gelu_forward_kernel<decltype(t), decltype(form)::value, kTile>;
-      return launch(kernel, grid, dim3(kProductThreads), kProductBytes, stream, p);
+      return launch_early(kernel, grid, dim3(kProductThreads), kProductBytes, stream, p);
     };
     // A multiprocessor without a tile would idle. What is written is the same by either.
     return tiles < gpu.multiprocessors ? with_tile(std::integral_constant<int, kLarge / 2>())
@@ -286,7 +289,7 @@ cudaError_t launch_linear_gelu_backward(LinearGeluBackward p, bool tanh, DType d
   const dim3 grid = product_grid<kLarge>(p.rows, p.cols, p.group_bits);
   return with_form(dtype, tanh, [&](auto t, auto form) {
     const auto kernel = linear_gelu_backward_kernel<decltype(t), decltype(form)::value>;
-    return launch(kernel, grid, dim3(kProductThreads), kProductBytes, stream, p);
+    return launch_early(kernel, grid, dim3(kProductThreads), kProductBytes, stream, p);
   });
 }
 

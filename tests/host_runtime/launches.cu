@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "cases.h"
+#include "device/earlier.cuh"
 #include "guarded.h"
 #include "host/control.h"
 
@@ -165,6 +166,22 @@ Case dry("dry", [](const Arguments&) {
   host::set_dry_launch(false);
   require(launch(count_blocks, dim3(4, 3), 32, 0, nullptr, OrderParams{&next, out}));
   std::printf("%d", next);
+});
+
+// A kernel that is launched early: so many threads of its second block don't wait.
+struct EarlyParams {
+  unsigned hasty;
+};
+
+__global__ void early(EarlyParams p) {
+  if (blockIdx.x == 0 || threadIdx.x >= p.hasty) await_earlier_kernels();
+}
+
+// HASTY
+Case early_launch("early_launch", [](const Arguments& arguments) {
+  const EarlyParams p{unsigned(std::stoi(arguments.at(0)))};
+  require(launch_early(early, 3, 64, 0, nullptr, p));
+  require(launch(early, 3, 64, 0, nullptr, EarlyParams{64}));  // nothing before it is under way
 });
 
 struct CostParams {

@@ -349,6 +349,12 @@ def test_a_dry_launch_runs_no_block(program) -> None:
     assert program.good("dry") == "0 12"
 
 
+def test_a_kernel_launched_early_waits_in_every_thread(program) -> None:
+    program.good("early_launch", 0)
+    said = program.fault("early_launch", 1)
+    assert "block (1, 0, 0) was launched early, but only 63 of its 64 threads waited" in said
+
+
 def test_costs_are_printed(program) -> None:
     text = program.good("costs")
     assert "ns a switch" in text and "dry launch" in text

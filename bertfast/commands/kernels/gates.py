@@ -39,6 +39,9 @@ def excesses(row: Row) -> list[Excess]:
     if row.local_in_loops:
         text = f"{row.local_in_loops} accesses to local memory in a loop"
         found.append(Excess("local memory", text))
+    if row.before_wait:
+        text = f"{row.before_wait} accesses to global memory before it waits for earlier kernels"
+        found.append(Excess("early access", text))
     if row.late_loads:
         text = f"{row.late_loads} loads are issued only behind the first exponential"
         found.append(Excess("late loads", text))

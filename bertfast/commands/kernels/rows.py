@@ -40,6 +40,7 @@ class Row:
     mma_async: int = 0  # wgmma
     late_loads: int = 0  # behind the first exponential, where none should be
     local_in_loops: int = 0  # accesses to a thread's own memory
+    before_wait: int = 0  # global accesses before it has waited for earlier kernels
     multiplies: bool = False  # whether there must be a hot path
     wgmma: bool = False  # whether it must multiply by wgmma
     most_outside: float | None = None  # instructions outside its main loop that it may have
@@ -99,6 +100,7 @@ def make_row(
         mma_async=code.mma_async,
         late_loads=counted.late_loads if case.loads_first else 0,
         local_in_loops=code.local_in_loops,
+        before_wait=code.before_wait,
         multiplies=case.work is not None,
         wgmma=case.work is not None and case.work.wgmma and capability(arch) == 90,
         most_outside=None if case.work is None else case.work.most_outside,

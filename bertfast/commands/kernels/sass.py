@@ -39,6 +39,8 @@ class Code:
     loop: "Code | None" = None  # the same of the main loop, if there is one; and of the one in it
     flow: Flow | None = None  # of a kernel with tensor cores or accesses to a thread's own memory
     local_in_loops: int = 0  # accesses to a thread's own memory
+    # Global accesses that a kernel can come to before it has waited for earlier ones, if it waits.
+    before_wait: int = 0
 
 
 @dataclass
@@ -46,6 +48,22 @@ class Resources:
     registers: int
     stack: int  # bytes a thread; what the registers could not hold
     static_shared: int  # bytes a block
+
+
+_WAIT = "ACQBULK"  # griddepcontrol.wait
+_GLOBAL = {
+    "LDG",
+    "STG",
+    "LDGSTS",
+    "LD",
+    "ST",
+    "ATOM",
+    "ATOMG",
+    "RED",
+    "UTMALDG",
+    "UTMASTG",
+    "UBLKCP",
+}
 
 
 def parse(text: str) -> dict[str, Code]:
@@ -66,8 +84,9 @@ def parse(text: str) -> dict[str, Code]:
     return found
 
 
-def _reachable(code: list[Instruction]) -> list[int]:
-    """The indices that execution can come to, without following `BRA.DIV`."""
+def _reachable(code: list[Instruction], until: str = "") -> list[int]:
+    """The indices that execution can come to, without following `BRA.DIV`; until: an instruction
+    that it doesn't go beyond."""
     seen: set[int] = set()
     waiting = [0]
     while waiting:
@@ -76,6 +95,8 @@ def _reachable(code: list[Instruction]) -> list[int]:
             seen.add(index)
             here = code[index]
             base = here.opcode.split(".")[0]
+            if base == until:
+                break
             if base in ("BRX", "JMX"):  # a jump through a table: it may lead anywhere
                 return list(range(len(code)))
             if here.target is not None and not here.opcode.startswith("BRA.DIV"):
@@ -116,6 +137,9 @@ def _measure(code: list[Instruction]) -> Code:
         ends = {start: end for start, end in ends.items() if start in heads}
     result = count(0, len(code))
     result.flow = flow
+    if _WAIT in bases:
+        first = _reachable(code, until=_WAIT)
+        result.before_wait = sum(code[i].base in _GLOBAL for i in first)
     if result.flow and local:
         blocks = result.flow.in_loops()
         inside = (one for block in blocks for one in result.flow.instructions_of(block))

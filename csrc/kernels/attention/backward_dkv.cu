@@ -16,6 +16,7 @@
 #include "device/attention/launch.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
+#include "device/earlier.cuh"
 #include "device/tile.cuh"
 #include "kernels/attention/kernels.h"
 
@@ -244,6 +245,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, int alone) {
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Dkv<kDim>::kBlocks)
     attention_backward_dkv_kernel(AttentionBackward p) {
+  await_earlier_kernels();
   for_each_turn([&](int alone) { return dkv_tile<T, kDim, kDropout>(p, alone); });
 }
 
@@ -258,7 +260,7 @@ cudaError_t launch_dkv_tiles(const AttentionBackward& params, DType dtype, Strea
     const int bytes = Dkv<kDim>::kTileBytes + attention_bytes(p.batch);
     const auto kernel = p.batch.seed ? attention_backward_dkv_kernel<T, kDim, true>
                                      : attention_backward_dkv_kernel<T, kDim, false>;
-    return launch(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
+    return launch_early(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
   });
 }
 

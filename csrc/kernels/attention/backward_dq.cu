@@ -17,6 +17,7 @@
 #include "device/attention/launch.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
+#include "device/earlier.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.cuh"
 #include "device/vec.cuh"
@@ -223,6 +224,7 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, int alone) {
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Dq<kDim>::kBlocks)
     attention_backward_dq_kernel(AttentionBackward p) {
+  await_earlier_kernels();
   for_each_turn([&](int alone) { return dq_tile<T, kDim, kDropout>(p, alone); });
 }
 
@@ -237,7 +239,7 @@ cudaError_t launch_dq_tiles(const AttentionBackward& params, DType dtype, Stream
     const int bytes = Dq<kDim>::kTileBytes + attention_bytes(p.batch);
     const auto kernel = p.batch.seed ? attention_backward_dq_kernel<T, kDim, true>
                                      : attention_backward_dq_kernel<T, kDim, false>;
-    return launch(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
+    return launch_early(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
   });
 }
 

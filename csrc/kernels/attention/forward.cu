@@ -25,6 +25,7 @@
 #include "device/attention/launch.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
+#include "device/earlier.cuh"
 #include "device/reduce.cuh"
 #include "device/tile.cuh"
 #include "kernels/attention/kernels.h"
@@ -211,6 +212,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, int alone
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, Forward<kDim>::kBlocks)
     attention_forward_kernel(AttentionForward p) {
+  await_earlier_kernels();
   for_each_turn([&](int alone) { return forward_tile<T, kDim, kDropout>(p, alone); });
 }
 
@@ -225,7 +227,7 @@ cudaError_t launch_forward_tiles(const AttentionForward& params, DType dtype, St
     const int bytes = Forward<kDim>::kTileBytes + attention_bytes(p.batch);
     const auto kernel = p.batch.seed ? attention_forward_kernel<T, kDim, true>
                                      : attention_forward_kernel<T, kDim, false>;
-    return launch(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
+    return launch_early(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
   });
 }
 
