@@ -65,6 +65,8 @@ def make(prefix: str, size: str) -> torch.nn.Module:
     config |= dict(vocab_size=VOCABULARY, max_position_embeddings=140, pad_token_id=PAD)
     if prefix in ("Albert", "Electra"):
         config["embedding_size"] = width // 6
+    if prefix == "Esm":
+        config["position_embedding_type"] = "rotary"
     return kind(kind.config_class(**config))
 
 

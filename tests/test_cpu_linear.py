@@ -188,7 +188,7 @@ def test_gradients_change_no_bit(onednn, name, training):
 def test_a_layer_goes_by_its_own_mode(onednn, name):
     """One layer is in training and the other isn't: each has the bits of its mode."""
     model, inputs = make(name), inputs_of(name)
-    layers = model.layers if name == "torch.nn" else model.layers()
+    layers = model.layers if name == "torch.nn" else model.encoder_layers()
     layers[0].train()
     mixed = run(model, inputs)
     with torch.no_grad():

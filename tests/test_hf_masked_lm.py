@@ -27,7 +27,7 @@ every_head = pytest.mark.parametrize("name", HEADS)
 
 
 @every_head
-def test_float64(name):
+def test_float64(name, exact_rotation):
     stock = stock_head(name).double()
     inputs = labelled_batch(stock)
     model = fused(stock)
@@ -49,7 +49,7 @@ class LossOnly(nn.Module):
 
 
 @every_head
-def test_float32_stays_within_the_budget(name):
+def test_float32_stays_within_the_budget(name, exact_rotation):
     stock = stock_head(name)
     inputs = labelled_batch(stock, (5, 20, 13, 9, 30, 11))
     findings = beside_stock(

@@ -92,9 +92,14 @@ def why_unknown(kind: Any) -> str | None:
     # Up to transformers 4 a layer's third argument was head_mask, and it returned a tuple.
     front = _TABLE[kind.__name__][1]
     passes_on = passes_on or not front.PASSES_ON
+    if (missing := front.missing(kind)) is not None:
+        return f"transformers has no {missing} here, which bertfast knows of newer versions"
     if set(front.TAKES) <= set(names) and passes_on and "head_mask" not in names:
         return None
-    return f"its forward takes ({', '.join(names)}): bertfast knows transformers 5.0 to 5.23"
+    given = ", ".join(names)
+    return (
+        f"its forward takes ({given}), which is none that bertfast knows, up to transformers 5.23"
+    )
 
 
 def why_model_unknown(module: object) -> str | None:

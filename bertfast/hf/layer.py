@@ -11,8 +11,9 @@ from torch import nn
 from ..nn.eligibility import Facts, facts_of
 from ..nn.hooks import has_user_hooks, is_replaced
 from ..nn.joined import JoinedWeights
-from ..nn.layer import Call, Parts, run_layer
+from ..nn.layer import Call, Parts, Positions, run_layer
 from ..nn.modules import has_own_forward, is_spread
+from ..nn.parts import NO_POSITIONS
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
 from ..packing.batch import Batch
@@ -41,6 +42,7 @@ _LOOKED_AT = frozenset(
     ("encoder_hidden_states", "past_key_values", "head_mask", "output_attentions", "is_causal")
     + ("sliding_window", "softcap", "s_aux", "position_bias", "cache", "dropout", "scaling")
     + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+    + ("position_embeddings",)  # they may be of any positions
 )
 _IMPLEMENTATIONS = (None, "eager", "sdpa", "bertfast", "flex_attention") + tuple(
     f"flash_attention_{number}" for number in (2, 3, 4)
@@ -49,18 +51,28 @@ _IMPLEMENTATIONS = (None, "eager", "sdpa", "bertfast", "flex_attention") + tuple
 
 if TYPE_CHECKING:
 
-    class Swapped(nn.Module):
+    class AnyModule(nn.Module):
         """A module of transformers: an attribute may be anything."""
 
         def __getattr__(self, name: str) -> Any: ...
 else:
-    Swapped = object
+    AnyModule = object
+
+
+class Swapped(AnyModule):
+    @classmethod
+    def missing(cls, original: type) -> str | None:
+        """The name of a class that this front needs of the family, where there is none."""
+        return None
 
 
 class Layer(Swapped):
     """Stands in front of the original layer class. A subclass names the layer's parts."""
 
-    TAKES = ("hidden_states", "attention_mask")  # arguments that the original's forward must know
+    TAKES: tuple[str, ...] = (
+        "hidden_states",
+        "attention_mask",
+    )  # arguments that the original's forward must know
     PASSES_ON = True  # and any other
     RETURNS_TUPLE = False  # (hidden states, attention weights)
     _original: Any  # the class that was swapped
@@ -92,6 +104,10 @@ class Layer(Swapped):
 
     def self_attention(self) -> nn.Module:
         raise NotImplementedError
+
+    def positions(self, batch: Batch, args: tuple, kwargs: dict) -> Positions:
+        """Of a call with these arguments after the mask."""
+        return NO_POSITIONS
 
     def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
         """The mask as the original code wants it."""
@@ -135,6 +151,11 @@ class Layer(Swapped):
         """Gives the layer the state that it needs besides its new class."""
         parts = self.parts()
         self.__dict__["_bertfast_joined"] = JoinedWeights((parts.query, parts.key, parts.value))
+        if parts.gated is not None:
+            self.__dict__[_JOINED_UP] = JoinedWeights((parts.gated.gate, parts.up))
+
+
+_JOINED_UP = "_bertfast_joined_up"
 
 
 def _forward(original: Any) -> Callable:
@@ -167,6 +188,8 @@ def _forward(original: Any) -> Callable:
         call = Call(
             *(batch, self._bertfast_joined, self.training),
             *(settings.backend, settings.recompute, id(self)),
+            joined_up=self.__dict__.get(_JOINED_UP),
+            positions=self.positions(batch, args, kwargs),
         )
         y = run_layer(self.parts(), hidden_states, call)
         return (y, None) if self.RETURNS_TUPLE else y

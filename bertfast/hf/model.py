@@ -45,7 +45,7 @@ class Model(Swapped):
     # Those with a number for each token, which its embeddings take.
     TOKENS: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids")
     _original: Any
-    _embeddings_kind: type
+    _own_kinds: tuple[type, ...]
 
     @classmethod
     def subclass(cls, original: Any, module: str) -> type[nn.Module]:
@@ -54,7 +54,7 @@ class Model(Swapped):
             "__qualname__": original.__name__,
             "__doc__": original.__doc__,
             "_original": original,
-            "_embeddings_kind": cls.embeddings_kind(original),
+            "_own_kinds": cls.own_kinds(original),
             # With the original's signature, by which trainers choose a dataset's columns.
             "forward": _model_forward(original),
             # transformers finds these out by reading the source around the class.
@@ -66,10 +66,10 @@ class Model(Swapped):
         return made
 
     @classmethod
-    def embeddings_kind(cls, original: type) -> type:
-        """The class of its embeddings, as it was written."""
+    def own_kinds(cls, original: type) -> tuple[type, ...]:
+        """The classes of what comes before its layers, as they were written: the embeddings'."""
         name = original.__name__.removesuffix("Model") + "Embeddings"
-        return getattr(sys.modules[original.__module__], name)
+        return (getattr(sys.modules[original.__module__], name),)
 
     def encoder_module(self) -> nn.Module:
         raise NotImplementedError
@@ -77,7 +77,7 @@ class Model(Swapped):
     def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def layers(self) -> list[Any]:
+    def encoder_layers(self) -> list[Any]:
         encoder: Any = self.encoder_module()
         return [unwrapped(layer) for layer in encoder.layer.children()]
 
@@ -147,6 +147,9 @@ class Model(Swapped):
         embedding: Any = self.get_input_embeddings()
         self(input_ids=torch.full((rows, length), token, device=embedding.weight.device))
 
+    def before_packing(self, arguments: dict) -> None:
+        """Whatever has to be done with the arguments as they were given, the mask among them."""
+
     def call(self, arguments: dict) -> Any:
         """The original forward, told how the batch lies by ARGUMENT."""
         return self._original.forward(self, **arguments)
@@ -202,14 +205,14 @@ class Model(Swapped):
         untold = self.why_untold()
         if untold is not None:
             return Facts(untold)
-        layers, unfused, rows_seen = self.layers(), None, None
+        layers, unfused, rows_seen = self.encoder_layers(), None, None
         for number, layer in enumerate(layers):
             if (reason := layer.why_not()) is not None:
                 unfused = f"layer {number} runs its original code: {reason}"
                 break
             if rows_seen is None and (reason := layer.why_rows_are_seen()) is not None:
                 rows_seen = f"in layer {number} {reason}"
-        around, beside = _other_modules(self.encoder_module(), layers)
+        around, beside = self.surroundings(layers)
         for module in beside:
             rows_seen = rows_seen or why_rows_are_seen(module)
         for module in around:
@@ -222,20 +225,19 @@ class Model(Swapped):
             **layer_facts(layers),
         )
 
+    def surroundings(self, layers: list[Any]) -> tuple[list[nn.Module], ...]:
+        """Of the layers: the modules that they are in, and those that are called beside them."""
+        return _other_modules(self.encoder_module(), layers)
+
     def _attributes(self) -> list[tuple[dict, str]]:
-        return [attribute for layer in self.layers() for attribute in layer.attributes()]
+        return [attribute for layer in self.encoder_layers() for attribute in layer.attributes()]
 
     def why_untold(self) -> str | None:
         """Why some layer can't be told how the batch lies, or the encoder can't unpack it."""
         encoder = self.encoder_module()
         if not (isinstance(encoder, Encoder) and is_converted(encoder)):
             return f"its encoder is a {type(encoder).__name__}"
-        for kind, module in (("encoder", encoder), *(("layer", m) for m in self.layers())):
-            if not (isinstance(module, (Encoder, Layer)) and is_converted(module)):
-                return f"one of its layers is a {type(module).__name__} that wasn't converted"
-            if is_replaced(module):
-                return f"the forward of its {kind} was replaced on the instance"
-        return None
+        return why_untold("encoder", [encoder]) or why_untold("layer", self.encoder_layers())
 
     def _why_kept(self, arguments: dict, facts: Facts) -> str | None:
         """Why the call's results would show that tokens moved; None if they never do."""
@@ -250,7 +252,7 @@ class Model(Swapped):
         given = {name: arguments[name] for name in names if arguments[name] is not None}
         if "input_ids" not in given or not facts.embeddings_plain:
             return
-        if "position_ids" not in given:
+        if "position_ids" in self.TOKENS and "position_ids" not in given:
             given["position_ids"] = self.position_ids(given["input_ids"])
         if batch.padded_shape is None:
             return
@@ -267,12 +269,22 @@ class Model(Swapped):
         """True if all that comes before the encoder acts on each token alone. Of the encoder itself
         only hooks count: they see its input."""
         encoder = self.encoder_module()
-        own = (self._embeddings_kind,)
+        own = self._own_kinds
         return not sees_layout(encoder) and not any(
             why_rows_are_seen(child, own)
             for child in self.children()
             if child is not encoder and child is not getattr(self, "pooler", None)
         )
+
+
+def why_untold(kind: str, modules: list[Any]) -> str | None:
+    """Why one of a model's modules can't be told how the batch lies."""
+    for module in modules:
+        if not (isinstance(module, (Encoder, Layer)) and is_converted(module)):
+            return f"one of its layers is a {type(module).__name__} that wasn't converted"
+        if is_replaced(module):
+            return f"the forward of its {kind} was replaced on the instance"
+    return None
 
 
 def unwrapped(layer: nn.Module) -> Any:
@@ -320,6 +332,7 @@ def _model_forward(original: Any) -> Callable:
             batch = self._decide(arguments, facts)
         if batch is not None:
             batch = for_layers(batch, facts, _tokens_of(arguments).device)
+            self.before_packing(arguments)
         arguments[ARGUMENT] = batch
         if batch is not None:
             arguments["attention_mask"] = None  # the layers have it in the batch
@@ -336,7 +349,7 @@ class Encoder(Swapped):
     """Stands in front of the original encoder class: takes the padding out before the first layer,
     if the model hasn't, and puts it back after the last."""
 
-    TAKES = ("hidden_states", "attention_mask")
+    TAKES: tuple[str, ...] = ("hidden_states", "attention_mask")
     PASSES_ON = True
     GRAPHS = True  # may serve it
     _original: Any
@@ -382,9 +395,7 @@ def _encoder_forward(original: Any) -> Callable:
             return self.call(hidden_states, args, kwargs)
         outputs = self.call(hidden_states, args, kwargs)
         last = outputs.last_hidden_state
-        if batch.index is not None and batch.index.device != last.device:
-            batch = batch.to(last.device)  # the last layer is on another device than the first
-        outputs.last_hidden_state = batch.unpack(last)
+        outputs.last_hidden_state = batch.on(last.device).unpack(last)
         return outputs
 
     return forward

@@ -57,7 +57,19 @@ def gelu_form(activation: Callable) -> str | None:
             return None
         form = activation.keywords.get("approximate", "none")
         return form if form in APPROXIMATE else None
-    return _GELU_CLASSES.get((type(activation).__module__, type(activation).__name__))
+    return _GELU_CLASSES.get(_name(activation))
+
+
+def gating_form(activation: Callable) -> str | None:
+    """The name of a gated MLP's activation in ops.gated, None for any other function."""
+    if isinstance(activation, nn.Module) and _name(activation) in _SILU:
+        return "silu" if untouched(activation, type(activation)) else None
+    form = gelu_form(activation)
+    return None if form is None else _GATED[form]
+
+
+def _name(activation: Callable) -> tuple[str, str]:
+    return type(activation).__module__, type(activation).__name__
 
 
 # transformers' activations, by name, as this module works without transformers.
@@ -71,3 +83,8 @@ _GELU_CLASSES = {
         ("FastGELUActivation", "tanh"),
     )
 }
+_SILU = (
+    ("torch.nn.modules.activation", "SiLU"),
+    ("transformers.activations", "SiLUActivation"),
+)
+_GATED = {"none": "gelu", "tanh": "gelu_tanh"}

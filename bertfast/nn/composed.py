@@ -60,6 +60,7 @@ class Composed:
             site=site,
             scale=parts.scale,
             backend=call.backend,
+            **call.positions.arguments(),
         )
         if len(linears) == 1 or self._one_product(linears, x):
             if len(linears) == 1:

@@ -25,16 +25,16 @@ from ..ops.attention import limits
 from ..ops.dropout import draw_seed
 from ..ops.layer_norm.run import Norm
 from ..ops.linear import run as linear_gelu
-from ..packing.batch import Batch, Copies
+from ..packing.batch import Batch, Copies, Shared
 from . import attention_block, mlp_block
 from .attention_block import Given
 from .composed import Composed
 from .eligibility import Facts
 from .joined import same_form
 from .modules import Weights
-from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, read
+from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, NO_POSITIONS, Call, Parts, Positions, read
 
-__all__ = ["Call", "Parts", "for_layers", "run_layer"]
+__all__ = ["Call", "Parts", "Positions", "for_layers", "run_layer"]
 
 
 def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -103,6 +103,8 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
     norm, out = now.attention_norm, now.attention_output
     drop, qkv = now.attention_output_dropout, now.qkv
     if type(out) is not Weights or type(norm) is not Norm or type(drop) is not float:
+        return None
+    if call.positions is not NO_POSITIONS:
         return None
     if len(qkv) == 1:  # it is read, else it were no single one
         weights, biases = qkv[0][:1], () if qkv[0].bias is None else qkv[0][1:]
@@ -194,8 +196,8 @@ def for_layers(batch: Batch, facts: Facts, device: torch.device) -> Batch:
         return batch
     trained = any(map(_training, facts.dropouts))
     seed = draw_seed(device) if trained and facts.numbers and _drop(facts.dropouts) else None
-    known = dict(numbers=facts.numbers, clean=facts.clean, copies=Copies(), facts=facts)
-    return batch.told(seed=seed, **known)
+    known = dict(numbers=facts.numbers, clean=facts.clean, facts=facts)
+    return batch.told(seed=seed, copies=Copies(), shared=Shared(), **known)
 
 
 _training = attrgetter("training")

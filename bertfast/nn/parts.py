@@ -84,6 +84,21 @@ def read(parts: Parts, clean: bool) -> Read:
     )
 
 
+class Positions(NamedTuple):
+    """All that tells a layer's scores where their queries and keys stand, as in ops.attention. Made
+    once a forward, for all layers of a kind."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    window: tuple[int, int] | None = None
+    distance_bias: torch.Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+NO_POSITIONS = Positions()
+
+
 class Call(NamedTuple):
     """One call of a layer."""
 
@@ -94,6 +109,7 @@ class Call(NamedTuple):
     recompute: bool = False  # less is saved, and made again in the backward
     layer: int | None = None  # its id, by which the batch knows its number
     joined_up: JoinedWeights | None = None  # of a gated MLP with two products
+    positions: Positions = NO_POSITIONS
 
 
 class Dropouts:

@@ -50,6 +50,20 @@ class Copies:
         return copy
 
 
+class Shared:
+    """Values that the layers of one forward share, made for the first that asks."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, source: Any, make: Callable[[], Any]) -> Any:
+        """The value made of this very object, which is kept, so that its id stays its own."""
+        known = self._made.get(id(source))
+        if known is None:
+            known = self._made[id(source)] = source, make()
+        return known[1]
+
+
 def _version(x: torch.Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
@@ -75,6 +89,7 @@ class Batch:
     numbers: dict[int, int] | None = None  # of the layers, by their ids: what tells them apart
     clean: bool = False  # nothing hangs on any module of the layers: see nn/eligibility.py
     copies: Copies | None = None  # of a model's layers; None for one that is called by itself
+    shared: Shared | None = None  # likewise
     kept: str | None = None  # why its padding was not taken out, where that shows in the values
     facts: Any = None  # of the layers' modules
     bucket: Filled | None = None  # in which a graph may serve it
@@ -119,6 +134,11 @@ class Batch:
             value = getattr(self, name)
             fields[name] = None if value is None else value.to(device, non_blocking=non_blocking)
         return dataclasses.replace(self, **fields)
+
+    def on(self, device: torch.device) -> "Batch":
+        """The batch where the last layer is, perhaps on another device than the first."""
+        elsewhere = self.index is not None and self.index.device != device
+        return self.to(device) if elsewhere else self
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, length, ...) -> (1, tokens, ...); a first size of 1 stands for every row."""

@@ -11,7 +11,6 @@
 
 #include "host/async_copy.h"
 #include "host/clocks.h"
-#include "host/left_out.h"
 #include "host/mbarrier.h"
 #include "host/race_check.h"
 #include "host/scheduler.h"
@@ -174,16 +173,14 @@ void store(const TensorMap& to, const Place& at, int from, Site site) {
   queue.open.push_back(std::move(store));
 }
 
-void commit(Site site) {
-  if (is_left_out(site)) return;
+void commit() {
   Queue& queue = my_queue();
   for (Store& store : queue.open) store.until = clocks::tick();
   queue.groups.push_back(std::move(queue.open));
   queue.open.clear();
 }
 
-void wait_read(int left, Site site) {
-  if (is_left_out(site)) return;
+void wait_read(int left) {
   Queue& queue = my_queue();
   while (queue.groups.size() > size_t(left)) {
     for (const Store& store : queue.groups.front()) {

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "host/clocks.h"
-#include "host/left_out.h"
 #include "host/scheduler.h"
 
 namespace bertfast {
@@ -82,7 +81,6 @@ void end_block() {
 }
 
 void sync(int number, int threads, Site site) {
-  if (is_left_out(site)) return;
   if (come(number, threads, site)) {
     clocks::acquire(current_thread(), barriers[number].gathering);
     barriers[number] = Barrier();
@@ -93,7 +91,6 @@ void sync(int number, int threads, Site site) {
 }
 
 void arrive(int number, int threads, Site site) {
-  if (is_left_out(site)) return;
   if (come(number, threads, site)) barriers[number] = Barrier();
 }
 

@@ -8,8 +8,6 @@
 
 #include <cstdint>
 
-#include "host/site.h"
-
 namespace bertfast {
 namespace host {
 namespace proxy {
@@ -17,7 +15,7 @@ namespace proxy {
 void begin_block();
 
 // fence.proxy.async by the running thread.
-void fence(Site site);
+void fence();
 
 // Whether `thread` has fenced after an access at time `access`, and before `until`.
 bool fenced(int thread, uint64_t access, uint64_t until);

@@ -1,5 +1,6 @@
 """Tiny Hugging Face models and batches for them."""
 
+import importlib
 from importlib.util import find_spec
 from unittest import mock
 
@@ -32,23 +33,43 @@ _OWN = {
     "Albert": _DROPOUT | {"embedding_size": 32},
     "Electra": {"embedding_size": 32},
     "Ernie": {"use_task_id": True},
+    "Esm": {"position_embedding_type": "rotary", "emb_layer_norm_before": True},
+    "Gte": _DROPOUT,
+    "NomicBert": _DROPOUT,
 }
 
 
-def _families() -> tuple[dict[str, dict], list[str], list[str]]:
-    """The prefix of the class names of each family that bertfast knows -> its configuration; one
-    family of each layer; and those that graphs serve."""
+def _known_here() -> list:
+    """The families that this version of transformers has in the form that bertfast knows."""
     if not find_spec("transformers"):
-        return {}, [], []
+        return []
+    from bertfast import hf
     from bertfast.hf.families import FAMILIES
 
+    def is_here(family) -> bool:
+        try:
+            module = importlib.import_module(family.module)
+        except ModuleNotFoundError:
+            return False
+        return not any(hf.why_unknown(getattr(module, name)) for name in family.swapped)
+
+    return [family for family in FAMILIES if is_here(family)]
+
+
+KNOWN = _known_here()
+
+
+def _families() -> tuple[dict[str, dict], list[str], list[str]]:
+    """The prefix of the class names of each family -> its configuration; one family of each layer;
+    and those that graphs serve."""
     found, kinds, graphed = {}, {}, []
-    for family in FAMILIES:
+    for family in KNOWN:
         own = _BERT | _OWN.get(family.prefix, {})
         found[family.prefix] = _DISTILBERT if family.prefix == "DistilBert" else own
-        layer, encoder, _ = family.swapped.values()
-        kinds.setdefault(layer, family.prefix)
-        if encoder.GRAPHS:
+        layer, *encoders, _ = family.swapped.values()
+        form = layer, "gated" in family.layer
+        kinds.setdefault(form, family.prefix)
+        if any(encoder.GRAPHS for encoder in encoders):
             graphed.append(family.prefix)
     return found, list(kinds.values()), graphed
 
@@ -70,6 +91,13 @@ def tiny(name: str = "BertModel", **config) -> torch.nn.Module:
             else:
                 parameter.mul_(4.0)  # scores that tell tokens apart
     return model
+
+
+def rotated(q, k, cos, sin, unsqueeze_dim=1):
+    """transformers' apply_rotary_pos_emb, in the dtype that q and k have."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    halves = ((x, torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1)) for x in (q, k))
+    return tuple(x * cos + turned * sin for x, turned in halves)
 
 
 def batch(

@@ -3,15 +3,14 @@
 import copy
 
 import torch
-from support.hf_models import VOCABULARY, batch, tiny
+from support.hf_models import KNOWN, VOCABULARY, batch, tiny
 
 import bertfast
-from bertfast.hf import families
 
 # Each head that loses its logits -> the name of what it returns them as.
 HEADS = {
     name: "prediction_logits" if name.endswith("PreTraining") else "logits"
-    for family in families.FAMILIES
+    for family in KNOWN
     for name in family.heads
 }
 

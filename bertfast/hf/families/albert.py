@@ -70,7 +70,7 @@ class Model(bert.Model):
         groups, count = self.encoder.albert_layer_groups, self.encoder.config.num_hidden_layers
         return [model.unwrapped(groups[int(i / (count / len(groups)))]) for i in range(count)]
 
-    def layers(self) -> list[Any]:
+    def encoder_layers(self) -> list[Any]:
         return [model.unwrapped(one) for group in self.groups() for one in group.albert_layers]
 
     def _attributes(self) -> list[tuple[dict, str]]:

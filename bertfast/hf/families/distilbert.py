@@ -62,9 +62,9 @@ class Layer(layer.Layer):
 
 class Model(model.Model):
     @classmethod
-    def embeddings_kind(cls, original: type) -> type:
+    def own_kinds(cls, original: type) -> tuple[type, ...]:
         family: Any = sys.modules[original.__module__]
-        return family.Embeddings
+        return (family.Embeddings,)
 
     def encoder_module(self) -> nn.Module:
         return self.transformer

@@ -79,8 +79,9 @@ def _padded(
         in_parts = scores.windowed or scores.bias is not None
         in_parts = in_parts and not tracing.is_compiling()
         at_a_time = blocks(length, _STEP, scores) if in_parts else [whole]
+        queries = q.split(_STEP, 2) if in_parts else (q,)
         outs = []
-        for block, some in zip(at_a_time, q.split(_STEP if in_parts else length, 2), strict=True):
+        for block, some in zip(at_a_time, queries, strict=True):
             keys, values = (x[:, :, block.start : block.end] for x in (k, v))
             mask = _mask(key_mask, any_key, scores, block, q)
             outs.append(

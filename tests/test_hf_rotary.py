@@ -1,0 +1,137 @@
+"""Rotary positions of Hugging Face models: whose tables they are, and which positions are known."""
+
+import copy
+
+import pytest
+import torch
+from support.hf_models import KNOWN, batch, packs, tiny
+
+import bertfast
+from bertfast.hf import rotary
+from bertfast.testing.model import HIDDEN_ATOL
+
+PREFIXES = [family.prefix for family in KNOWN if "rotary" in family.layer]
+each_family = pytest.mark.parametrize("prefix", PREFIXES)
+pytestmark = [
+    pytest.mark.skipif(not PREFIXES, reason="this transformers has none of the families"),
+    pytest.mark.filterwarnings("ignore:bertfast runs the original code"),
+]
+
+
+def both(prefix, **config):
+    stock = tiny(prefix + "Model", **config)
+    return stock, bertfast.optimize(copy.deepcopy(stock), strict=True)
+
+
+def close(got, expected, inputs):
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[0][real], expected[0][real], rtol=0, atol=HIDDEN_ATOL)
+
+
+@each_family
+def test_positions_that_count_tokens_are_known_and_others_are_not(prefix):
+    stock, model = both(prefix)
+    inputs = batch()
+    rows, length = inputs["input_ids"].shape
+    counted = torch.arange(length)
+    for ids in (counted[None], counted.expand(rows, -1)):
+        given = inputs | {"position_ids": ids}
+        close(model(**given), stock(**given), inputs)
+        assert packs(model, given)
+    for ids in (counted.flip(0)[None], counted[None] * 2):
+        given = inputs | {"position_ids": ids}
+        assert torch.equal(model(**given)[0], stock(**given)[0]) and not packs(model, given)
+
+
+@each_family
+def test_the_model_makes_the_tables_once(prefix, monkeypatch):
+    stock, model = both(prefix)
+    module, tables, seen = model.rotary_module(), rotary._tables, []
+    calls = []
+    monkeypatch.setattr(rotary, "_tables", lambda given: seen.append(tables(given)) or seen[-1])
+    module.register_forward_hook(lambda m, args, out: calls.append(out))
+    model(**batch())
+    assert len(calls) == len(seen) >= 1
+    ids = torch.arange(20)[None]
+    for dtype in (torch.float32, torch.bfloat16):  # which transformers rounds them to
+        seen.clear()
+        model.to(dtype)(**batch((9, 20)))
+        expected = model.rotary_module()(torch.empty(0, dtype=dtype), ids)
+        for table, theirs in zip(seen[0].rotary, expected, strict=True):
+            assert table.dtype == torch.float32 and table.is_contiguous()
+            assert torch.equal(table.repeat(1, 2), theirs[0].float())
+
+
+SCALED = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 20},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_frequencies(kind):
+    """Fixed ones, with the scaling of their tables; not those that change with the length."""
+    told = {"rope_type": kind, "rope_theta": 10000.0, **SCALED[kind]}
+    stock, model = both("JinaEmbeddingsV3", rope_parameters=told)
+    assert kind != "yarn" or stock.rotary_emb.attention_scaling != 1.0
+    inputs = batch()
+    close(model(**inputs), stock(**inputs), inputs)
+    assert packs(model, inputs) == (kind != "dynamic")
+    if kind == "dynamic":
+        assert "rotary frequencies (dynamic)" in str(bertfast.report(model).notes)
+
+
+@each_family
+def test_a_rotary_module_of_somebody_elses(prefix):
+    stock, model = both(prefix)
+    inputs = batch()
+    assert packs(model, inputs)
+    for one in (stock, model):
+        module = one.rotary_emb if prefix != "Esm" else one.rotary_embeddings
+
+        class Mine(type(module)):
+            def forward(self, *args, **kwargs):
+                cos, sin = super().forward(*args, **kwargs)
+                return sin, cos
+
+        module.__class__ = Mine
+    assert torch.equal(model(**inputs)[0], stock(**inputs)[0]) and not packs(model, inputs)
+
+
+@each_family
+def test_left_padding_and_packed_always(prefix):
+    stock, inputs = tiny(prefix + "Model"), batch(side="left")
+    model = bertfast.optimize(copy.deepcopy(stock), strict=True, packed="always")
+    close(model(**inputs), stock(**inputs), inputs)
+
+
+def test_esm_knows_how_much_of_a_row_is_masked():
+    config = dict(token_dropout=True, mask_token_id=7, emb_layer_norm_before=True)
+    stock, model = both("Esm", **config)
+    inputs = batch()
+    inputs["input_ids"][:, 2] = 7
+    close(model(**inputs), stock(**inputs), inputs)
+    assert packs(model, inputs)
+    x = torch.randn(3, 20, 64)
+    given = {"inputs_embeds": x, "attention_mask": inputs["attention_mask"]}
+    close(model(**given), stock(**given), inputs)
+
+
+def test_esm_with_absolute_positions():
+    stock, model = both("Esm", position_embedding_type="absolute")
+    inputs = batch()
+    for given in (inputs, inputs | {"position_ids": torch.arange(20)[None] + 5}):
+        close(model(**given), stock(**given), inputs)
+        assert packs(model, given)
+
+
+def test_a_model_that_is_made_shorter():
+    """It then calls fewer layers."""
+    stock, model = both("JinaEmbeddingsV3")
+    inputs = batch()
+    model(**inputs)
+    for one in (stock, model):
+        one.config.num_hidden_layers = 1
+    close(model(**inputs), stock(**inputs), inputs)
+    assert packs(model, inputs)
