@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.hf_models import KNOWN, batch, packs, tiny
+from support.hf_models import KNOWN, PAD, batch, packs, tiny
 
 import bertfast
 from bertfast.hf import rotary
@@ -41,6 +41,17 @@ def test_positions_that_count_tokens_are_known_and_others_are_not(prefix):
     for ids in (counted.flip(0)[None], counted[None] * 2):
         given = inputs | {"position_ids": ids}
         assert torch.equal(model(**given)[0], stock(**given)[0]) and not packs(model, given)
+
+
+@each_family
+def test_masked_tokens_between_others(prefix):
+    """Without them those around would come nearer to each other."""
+    stock, model = both(prefix)
+    inputs = batch()
+    inputs["input_ids"][1, 4:9] = PAD
+    inputs["attention_mask"][1, 4:9] = 0
+    close(model(**inputs), stock(**inputs), inputs)
+    assert not packs(model, inputs) and "distances count" in str(bertfast.report(model).notes)
 
 
 @each_family

@@ -125,11 +125,16 @@ class Model(Swapped):
         if kept is None and ids is not None and not settings.always:
             padding = Padding(ids, self.config.pad_token_id)
         batch = layout(
-            *(mask, kept is None, x.device, settings.backend, not self.training, padding, buckets)
+            *(mask, kept is None, x.device, settings.backend, not self.training, padding, buckets),
+            unbroken=self.knows_distances(),
         )
         if not tracing.is_compiling():
             self.__dict__[KEPT] = kept or batch.kept
         return batch
+
+    def knows_distances(self) -> bool:
+        """True if distances between a row's tokens count in its layers."""
+        return False
 
     def _buckets(self, arguments: dict, x: torch.Tensor) -> Buckets | None:
         """Of the graphs that may serve the call."""

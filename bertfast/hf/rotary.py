@@ -50,6 +50,9 @@ class Model(model.Model):
         """None where positions are absolute."""
         raise NotImplementedError
 
+    def knows_distances(self) -> bool:
+        return self.rotary_module() is not None
+
     def tables(self, x: torch.Tensor, longest: int) -> Any:
         """position_embeddings of the first `longest` positions, for layers that take x."""
         return self.rotary_module()(x, torch.arange(longest, device=x.device)[None])

@@ -193,6 +193,7 @@ def pack(
     sort: bool = False,
     padding: Padding | None = None,
     buckets: Buckets | None = None,
+    unbroken: bool = False,
 ) -> Batch:
     """The packed form, for tensors on `device`, of a batch by its mask, (rows, length), of 0 or
     False where a token is not attended. If nothing is padding: padded, without a mask.
@@ -201,8 +202,9 @@ def pack(
     a masked token is not `padding`: it may be there to be read.
 
     sort: rows may change places, which only dropout shows; on a CPU those of one length then share
-    attention calls. buckets: of the graphs that may serve it. The host waits for the device once,
-    if the mask is not on the CPU.
+    attention calls. buckets: of the graphs that may serve it. unbroken: distances between tokens
+    count, so it stays padded where a masked one lies between others. The host waits for the device
+    once, if the mask is not on the CPU.
     """
     rows, length = mask.shape
     if mask.numel() == 0:
@@ -217,6 +219,8 @@ def pack(
         kept = "a row begins with padding, or is nothing else"
     elif to_be_read:
         kept = "tokens at mask 0 are not the padding token: they may be there to be read"
+    elif unbroken and not _are_unbroken(attended, lengths):
+        kept = "masked tokens lie between others, whose distances count"
     if kept is not None:
         return Batch(key_mask=mask.bool().to(device), kept=kept)
     order, bucket = None, None
@@ -243,6 +247,11 @@ def pack(
         padded_shape=(rows, length),
         bucket=bucket,
     )
+
+
+def _are_unbroken(attended: np.ndarray, lengths: np.ndarray) -> bool:
+    """True if each row's tokens, of which the first is attended, follow each other."""
+    return bool((attended.astype(bool) == (np.arange(attended.shape[1]) < lengths[:, None])).all())
 
 
 def full(
@@ -296,11 +305,12 @@ def layout(
     sort: bool = False,
     padding: Padding | None = None,
     buckets: Buckets | None = None,
+    unbroken: bool = False,
 ) -> Batch:
     """The batch of a mask, for tensors on `device`: packed if that is allowed, pays, and the mask's
-    values can be looked at. sort, padding and buckets: as in `batch.pack`."""
+    values can be looked at. sort and what follows it: as in `batch.pack`."""
     if mask is None:
         return Batch()
     if may_pack and can_look_at(mask):
-        return pack(mask, device, backend, sort, padding, buckets)
+        return pack(mask, device, backend, sort, padding, buckets, unbroken)
     return Batch(key_mask=mask.bool() if device is None else mask.bool().to(device))
