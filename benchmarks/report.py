@@ -25,7 +25,7 @@ from bertfast.commands.bench.compare import PM, Ratio, Unit, baseline, grouped, 
 from bertfast.commands.bench.lengths import MIXES  # noqa: E402
 from bertfast.commands.bench.record import Environment, Row, read  # noqa: E402
 from bertfast.commands.bench.tables import by_op, percent  # noqa: E402
-from bertfast.commands.kernels import budget, peers  # noqa: E402
+from bertfast.commands.kernels import budget, peers, products  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
@@ -232,6 +232,7 @@ def parts(found: list[Run]) -> dict[str, str]:
     limits = budget.load()
     counts = peers.markdown(limits, limits[budget.HOT_PATHS])
     made = {"gpu": on_gpu, "cpu": on_cpu, "loss": loss(), "peers": counts}
+    made["products"] = products.markdown(limits[budget.HOT_PATHS])
     return made | {"pretraining": pretrain_report.text()}
 
 

@@ -237,8 +237,8 @@ cudaError_t launch_bias_gelu_backward(BiasGeluBackward, bool tanh, DType x_dtype
                                       Stream);
 cudaError_t launch_gated_forward(GatedForward, Activation, DType, Stream);
 cudaError_t launch_gated_backward(GatedBackward, Activation, DType, Stream);
-cudaError_t launch_linear_gelu_forward(LinearGeluForward, bool tanh, DType, Stream);
-cudaError_t launch_linear_gelu_backward(LinearGeluBackward, bool tanh, DType, Stream);
+cudaError_t launch_linear_gelu_forward(const LinearGeluForward&, bool tanh, DType, Stream);
+cudaError_t launch_linear_gelu_backward(const LinearGeluBackward&, bool tanh, DType, Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
 cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);

@@ -127,6 +127,7 @@ def host_runtime():
     module.set_dry_launch(False)
     module.set_gpu(100)
     module.set_first_block(0)
+    module.leave_out("", 0)
     module.reset_records()
 
 

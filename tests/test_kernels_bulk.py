@@ -1,11 +1,12 @@
 """The hot path of products whose operands bulk copies load, and whose warps may work apart."""
 
+import pytest
 from test_kernels import ROW
 from test_kernels_hot import found, listing
 
 import bertfast.commands.kernels as kernels
-from bertfast.commands.kernels import sass
-from bertfast.ops.aot import Work
+from bertfast.commands.kernels import cuda_modules, sass
+from bertfast.ops.aot import Case, Work
 
 # A turn by bulk copies, whose wait for the next one stands apart, and the sums' way out.
 BULK = (
@@ -61,6 +62,18 @@ def test_warps_of_different_work_are_reached_through_a_table():
     )
     path = found(PRODUCT, lines)
     assert (path.instructions, path.loads) == (0.38, 0)
+
+
+@pytest.mark.parametrize("arch, found", [("sm_90a", 1), ("sm_80", 0)])
+def test_a_kernel_of_one_architecture_is_empty_elsewhere_and_not_read(monkeypatch, arch, found):
+    (code,) = sass.parse("\n".join([".text.one:", *listing(*BULK)])).values()
+    case = Case("a form", "float16", 128, None, capability=90)
+    monkeypatch.setattr(cuda_modules, "module_path", lambda: None)
+    monkeypatch.setattr(cuda_modules, "_compile", lambda *_: [(None, "")])
+    read = {"one": (code, sass.Resources(1, 0, 0))}
+    monkeypatch.setattr(cuda_modules, "read_cubin", lambda *_: read)
+    monkeypatch.setattr(cuda_modules, "_describe", lambda *_: ("op", case))
+    assert len(cuda_modules.read(arch)) == found
 
 
 def test_a_form_is_stale_only_if_all_architectures_were_read():

@@ -63,7 +63,7 @@ def test_no_bank_conflicts(host_runtime, case):
     records = host_runtime.bank_conflicts()
     # Two kinds of copies, three of operands, and each way out, there and back.
     assert sum("product.cuh" in record[0] for record in records) >= 5
-    assert sum("linear_gelu.cu" in record[0] for record in records) >= 5
+    assert sum("by_warps.cu" in record[0] for record in records) >= 5
     assert [record for record in records if record[1] > 1] == []
 
 

@@ -57,6 +57,7 @@ class Case:
     scalar_loads: int = 0  # loads that are not row data: the seed, a row's statistics
     scalar_stores: int = 0
     dynamic_shared: int = 0  # bytes; of a Triton kernel the compiler knows
+    capability: int | None = None  # 90 for 9.0: elsewhere the kernel is empty; None: none is
     work: Work | None = None  # None: without products, or by other means than tensor cores
 
 

@@ -30,6 +30,7 @@ const Binding binding([](py::module_& m) {
   m.def("set_dry_launch", &host::set_dry_launch, py::arg("on"));
   m.def("set_gpu", &host::set_gpu, py::arg("capability"), py::arg("multiprocessors") = 2);
   m.def("set_first_block", &host::set_first_block, py::arg("number"));
+  m.def("leave_out", &host::leave_out, py::arg("file"), py::arg("line"));
   m.def("reset_records", &host::reset_records);
   m.def("launch_count", &host::launch_count);
   m.def("bank_conflicts", &bank_conflicts);

@@ -18,6 +18,11 @@ inline cudaError_t current_gpu(Gpu* gpu) {
   return cudaSuccess;
 }
 
+template<class Params>
+bool has_code(void (*)(Params), int) {
+  return true;
+}
+
 #else
 
 struct Gpu {
@@ -52,6 +57,28 @@ inline cudaError_t current_gpu(Gpu* gpu) {
   gpu->capability = 10 * major + minor;
   if (error == cudaSuccess) known[device] = *gpu;
   return error;
+}
+
+// Whether the module has code of a kernel for the current device: of one that is empty, and may
+// have fewer threads, where it is compiled for others. A kernel and device are asked once.
+template<class Params>
+bool has_code(void (*kernel)(Params), int threads) {
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(Params), int>, bool> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (error == cudaSuccess && found != known.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // no later call is told of it
+    return false;
+  }
+  return known[{kernel, device}] = attributes.maxThreadsPerBlock >= threads;
 }
 
 #endif

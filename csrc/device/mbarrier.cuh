@@ -28,8 +28,8 @@ inline void mbarrier_init(Mbarriers barriers, int i, int arrivals,
   host::mbarrier::init(barriers.byte_offset + 8 * i, arrivals, site);
 }
 
-inline void mbarrier_init_fence() {
-  host::mbarrier::init_fence();
+inline void mbarrier_init_fence(host::Site site = host::Site::here()) {
+  host::mbarrier::init_fence(site);
 }
 
 inline void mbarrier_arrive(Mbarriers barriers, int i, host::Site site = host::Site::here()) {

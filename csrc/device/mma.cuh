@@ -33,6 +33,11 @@ inline void ldmatrix_trans(unsigned (&fragment)[4], Shared<uint4> rows, int i,
   host::matrix::load(fragment, rows.byte_offset, i, true, site);
 }
 
+inline void stmatrix(Shared<uint4> rows, int i, const unsigned (&fragment)[4],
+                     host::Site site = host::Site::here()) {
+  host::matrix::store(fragment, rows.byte_offset, i, site);
+}
+
 template<class V>
 void cp_async(Shared<V> to, int i, const V* from, bool inside,
               host::Site site = host::Site::here()) {
@@ -91,6 +96,14 @@ __device__ __forceinline__ void ldmatrix_trans(unsigned (&fragment)[4], Shared<u
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(shared_address(rows.ptr + i))
+               : "memory");
+}
+
+// The way back, for compute capability 9.0 on.
+__device__ __forceinline__ void stmatrix(Shared<uint4> rows, int i, const unsigned (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(rows.ptr + i)),
+               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                : "memory");
 }
 

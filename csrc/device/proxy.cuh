@@ -12,8 +12,8 @@ namespace bertfast {
 
 #ifdef BERTFAST_HOST
 
-inline void async_proxy_fence() {
-  host::proxy::fence();
+inline void async_proxy_fence(host::Site site = host::Site::here()) {
+  host::proxy::fence(site);
 }
 
 #else

@@ -32,13 +32,13 @@ inline void tma_store(const TensorMap& to, int x, int y, int z, Shared<uint4> fr
   host::bulk_copy::store(to, {x, y, z}, from.byte_offset, site);
 }
 
-inline void tma_store_commit() {
-  host::bulk_copy::commit();
+inline void tma_store_commit(host::Site site = host::Site::here()) {
+  host::bulk_copy::commit(site);
 }
 
 template<int kLeft>
-void tma_store_wait_read() {
-  host::bulk_copy::wait_read(kLeft);
+void tma_store_wait_read(host::Site site = host::Site::here()) {
+  host::bulk_copy::wait_read(kLeft, site);
 }
 
 #else

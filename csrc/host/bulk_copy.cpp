@@ -11,6 +11,7 @@
 
 #include "host/async_copy.h"
 #include "host/clocks.h"
+#include "host/left_out.h"
 #include "host/mbarrier.h"
 #include "host/race_check.h"
 #include "host/scheduler.h"
@@ -173,14 +174,16 @@ void store(const TensorMap& to, const Place& at, int from, Site site) {
   queue.open.push_back(std::move(store));
 }
 
-void commit() {
+void commit(Site site) {
+  if (is_left_out(site)) return;
   Queue& queue = my_queue();
   for (Store& store : queue.open) store.until = clocks::tick();
   queue.groups.push_back(std::move(queue.open));
   queue.open.clear();
 }
 
-void wait_read(int left) {
+void wait_read(int left, Site site) {
+  if (is_left_out(site)) return;
   Queue& queue = my_queue();
   while (queue.groups.size() > size_t(left)) {
     for (const Store& store : queue.groups.front()) {

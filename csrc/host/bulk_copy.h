@@ -34,8 +34,8 @@ void abandon_block();
 
 void load(int to, const TensorMap& from, const Place& at, int barrier_byte, Site site);
 void store(const TensorMap& to, const Place& at, int from, Site site);
-void commit();
-void wait_read(int left);
+void commit(Site site);
+void wait_read(int left, Site site);
 
 // Lands one load. False if none is under way.
 bool land_one();

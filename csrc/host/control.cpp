@@ -5,6 +5,7 @@
 
 #include "host/gpu.h"
 #include "host/launch.h"
+#include "host/left_out.h"
 #include "host/perturb.h"
 #include "host/scheduler.h"
 
@@ -46,6 +47,10 @@ void set_gpu(int capability, int multiprocessors) {
 
 void set_first_block(uint64_t number) {
   first_block = number;
+}
+
+void leave_out(const std::string& file, int line) {
+  left_out = {file, line};
 }
 
 int64_t launch_count() {

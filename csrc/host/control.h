@@ -28,6 +28,10 @@ void set_gpu(int capability, int multiprocessors);
 // large to run whole.
 void set_first_block(uint64_t number);
 
+// Leaves out a kernel's waits, arrivals, fences and barriers of one line of a source file, whose
+// path ends so; 0: none (left_out.h).
+void leave_out(const std::string& file, int line);
+
 // The number of kernels launched, and their bank conflicts, since the last reset.
 int64_t launch_count();
 std::vector<BankConflicts> bank_conflicts();

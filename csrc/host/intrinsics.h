@@ -10,6 +10,7 @@
 #include <string>
 #include <type_traits>
 
+#include "host/left_out.h"
 #include "host/scheduler.h"
 
 namespace bertfast {
@@ -93,7 +94,7 @@ inline unsigned vote(const char* name, unsigned mask, bool predicate, Site site)
 }  // namespace bertfast
 
 inline void __syncthreads(bertfast::host::Site site = bertfast::host::Site::here()) {
-  bertfast::host::block_barrier("__syncthreads", site);
+  if (!bertfast::host::is_left_out(site)) bertfast::host::block_barrier("__syncthreads", site);
 }
 
 // Whether the predicate is true in any of the block's threads.
@@ -104,6 +105,7 @@ inline int __syncthreads_or(int predicate,
 
 inline void __syncwarp(unsigned mask = 0xffffffffu,
                        bertfast::host::Site site = bertfast::host::Site::here()) {
+  if (bertfast::host::is_left_out(site)) return;
   bertfast::host::check_mask("__syncwarp", mask, site);
   bertfast::host::warp_collective("__syncwarp", site, nullptr, nullptr, true);
 }

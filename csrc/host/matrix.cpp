@@ -20,9 +20,13 @@ struct MmaLane {
   float c[4];
 };
 
+struct StoreLane {
+  int byte;      // of its row
+  int words[4];  // where its registers go
+};
+
 struct LoadLane {
-  const unsigned char* row;
-  int byte;
+  int byte;  // of its row
   unsigned fragment[4];
   int words[8];  // the words of shared memory that the lane's registers came from
 };
@@ -75,10 +79,21 @@ void compute_load(void* const* lane_data, int lanes) {
       for (int half = 0; half < 2; ++half) {
         const LoadLane& from = *row(kTransposed ? 2 * t + half : g);
         const int byte = 2 * (kTransposed ? g : 2 * t + half);
-        std::memcpy(&pair[half], from.row + byte, 2);
+        std::memcpy(&pair[half], shared_memory::raw() + from.byte + byte, 2);
         to.words[2 * matrix + half] = from.byte + byte / 4 * 4;
       }
       to.fragment[matrix] = pair[0] | unsigned(pair[1]) << 16;
+    }
+  }
+}
+
+void compute_store(void* const* lane_data, int lanes) {
+  check_full_warp("stmatrix", lanes);
+  for (int lane = 0; lane < warpSize; ++lane) {
+    StoreLane& from = *static_cast<StoreLane*>(lane_data[lane]);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const StoreLane& row = *static_cast<const StoreLane*>(lane_data[8 * matrix + lane / 4]);
+      from.words[matrix] = row.byte + lane % 4 * 4;
     }
   }
 }
@@ -95,11 +110,19 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool i
 
 void load(unsigned (&fragment)[4], int start, int index, bool transposed, Site site) {
   LoadLane lane{};
-  lane.row =
-      static_cast<const unsigned char*>(shared_memory::matrix_row(start, index, &lane.byte, site));
+  lane.byte = shared_memory::matrix_row(start, index, false, site);
   warp_collective("ldmatrix", site, &lane, transposed ? &compute_load<true> : &compute_load<false>);
   for (int i = 0; i < 8; i += transposed ? 1 : 2) shared_memory::read_word(lane.words[i], site);
   std::memcpy(fragment, lane.fragment, sizeof(lane.fragment));
+}
+
+void store(const unsigned (&fragment)[4], int start, int index, Site site) {
+  StoreLane lane{};
+  lane.byte = shared_memory::matrix_row(start, index, true, site);
+  warp_collective("stmatrix", site, &lane, &compute_store);
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(shared_memory::write_landed(lane.words[i], 4, site), &fragment[i], 4);
+  }
 }
 
 }  // namespace matrix

@@ -19,6 +19,7 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool i
 
 // Four 8 x 8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8.
 void load(unsigned (&fragment)[4], int start, int index, bool transposed, Site site);
+void store(const unsigned (&fragment)[4], int start, int index, Site site);
 
 }  // namespace matrix
 }  // namespace host

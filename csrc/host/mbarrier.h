@@ -19,7 +19,7 @@ void begin_block();
 void end_block();
 
 void init(int byte, int arrivals, Site site);
-void init_fence();
+void init_fence(Site site);
 void arrive(int byte, int expected_bytes, Site site);
 void wait(int byte, int parity, Site site);
 

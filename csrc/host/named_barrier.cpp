@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "host/clocks.h"
+#include "host/left_out.h"
 #include "host/scheduler.h"
 
 namespace bertfast {
@@ -81,6 +82,7 @@ void end_block() {
 }
 
 void sync(int number, int threads, Site site) {
+  if (is_left_out(site)) return;
   if (come(number, threads, site)) {
     clocks::acquire(current_thread(), barriers[number].gathering);
     barriers[number] = Barrier();
@@ -91,6 +93,7 @@ void sync(int number, int threads, Site site) {
 }
 
 void arrive(int number, int threads, Site site) {
+  if (is_left_out(site)) return;
   if (come(number, threads, site)) barriers[number] = Barrier();
 }
 

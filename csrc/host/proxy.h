@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "host/site.h"
+
 namespace bertfast {
 namespace host {
 namespace proxy {
@@ -15,7 +17,7 @@ namespace proxy {
 void begin_block();
 
 // fence.proxy.async by the running thread.
-void fence();
+void fence(Site site);
 
 // Whether `thread` has fenced after an access at time `access`, and before `until`.
 bool fenced(int thread, uint64_t access, uint64_t until);

@@ -101,10 +101,10 @@ void* write_landed(int byte, int size, Site site) {
   return memory + byte;
 }
 
-const void* matrix_row(int start, int index, int* byte, Site site) {
-  *byte = find(start, index, 16, "ldmatrix", site);
-  banks::access(*byte, 16, false, site);
-  return memory + *byte;
+int matrix_row(int start, int index, bool writes, Site site) {
+  const int byte = find(start, index, 16, writes ? "stmatrix" : "ldmatrix", site);
+  banks::access(byte, 16, writes, site);
+  return byte;
 }
 
 void read_word(int byte, Site site) {

@@ -25,10 +25,10 @@ void* access(int start, int index, int size, bool writes, Site site);
 
 // The same for the parts of an access that count apart. A cp.async is checked when it is issued,
 // and lands later, as its thread's write. A matrix row is one access to the banks, by the lane that
-// gives its address, and is read by other lanes, a word each.
+// gives its address, and is read or written by other lanes, a word each.
 int begin_copy(int start, int index, int size, Site site);  // the byte where it goes
+int matrix_row(int start, int index, bool writes, Site site);
 void* write_landed(int byte, int size, Site site);
-const void* matrix_row(int start, int index, int* byte, Site site);
 void read_word(int byte, Site site);
 
 // All of it, for engines: their accesses are checked where they are made.

@@ -11,6 +11,7 @@
 #include "host/bulk_copy.h"
 #include "host/clocks.h"
 #include "host/half.h"
+#include "host/left_out.h"
 #include "host/matrix_sum.h"
 #include "host/race_check.h"
 #include "host/scheduler.h"
@@ -269,6 +270,7 @@ void end_block() {
 }
 
 void fence(Site site) {
+  if (is_left_out(site)) return;
   warpgroup_collective("wgmma_fence", site, nullptr, &compute_fence);
 }
 
@@ -278,10 +280,12 @@ void issue(const Product& product) {
 }
 
 void commit(Site site) {
+  if (is_left_out(site)) return;
   warpgroup_collective("wgmma_commit", site, nullptr, &compute_commit);
 }
 
 void wait(int left, Site site) {
+  if (is_left_out(site)) return;
   warpgroup_collective("wgmma_wait", site, &left, &compute_wait);
 }
 

@@ -4,6 +4,8 @@ An element is a sum of the product: those of a block's tile in one turn of the l
 dimension. What follows that loop is counted for itself (`Work.most_outside`).
 """
 
+import re
+
 import torch
 
 from .. import triton_lib
@@ -72,28 +74,59 @@ def triton_case(launch: Launch) -> Case | None:
 
 _CUDA_STAGES, _CUDA_WARPS = 3, 4
 _CUDA_OPERAND = 128 * 32  # values of an operand in a stage
+# By bulk copies and wgmma: one consumer makes a tile, 128 x 128, with 64 values of the inner
+# dimension in a stage. Beside the stages lie two slabs of each consumer, barriers, and sums.
+_PING_PONG_SHARED = (5 * 2 + 4) * 128 * 64 * 2 + 128
+_PING_PONG_SUMS = 2 * 2 * 128 * 4
+# Instructions outside its main loop for each sum: what hides behind the other consumer's products.
+_PING_PONG_OUTSIDE = {"forward": 16.0, "backward": 24.0}
 
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
-    """The case of a template instance of csrc/kernels/linear_gelu.cu, if it is one."""
-    pass_ = {"linear_gelu_forward_kernel": "forward", "linear_gelu_backward_kernel": "backward"}
-    if kernel not in pass_:
+    """The case of a template instance of csrc/kernels/linear_gelu, if it is one."""
+    found = re.fullmatch(r"linear_gelu_(forward|backward)(_ping_pong)?_kernel", kernel)
+    if found is None:
         return None
-    tile = int(arguments[2]) if pass_[kernel] == "forward" else 128
+    pass_, dtype, tanh = found[1], CUDA_NAMES[arguments[0]], ", tanh" * (arguments[1] == "true")
+    if found[2]:
+        return _ping_pong(pass_, dtype, tanh)
+    tile = int(arguments[2]) if pass_ == "forward" else 128
     depth = _CUDA_OPERAND // tile
     small = tile < 128  # too few values of a thread for what a block costs
     work = Work(
         *(tile, tile, depth, ((tile, depth),)),
         streamed=tile,
-        outputs=2 if pass_[kernel] == "forward" else 1,
-        most_outside=None if small else MOST_OUTSIDE[pass_[kernel]],
+        outputs=2 if pass_ == "forward" else 1,
+        most_outside=None if small else MOST_OUTSIDE[pass_],
     )
     return Case(
-        f"{tile} x {tile} x {depth}" + ", tanh" * (arguments[1] == "true"),
-        CUDA_NAMES[arguments[0]],
+        f"{tile} x {tile} x {depth}{tanh}",
+        dtype,
         threads=32 * _CUDA_WARPS,
         elements=tile**2 / (32 * _CUDA_WARPS),
         loop=True,
         dynamic_shared=_CUDA_STAGES * 2 * 2 * _CUDA_OPERAND,
+        work=work,
+    )
+
+
+def _ping_pong(pass_: str, dtype: str, tanh: str) -> Case:
+    """Figures are those of a consumer and its tile; registers are as they are at the launch."""
+    work = Work(
+        *(128, 128, 64, ((128, 64),)),
+        streamed=128,
+        wgmma=True,
+        outputs=2 if pass_ == "forward" else 1,
+        most_outside=_PING_PONG_OUTSIDE[pass_],
+    )
+    return Case(
+        f"128 x 128 x 64{tanh}",
+        dtype,
+        threads=128,
+        elements=128,
+        loop=True,
+        again=True,
+        capability=90,
+        dynamic_shared=_PING_PONG_SHARED + _PING_PONG_SUMS * (pass_ == "backward"),
         work=work,
     )

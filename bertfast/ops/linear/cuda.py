@@ -1,4 +1,4 @@
-"""linear_gelu by csrc/kernels/linear_gelu.cu, on a GPU or compiled for the host."""
+"""linear_gelu by csrc/kernels/linear_gelu, on a GPU or compiled for the host."""
 
 from typing import Any
 

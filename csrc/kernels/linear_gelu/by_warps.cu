@@ -1,4 +1,4 @@
-// A product and the GELU that follows it, in one kernel.
+// A product and the GELU that follows it, in one kernel, whose warps multiply by mma.sync.
 //
 //   forward   u = x weight^T, rounded;  y = gelu(u + bias)
 //   backward  dv = (dy weight) * gelu'(u + bias), dbias = its columns' sums
@@ -21,16 +21,16 @@
 // cache), y and u, or u and dv, once each: 4 bytes a value, and 4 / 128 for dbias.
 #include "device/earlier.cuh"
 #include "device/gelu.cuh"
-#include "device/gpu.cuh"
 #include "device/product.cuh"
 #include "device/vec.cuh"
-#include "params.h"
+#include "kernels/linear_gelu/kernels.h"
 
 namespace bertfast {
 namespace {
 
-constexpr int kLarge = 128;  // rows, and columns, of a block; of a forward with few tiles half that
-constexpr int kVec = 8;      // columns of a thread
+constexpr int kLarge =
+    kLinearGeluTile;     // rows, and columns, of a block; of a forward with few tiles half that
+constexpr int kVec = 8;  // columns of a thread
 
 // A thread's 8 columns, after the sums went through shared memory.
 template<int kTile>
@@ -252,24 +252,10 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
   }
 }
 
-template<class Use>
-cudaError_t with_form(DType dtype, bool tanh, Use use) {
-  const auto with_type = [&](auto t) {
-    return tanh ? use(t, std::true_type()) : use(t, std::false_type());
-  };
-  return dtype == DType::kFloat16 ? with_type(__half()) : with_type(__nv_bfloat16());
-}
-
 }  // namespace
 
-int linear_gelu_tile_rows() {
-  return kLarge;
-}
-
-cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dtype, Stream stream) {
-  Gpu gpu;
-  const cudaError_t error = current_gpu(&gpu);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_forward_by_warps(LinearGeluForward p, bool tanh, DType dtype, const Gpu& gpu,
+                                    Stream stream) {
   const int64_t tiles = (int64_t(p.rows - 1) / kLarge + 1) * ((p.cols - 1) / kLarge + 1);
   return with_form(dtype, tanh, [&](auto t, auto form) {
     const auto with_tile = [&](auto tile) {
@@ -284,8 +270,7 @@ cudaError_t launch_linear_gelu_forward(LinearGeluForward p, bool tanh, DType dty
   });
 }
 
-cudaError_t launch_linear_gelu_backward(LinearGeluBackward p, bool tanh, DType dtype,
-                                        Stream stream) {
+cudaError_t launch_backward_by_warps(LinearGeluBackward p, bool tanh, DType dtype, Stream stream) {
   const dim3 grid = product_grid<kLarge>(p.rows, p.cols, p.group_bits);
   return with_form(dtype, tanh, [&](auto t, auto form) {
     const auto kernel = linear_gelu_backward_kernel<decltype(t), decltype(form)::value>;
