@@ -88,6 +88,10 @@ def test_boxes_are_loaded_and_stored(run, case):
     units.check_copy(run, *case)
 
 
+def test_fragments_are_stored(run):
+    units.check_stmatrix(run)
+
+
 @pytest.mark.parametrize("turns", [1, 2, 7, 64])
 def test_a_pipeline(run, turns):
     units.check_pipeline(run, turns)

@@ -1,4 +1,4 @@
-// Single products by wgmma, and single bulk copies. See hopper_units.h.
+// Single products by wgmma, single bulk copies and stores of fragments. See hopper_units.h.
 #include "hopper_units.h"
 
 #include "device/tma.cuh"
@@ -134,6 +134,22 @@ __global__ void __launch_bounds__(kThreads) copy(const __grid_constant__ CopyPar
   }
 }
 
+struct StoreParams {
+  const uint4* fragments;  // of each lane
+  int place[32];           // of each row
+  uint4* rows;
+};
+
+__global__ void store_matrices(const __grid_constant__ StoreParams p) {
+  const int lane = int(threadIdx.x);
+  const uint4 of = p.fragments[lane];
+  const unsigned fragment[4] = {of.x, of.y, of.z, of.w};
+  const Shared<uint4> rows = shared_memory<uint4>(0);
+  stmatrix(rows, p.place[lane], fragment);
+  __syncwarp();
+  p.rows[lane] = rows.load(p.place[lane]);
+}
+
 }  // namespace
 
 // ROW_BYTES COLUMNS FROM (0 registers, 1 inner, 2 outer) B_OUTER BFLOAT16; in: the image, then the
@@ -174,6 +190,13 @@ cudaError_t run_copy(const Numbers& numbers, const void* in, void* out) {
   return launch(copy, 1, kThreads, 1024 + p.bytes, nullptr, p);
 }
 
+// PLACE (below 64) of each of 32 rows; in: the lanes' fragments; out: the rows.
+cudaError_t run_stmatrix(const Numbers& numbers, const void* in, void* out) {
+  StoreParams p{static_cast<const uint4*>(in), {}, static_cast<uint4*>(out)};
+  for (size_t i = 0; i < 32; ++i) p.place[i] = numbers.at(i);
+  return launch(store_matrices, 1, 32, 64 * 16, nullptr, p);
+}
+
 #ifdef BERTFAST_HOST
 
 // OUT_BYTES NUMBER...; stdin: in; stdout: out.
@@ -190,6 +213,7 @@ void run(const host_runtime_test::Arguments& arguments) {
 
 host_runtime_test::Case wgmma_case("wgmma", &run<run_wgmma>);
 host_runtime_test::Case copy_case("copy", &run<run_copy>);
+host_runtime_test::Case stmatrix_case("stmatrix", &run<run_stmatrix>);
 host_runtime_test::Case pipeline_case("pipeline", &run<run_pipeline>);
 
 #endif
@@ -203,8 +227,10 @@ host_runtime_test::Case pipeline_case("pipeline", &run<run_pipeline>);
 // stdout: out's bytes. Ends at the first error.
 int main() {
   namespace units = bertfast::hopper_units;
-  const std::map<std::string, units::Unit> known = {
-      {"wgmma", units::run_wgmma}, {"copy", units::run_copy}, {"pipeline", units::run_pipeline}};
+  const std::map<std::string, units::Unit> known = {{"wgmma", units::run_wgmma},
+                                                    {"copy", units::run_copy},
+                                                    {"stmatrix", units::run_stmatrix},
+                                                    {"pipeline", units::run_pipeline}};
   std::string name;
   size_t out_bytes, in_bytes, count;
   while (std::cin >> name >> out_bytes >> in_bytes >> count) {

@@ -18,6 +18,7 @@ using Unit = cudaError_t (*)(const Numbers& numbers, const void* in, void* out);
 
 cudaError_t run_wgmma(const Numbers& numbers, const void* in, void* out);
 cudaError_t run_copy(const Numbers& numbers, const void* in, void* out);
+cudaError_t run_stmatrix(const Numbers& numbers, const void* in, void* out);
 cudaError_t run_pipeline(const Numbers& numbers, const void* in, void* out);
 
 }  // namespace hopper_units

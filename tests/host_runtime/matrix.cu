@@ -80,34 +80,6 @@ Case load_case("ldmatrix", [](const Arguments& arguments) {
   std::fwrite(out.data(), 4, 128, stdout);
 });
 
-// And what stmatrix makes of fragments.
-struct StoreParams {
-  const uint4* fragments;
-  const int* place;
-  uint4* out;
-};
-
-__global__ void store_matrices(StoreParams params) {
-  const int lane = int(threadIdx.x);
-  const uint4 of = params.fragments[lane];
-  const unsigned fragment[4] = {of.x, of.y, of.z, of.w};
-  const Shared<uint4> rows = shared_memory<uint4>(16);
-  stmatrix(rows, params.place[lane], fragment);
-  __syncwarp();
-  params.out[lane] = rows.load(params.place[lane]);
-}
-
-// PLACE..., and the lanes' fragments on stdin.
-Case store_case("stmatrix", [](const Arguments& arguments) {
-  Guarded<uint4> fragments(32), out(32);
-  Guarded<int> place(32);
-  if (std::fread(fragments.data(), 16, 32, stdin) != 32) throw std::runtime_error("32, please");
-  for (int i = 0; i < 32; ++i) place.data()[i] = std::stoi(arguments.at(size_t(i)));
-  const StoreParams params{fragments.data(), place.data(), out.data()};
-  require(launch(store_matrices, 1, 32, 16 + 64 * 16, nullptr, params));
-  std::fwrite(out.data(), 16, 32, stdout);
-});
-
 // The faults: each kernel has its own unless `repaired`.
 struct Params {
   const float4* in;

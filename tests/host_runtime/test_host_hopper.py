@@ -33,6 +33,10 @@ def test_boxes_are_loaded_and_stored(program, case):
     units.check_copy(runs(program), *case)
 
 
+def test_fragments_are_stored(program):
+    units.check_stmatrix(runs(program))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("turns", [1, 2, 7])
 def test_a_pipeline(program, turns, order):

@@ -116,18 +116,6 @@ def test_ldmatrix(program, transposed: int, order: str) -> None:
         np.testing.assert_array_equal(registers[:, i], expected)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_stmatrix(program, order: str) -> None:
-    rng = np.random.default_rng(4)
-    matrices = rng.integers(0, 65536, (4, 8, 8)).astype(np.uint16)
-    registers = np.stack([pairs(matrix, G, 2 * T, "row") for matrix in matrices], 1)
-    places = rng.permutation(64)[:32]
-    result = program.run("stmatrix", *places, data=registers.tobytes(), order=order)
-    assert result.returncode == 0, result.stderr
-    rows = np.frombuffer(result.stdout, np.uint16).reshape(4, 8, 8)
-    np.testing.assert_array_equal(rows, matrices)
-
-
 FAULTS = {  # case: sites that the message names, what it says, what the repaired kernel computes
     "matrix_without_syncwarp": (["store", "load"], "race on byte", [t % 4 + 1 for t in range(32)]),
     "store_without_syncwarp": (["load", "store"], "race on byte", [t % 4 + 1 for t in range(32)]),

@@ -120,6 +120,18 @@ def check_copy(run: Run, sizes, box, source, target) -> None:
     np.testing.assert_array_equal(stored, expected)
 
 
+def check_stmatrix(run: Run) -> None:
+    """Four 8 x 8 matrices, whose 32 rows go to any places."""
+    rng = np.random.default_rng(0)
+    matrices, places = rng.integers(0, 65536, (4, 8, 8)).astype(np.uint32), rng.permutation(64)[:32]
+    lanes = THREADS[:32]
+    g, t = lanes // 4, lanes % 4
+    fragments = matrices[:, g, 2 * t] | matrices[:, g, 2 * t + 1] << 16
+    data = np.ascontiguousarray(fragments.T).tobytes()
+    out = run("stmatrix", 32 * 16, places.tolist(), data)
+    np.testing.assert_array_equal(np.frombuffer(out, np.uint16).reshape(4, 8, 8), matrices)
+
+
 def check_pipeline(run: Run, turns: int, fault: int = 0) -> None:
     rng = np.random.default_rng(turns)
     inner = 32 * turns
