@@ -5,6 +5,7 @@
 // `const __grid_constant__`: a bulk copy reads it by its address.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "device/cuda.cuh"
@@ -57,9 +58,14 @@ using TensorMap = CUtensorMap;
 
 #ifdef __CUDACC__
 
-// The driver's function, found through the runtime: linking to the driver would keep the module
-// from being imported where there is none.
-inline cudaError_t tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)* function) {
+using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found through the runtime, once: linking to the driver would keep the
+// module from being imported where there is none.
+inline cudaError_t tensor_map_encoder(TensorMapEncoder* function) {
+  static std::atomic<TensorMapEncoder> known{nullptr};
+  *function = known;
+  if (*function != nullptr) return cudaSuccess;
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
@@ -71,14 +77,14 @@ inline cudaError_t tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)* functio
 #endif
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  *function = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  known = *function = reinterpret_cast<TensorMapEncoder>(found);
   return cudaSuccess;
 }
 
 // Outside of the matrix a box is zeros when it is loaded, and isn't stored.
 inline cudaError_t make_tensor_map(TensorMap* map, const Boxes& of) {
   if (!describes_boxes(of)) return cudaErrorInvalidValue;
-  decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  TensorMapEncoder encode = nullptr;
   const cudaError_t error = tensor_map_encoder(&encode);
   if (error != cudaSuccess) return error;
   const cuuint64_t sizes[] = {cuuint64_t(of.sizes[0]), cuuint64_t(of.sizes[1]),
