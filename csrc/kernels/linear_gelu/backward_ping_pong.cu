@@ -31,13 +31,6 @@ struct Backward {
   int cols;
 };
 
-// Of two values that two lanes, apart by a bit of their number, have both: the sum of the first
-// ones in the lane without the bit, of the second ones in the other.
-__device__ __forceinline__ float fold(float first, float second, int lane, int bit) {
-  const bool has = lane & bit;
-  return (has ? second : first) + __shfl_xor_sync(0xffffffffu, has ? first : second, bit);
-}
-
 template<class T, bool kTanh>
 class UseBackward {
  public:
@@ -134,6 +127,13 @@ class UseBackward {
   }
 
  private:
+  // Of two values that two lanes, apart by a bit of their number, have both: the sum of the first
+  // ones in the lane without the bit, of the second ones in the other.
+  static __device__ __forceinline__ float fold(float first, float second, int lane, int bit) {
+    const bool has = lane & bit;
+    return (has ? second : first) + __shfl_xor_sync(0xffffffffu, has ? first : second, bit);
+  }
+
   const Backward& p_;
   TileBias<T> bias_;
 };
