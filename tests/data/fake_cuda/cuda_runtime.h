@@ -16,7 +16,14 @@
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchOutOfResources };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 using cudaStream_t = void*;
 
 struct dim3 {
@@ -25,13 +32,21 @@ struct dim3 {
 
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion, maxThreadsPerBlock;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -39,6 +54,9 @@ struct Fake {
   std::mutex mutex;
   std::map<std::pair<const void*, int>, std::vector<int>> limits;  // each that was set
   std::vector<size_t> launched;                                    // shared bytes
+  int early = 0;                                                   // of these
+  std::map<const void*, cudaFuncAttributes> kernels;               // those of another kind
+  int driver = 13000;
   cudaError_t limit_error = cudaSuccess, launch_error = cudaSuccess, last = cudaSuccess;
   static constexpr int kMost = 227 * 1024, kStatic = 1024;
 };
@@ -64,8 +82,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->sharedSizeBytes = Fake::kStatic;
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = fake.driver;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const auto found = fake.kernels.find(kernel);
+  const cudaFuncAttributes usual = {Fake::kStatic, 90, 1024};
+  *attributes = found == fake.kernels.end() ? usual : found->second;
   return cudaSuccess;
 }
 
@@ -77,6 +102,9 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
   std::lock_guard<std::mutex> lock(fake.mutex);
-  if (fake.launch_error == cudaSuccess) fake.launched.push_back(config->dynamicSmemBytes);
+  if (fake.launch_error == cudaSuccess) {
+    fake.launched.push_back(config->dynamicSmemBytes);
+    fake.early += config->numAttrs;
+  }
   return remembered(fake.launch_error);
 }

@@ -1,6 +1,7 @@
 // Launches through csrc/device/cuda.cuh on the fake runtime. Prints what is wrong.
 #define __CUDACC__
 #include "device/cuda.cuh"
+#include "device/gpu.cuh"
 
 #include <cstdio>
 #include <thread>
@@ -11,6 +12,8 @@ struct Params {
 
 void one(Params) {}
 void two(Params) {}
+void three(Params) {}
+void old(Params) {}
 
 int wrong = 0;
 
@@ -31,13 +34,11 @@ size_t limits_of(void (*kernel)(Params), int device) {
 int main() {
   constexpr int kMuch = 60 * 1024, kLess = 50 * 1024, kLittle = 1024;
 
-  expect(start(one, kLittle) == cudaSuccess, "a small launch failed");
-  expect(limits_of(one, 0) == 0, "a small launch set a limit");
-
   fake.limit_error = cudaErrorInvalidValue;
   expect(start(one, kMuch) == cudaErrorInvalidValue, "a refused limit was not returned");
   expect(fake.last == cudaSuccess, "a refused limit is left to be blamed on the next call");
   fake.limit_error = cudaSuccess;
+  expect(start(one, kLittle) == cudaSuccess, "a small launch failed");
   expect(start(two, kLittle) == cudaSuccess, "the launch after a refused limit failed");
 
   fake.launch_error = cudaErrorLaunchOutOfResources;
@@ -66,5 +67,20 @@ int main() {
     }
   }
   expect(fake.launched.size() == 3 + 8 * 200, "launches are missing");
+  expect(fake.early == 0, "a launch was early that was not to be");
+
+  // Kernels whose code doesn't wait, as it was compiled for 8.0, and which is empty.
+  fake.kernels[reinterpret_cast<const void*>(&old)] = {0, 80, 32};
+  for (void (*kernel)(Params) : {one, old}) {
+    bertfast::launch_early(kernel, dim3{2}, dim3{32}, kLittle, nullptr, Params{1});
+  }
+  expect(fake.early == 1, "of two kernels that may be launched early not the one was that waits");
+  fake.driver = 12020;
+  bertfast::launch_early(three, dim3{2}, dim3{32}, kLittle, nullptr, Params{1});
+  expect(fake.early == 1, "a driver that can't capture it had an early launch");
+  for (int i = 0; i < 2; ++i) {
+    expect(bertfast::has_code(one, 384), "a kernel's code was not found");
+    expect(!bertfast::has_code(old, 384), "an empty kernel was taken for one with code");
+  }
   return wrong;
 }
