@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bertfast.commands import verify
 from bertfast.ops.linear import cuda
 from bertfast.testing import hold_to_budget
 from bertfast.testing import linear_gelu as table
@@ -125,6 +126,18 @@ def test_what_boxes_cannot_describe_is_made_by_warps(host_runtime):
     cuda.forward(inputs["x"], inputs["weight"], inputs["bias"], False, y, u)
     cuda.backward(inputs["dy"], inputs["down"], inputs["u"], inputs["bias"], False, y, None)
     assert "by_warps.cu" in kernels(host_runtime)
+    assert not any("ping_pong" in name for name in kernels(host_runtime))
+
+
+def test_verify_tries_both_kernels(host_runtime, monkeypatch):
+    monkeypatch.setattr(table, "quick_cases", lambda: [Case(17, 16, 24)])
+    monkeypatch.setattr(verify, "DTYPES", (HALF,))
+    host_runtime.reset_records()
+    rows = verify.check("linear_gelu", "cuda", "cpu")
+    assert [row.ok for row in rows] == [True] * 4
+    assert kernels(host_runtime) >= {"by_warps.cu", "forward_ping_pong.cu", "backward_ping_pong.cu"}
+    host_runtime.reset_records()
+    table.run(table.make_inputs(Case(17, 16, 24), HALF), "cuda")
     assert not any("ping_pong" in name for name in kernels(host_runtime))
 
 

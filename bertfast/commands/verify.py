@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..ops import available, dispatch
+from ..ops import available, dispatch, native
 from ..testing import Finding, compare, worst
 from .terminal import BAD, GOOD, Column, Progress, Table, console, paragraph
 
@@ -55,6 +56,19 @@ def where(backend: str, device: str) -> str:
     return HOST_PLACES[backend]
 
 
+def _gpus(backend: str, device: str) -> Iterator[str]:
+    """Has the host build stand in for each GPU that has kernels of its own, and yields the name;
+    elsewhere once nothing."""
+    if (backend, device) == ("cuda", "cpu"):
+        host = native.module_for(torch.empty(0))
+        host.set_gpu(90, 1)
+        try:
+            yield ", as on Hopper"
+        finally:
+            host.set_gpu(100)
+    yield ""
+
+
 def check(op: str, backend: str, device: str) -> list[Row]:
     """Runs the op's quick cases in this process. A case that raises is a fault, not an end."""
     module = importlib.import_module(f"bertfast.testing.{op}")
@@ -63,15 +77,17 @@ def check(op: str, backend: str, device: str) -> list[Row]:
         if dispatch.unsupported_reason(op, backend, device, dtype) is not None:
             continue
         found: dict[str, list[tuple[Finding, str, float]]] = {}
-        for case in module.quick_cases():
+        more = getattr(module, "gpu_cases", list)() if device == "cuda" else []
+        for case in [*module.quick_cases(), *more]:
             inputs = module.make_inputs(case, dtype)
-            oracle = module.oracle(inputs)
-            actual = module.run(inputs, backend, device)
-            stock = module.plain_torch(inputs)
-            findings = compare(actual, oracle, module.rounding_model(inputs), module.scales(inputs))
-            for finding in findings:
-                stock_error = (stock[finding.name].double() - oracle[finding.name]).abs().max()
-                found.setdefault(finding.name, []).append((finding, str(case), stock_error.item()))
+            oracle, stock = module.oracle(inputs), module.plain_torch(inputs)
+            limits = module.rounding_model(inputs), module.scales(inputs)
+            for as_on in _gpus(backend, device):
+                actual = module.run(inputs, backend, device)
+                for finding in compare(actual, oracle, *limits):
+                    stock_error = (stock[finding.name].double() - oracle[finding.name]).abs().max()
+                    entry = (finding, f"{case}{as_on}", stock_error.item())
+                    found.setdefault(finding.name, []).append(entry)
         for name, entries in found.items():
             bad = worst([finding for finding, _, _ in entries])
             ((_, case_name, stock_error),) = (entry for entry in entries if entry[0] is bad)

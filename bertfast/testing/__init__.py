@@ -4,6 +4,7 @@ Used by `bertfast verify`, by the benchmarks (which check before they time) and 
 
 One module an op, named after it, with
     cases(), quick_cases()   frozen dataclasses, each with a readable `str`
+    gpu_cases()              if it has any: what `bertfast verify` tries on a GPU besides
     make_inputs(case, dtype) CPU tensors, already rounded to the dtype
     run(inputs, backend, device, dtype=None) -> {name: output or gradient}
     rounding_model(inputs)   the same names: float32 arithmetic, rounded where the algorithm must

@@ -49,6 +49,11 @@ def quick_cases() -> list[Case]:
     ]
 
 
+def gpu_cases() -> list[Case]:
+    """More tiles of 128 x 128 than a kernel that stays for many of them asks for."""
+    return [Case(1030, 200, 1032)]
+
+
 def cases() -> list[Case]:
     """Sizes around the tiles of the kernels, 32 to 256."""
     rows = [Case(rows, 64, 64) for rows in (0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 257)]
