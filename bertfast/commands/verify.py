@@ -77,8 +77,10 @@ def check(op: str, backend: str, device: str) -> list[Row]:
         if dispatch.unsupported_reason(op, backend, device, dtype) is not None:
             continue
         found: dict[str, list[tuple[Finding, str, float]]] = {}
-        more = getattr(module, "gpu_cases", list)() if device == "cuda" else []
-        for case in [*module.quick_cases(), *more]:
+        cases = list(module.quick_cases())
+        if device == "cuda" and hasattr(module, "gpu_cases"):
+            cases += module.gpu_cases()
+        for case in cases:
             inputs = module.make_inputs(case, dtype)
             oracle, stock = module.oracle(inputs), module.plain_torch(inputs)
             limits = module.rounding_model(inputs), module.scales(inputs)
