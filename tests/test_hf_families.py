@@ -152,7 +152,7 @@ def test_saved_and_loaded(prefix, tmp_path):
 
 @each_layer
 @pytest.mark.parametrize(
-    "targets", [["query", "value", "q_lin", "v_lin", "q_proj", "v_proj"], "all-linear"]
+    "targets", [["query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "q", "v"], "all-linear"]
 )
 def test_lora(prefix, targets):
     peft = pytest.importorskip("peft", reason="its LoRA layers are tested")

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from ..nn.bert import bert_parts
+from ..nn.modules import has_own_forward
 from ..nn.parts import Parts
 from . import layer, model
+from .layer import ARGUMENT
 
 
 class Layer(layer.Layer):
@@ -65,6 +67,45 @@ class Model(model.Model):
         if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's skip padding
             return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
         return embeddings.position_ids[:, : input_ids.shape[1]]
+
+
+class WrittenOut(Model):
+    """One whose original hands on no argument that it doesn't know, so that its forward is written
+    out here."""
+
+    PASSES_ON = False
+    OUTPUTS: Any  # the class of what it returns
+
+    def _why_original(self, arguments: dict, facts: Any) -> str | None:
+        if not has_own_forward(self._original):
+            return f"the forward of {self._original.__name__} was replaced"
+        if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
+            return ""  # the original has an error for it
+        return super()._why_original(arguments, facts)
+
+    def call(self, arguments: dict) -> Any:
+        batch = arguments.pop(ARGUMENT, None)
+        if batch is None:
+            return super().call(arguments)
+        names = (*self.TOKENS, "inputs_embeds")
+        encoded = self.encoder(
+            self.embeddings(**{name: arguments.get(name) for name in names}),
+            output_hidden_states=self.asked(arguments, "output_hidden_states"),
+            **{ARGUMENT: batch},
+        )
+        hidden = encoded.last_hidden_state
+        pooled = None if self.pooler is None else self.pooler(hidden)
+        if not self.asked(arguments, "return_dict"):
+            return (hidden, pooled, *encoded[1:])
+        return self.OUTPUTS(
+            last_hidden_state=hidden, pooler_output=pooled, hidden_states=encoded.hidden_states
+        )
+
+
+def added_mask(hidden_states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the keys as eager attention adds it to scores."""
+    least = torch.finfo(hidden_states.dtype).min
+    return hidden_states.new_zeros(key_mask.shape).masked_fill(~key_mask, least)[:, None, None]
 
 
 def classes(

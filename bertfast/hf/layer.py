@@ -109,6 +109,10 @@ class Layer(Swapped):
         """Of a call with these arguments after the mask."""
         return NO_POSITIONS
 
+    def original_arguments(self, hidden_states: torch.Tensor, args: tuple) -> tuple:
+        """A model's arguments after the mask, as the original code wants them."""
+        return args
+
     def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
         """The mask as the original code wants it."""
         from transformers.masking_utils import create_bidirectional_mask
@@ -141,7 +145,7 @@ class Layer(Swapped):
 
     def attributes(self) -> list[tuple[dict, str]]:
         """The attributes that why_not() depends on: their dicts and names."""
-        raise NotImplementedError
+        return []
 
     def why_rows_are_seen(self) -> str | None:
         """Why tokens must not change places in this layer; None if they may."""
@@ -181,8 +185,10 @@ def _forward(original: Any) -> Callable:
         if batch is None or reason is not None:
             if reason:
                 warn_once(f"runs the original code of a {original.__name__}: {reason}")
-            if told and batch is not None and batch.key_mask is not None:
-                attention_mask = self.original_mask(hidden_states, batch.key_mask)
+            if told and batch is not None:
+                args = self.original_arguments(hidden_states, args)
+                if batch.key_mask is not None:
+                    attention_mask = self.original_mask(hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
         settings = self.__dict__[ATTRIBUTE]
         call = Call(

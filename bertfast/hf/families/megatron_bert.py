@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from ...nn.modules import has_own_forward
 from .. import bert, heads, model
 from ..family import Family
 from ..layer import ARGUMENT
@@ -21,8 +20,7 @@ class Layer(bert.PreNormLayer):
         return self.attention.ln, self.ln
 
     def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
-        least = torch.finfo(hidden_states.dtype).min
-        return hidden_states.new_zeros(key_mask.shape).masked_fill(~key_mask, least)[:, None, None]
+        return bert.added_mask(hidden_states, key_mask)
 
 
 class Encoder(model.Encoder):
@@ -35,33 +33,8 @@ class Encoder(model.Encoder):
         return super().call(x, args, kwargs)
 
 
-class Model(bert.Model):
-    PASSES_ON = False
-
-    def _why_original(self, arguments: dict, facts: Any) -> str | None:
-        if not has_own_forward(self._original):
-            return f"the forward of {self._original.__name__} was replaced"
-        if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
-            return ""  # the original has an error for it
-        return super()._why_original(arguments, facts)
-
-    def call(self, arguments: dict) -> Any:
-        batch = arguments.pop(ARGUMENT, None)
-        if batch is None:
-            return super().call(arguments)
-        names = (*self.TOKENS, "inputs_embeds")
-        encoded = self.encoder(
-            self.embeddings(**{name: arguments.get(name) for name in names}),
-            output_hidden_states=self.asked(arguments, "output_hidden_states"),
-            **{ARGUMENT: batch},
-        )
-        hidden = encoded.last_hidden_state
-        pooled = None if self.pooler is None else self.pooler(hidden)
-        if not self.asked(arguments, "return_dict"):
-            return (hidden, pooled, *encoded[1:])
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=hidden, pooler_output=pooled, hidden_states=encoded.hidden_states
-        )
+class Model(bert.WrittenOut):
+    OUTPUTS = BaseModelOutputWithPoolingAndCrossAttentions
 
 
 FAMILY = Family(

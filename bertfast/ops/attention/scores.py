@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ... import tracing
+
 NO_LIMIT = 2**30  # keys to a side of a query: more than any sequence has
 
 
@@ -120,6 +122,10 @@ def bias_matrix(bias: torch.Tensor, block: Block) -> torch.Tensor:
     distances, whose gradients are sums in one order.
     """
     reach = bias.shape[1] // 2
+    if tracing.is_compiling():  # a size that is compared can't change
+        query = torch.arange(block.first, block.last, device=bias.device)[:, None]
+        key = torch.arange(block.start, block.end, device=bias.device)
+        return bias[:, (key - query).clamp(-reach, reach) + reach]
     least, most = block.start - block.last + 1, block.end - 1 - block.first
     inner = bias[:, max(least + reach, 0) : max(min(most, reach) + reach + 1, 0)]
     below = min(max(-reach - least, 0), most - least + 1)
