@@ -41,6 +41,41 @@ def _dkv_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
     return _tiles((dtype, head_dim, dropout), 4, queries, 16, scalar_loads=1, others=others)
 
 
+def _dq_bulk(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _bulk((dtype, head_dim, dropout), 3)
+
+
+def _dkv_bulk(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _bulk((dtype, head_dim, dropout), 4, scalar_loads=1)  # lse with delta
+
+
+def _bulk(form: tuple[str, int, bool], products: int, scalar_loads: int = 0) -> Case:
+    """A kernel of the backward by bulk copies: two tiles of each of two tensors, four stages, two
+    blocks' lse and delta for each tile, and what lies beside them."""
+    dtype, head_dim, dropout = form
+    rows, streamed, stages = 2 * ROWS, 64, 4
+    work = Work(
+        *(rows, streamed, head_dim, ((rows, head_dim),) * products),
+        streamed=streamed,
+        dropout=dropout,
+        wgmma=True,
+    )
+    tiles = (2 * rows + stages * 2 * streamed) * 2 * head_dim
+    beside = 2 * stages * 8 + 2 * 64 + 8 * 32 * WARPS + 16
+    return Case(
+        f"D {head_dim}, {rows} x {streamed}" + ", dropout" * dropout,
+        dtype,
+        threads=2 * 32 * WARPS,
+        elements=rows * streamed / (2 * 32 * WARPS),
+        loop=True,
+        again=True,
+        scalar_loads=scalar_loads,
+        dynamic_shared=tiles + beside + 2 * 2 * streamed * 8,
+        work=work,
+        capability=90,
+    )
+
+
 def _tiles(
     form: tuple[str, int, bool],
     products: int,
@@ -80,4 +115,6 @@ _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_forward_kernel": _forward_tiles,
     "attention_backward_dq_kernel": _dq_tiles,
     "attention_backward_dkv_kernel": _dkv_tiles,
+    "attention_backward_dq_bulk_kernel": _dq_bulk,
+    "attention_backward_dkv_bulk_kernel": _dkv_bulk,
 }

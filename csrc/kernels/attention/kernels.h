@@ -10,4 +10,9 @@ cudaError_t launch_forward_tiles(const AttentionForward&, DType, Stream);
 cudaError_t launch_dq_tiles(const AttentionBackward&, DType, Stream);
 cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
 
+// For Hopper, by bulk copies and wgmma, in pairs of tiles: of the calls that fit.
+bool fits_bulk_backward(const AttentionBackward&);
+cudaError_t launch_dq_bulk(const AttentionBackward&, DType, Stream);
+cudaError_t launch_dkv_bulk(const AttentionBackward&, DType, Stream);
+
 }  // namespace bertfast

@@ -1,4 +1,5 @@
 // Which kernels a call of attention runs.
+#include "device/gpu.cuh"
 #include "kernels/attention/kernels.h"
 
 namespace bertfast {
@@ -9,8 +10,13 @@ cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Str
 
 // dq's kernel leaves statistics for the other one.
 cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, Stream stream) {
-  const cudaError_t error = launch_dq_tiles(p, dtype, stream);
-  return error != cudaSuccess ? error : launch_dkv_tiles(p, dtype, stream);
+  Gpu gpu;
+  cudaError_t error = current_gpu(&gpu);
+  if (error != cudaSuccess) return error;
+  const bool bulk = gpu.capability == 90 && fits_bulk_backward(p);
+  error = bulk ? launch_dq_bulk(p, dtype, stream) : launch_dq_tiles(p, dtype, stream);
+  if (error != cudaSuccess) return error;
+  return bulk ? launch_dkv_bulk(p, dtype, stream) : launch_dkv_tiles(p, dtype, stream);
 }
 
 }  // namespace bertfast
