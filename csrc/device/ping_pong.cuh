@@ -195,6 +195,8 @@ __device__ __forceinline__ void ping_pong(const PingPongProduct& p, Use& use) {
   using Is = PingPong;
   const Mbarriers barriers = shared_memory<uint64_t>(Is::kBarriers);
   if (threadIdx.x == 0) {
+    tma_prefetch(p.left);
+    tma_prefetch(p.right);
     for (int i = 0; i < Is::kStages; ++i) {
       mbarrier_init(barriers, Is::kFull + i, 1);
       mbarrier_init(barriers, Is::kEmpty + i, kWarpgroup / 32);  // a lane of each warp arrives

@@ -22,6 +22,8 @@ namespace bertfast {
 
 #ifdef BERTFAST_HOST
 
+inline void tma_prefetch(const TensorMap&) {}
+
 inline void tma_load(Shared<uint4> to, const TensorMap& from, int x, int y, int z,
                      Mbarriers barriers, int i, host::Site site = host::Site::here()) {
   host::bulk_copy::load(to.byte_offset, from, {x, y, z}, barriers.byte_offset + 8 * i, site);
@@ -42,6 +44,11 @@ void tma_store_wait_read(host::Site site = host::Site::here()) {
 }
 
 #else
+
+// Has the map on its way before the first copy asks for it.
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 
 // The box that begins at (x, y, z), whose bytes arrive at barrier i.
 __device__ __forceinline__ void tma_load(Shared<uint4> to, const TensorMap& from, int x, int y,
