@@ -32,7 +32,7 @@ struct PingPong {
 #ifdef BERTFAST_PING_PONG
   static constexpr int kMostThreads = kThreads;
 #else
-  static constexpr int kMostThreads = 32;  // an empty kernel can't be launched: runs_ping_pong
+  static constexpr int kMostThreads = 32;  // by which has_code knows an empty kernel
 #endif
   static constexpr int kAtLaunch = 168, kOfProducer = 40, kOfConsumer = 232;  // registers
 
@@ -45,7 +45,7 @@ struct PingPong {
   static constexpr int kOut = kStages * kStageBytes;
   static constexpr int kBarriers = kOut + 4 * kSlabBytes;
   static constexpr int kBeside = kBarriers + 128;
-  static constexpr int kMostBeside = 227 * 1024 - kBeside;
+  static constexpr int kMostBytes = 227 * 1024;
 
   // mbarriers: stages that are full, stages that are empty, and one for each consumer.
   static constexpr int kFull = 0, kEmpty = kStages, kOwn = 2 * kStages;

@@ -9,7 +9,7 @@
 // the 8 threads of a warp that have the same columns, the 4 warps, then the tiles of rows, which
 // column_sum.cu adds.
 //
-// Moves as the other kernel does (tiles.cu).
+// Moves what the other kernel does (by_warps.cu).
 #include "device/gelu.cuh"
 #include "device/mma.cuh"
 #include "device/vec.cuh"
@@ -22,6 +22,7 @@ namespace {
 constexpr int kTile = PingPong::kTile;
 constexpr int kSumBytes = 2 * kTile * 4;  // of each consumer: those of two warps
 constexpr int kSharedBytes = PingPong::kBeside + 2 * kSumBytes;
+static_assert(kSharedBytes <= PingPong::kMostBytes, "sums lie beside the barriers");
 
 struct Backward {
   PingPongProduct product;

@@ -5,8 +5,7 @@
 // memory each, 64 columns at a time, from where a bulk copy writes them: whole rows of 128 bytes,
 // and nothing beyond the tensor's ends.
 //
-// Moves as the other kernel does (tiles.cu). Of shared memory 64 bytes a sum of the inner
-// dimension's 64, and 2 or 4 for what is written.
+// Moves what the other kernel does (by_warps.cu).
 #include "device/gelu.cuh"
 #include "device/mma.cuh"
 #include "device/vec.cuh"
