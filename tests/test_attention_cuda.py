@@ -30,7 +30,8 @@ FORMS += [
     Case((17, 0, 40, 70, 3), packed=True, plan=True, p=0.1, head_dim=96),
     Case((5, 20, 30), packed=True, plan=True, head_dim=64),
 ]
-# The forward of heads of 64 has two forms: on Hopper it multiplies by wgmma.
+# The forward of heads of 64 has two forms: on Hopper it multiplies by wgmma. That many
+# multiprocessors don't get tiles of 128.
 forms = pytest.mark.parametrize(
     "multiply_by, case",
     [("mma.sync", case) for case in FORMS]
@@ -47,7 +48,7 @@ def _needs_the_host_build(host_runtime):
 
 @pytest.fixture
 def multiply_by(request, host_runtime):
-    host_runtime.set_gpu(90 if request.param == "wgmma" else 100)
+    host_runtime.set_gpu(90 if request.param == "wgmma" else 100, 1000)
     return request.param
 
 
@@ -88,6 +89,71 @@ def test_no_bank_conflicts(host_runtime, multiply_by, case):
     # Copies, three kinds of operands, and the way out; each is a line of its own.
     assert sum("tile.cuh" in record[0] or "mma.cuh" in record[0] for record in records) >= 5
     assert [record for record in records if record[1] > 1] == []
+
+
+# Tiles of 128 queries with what differs in them: where queries lie in shared memory, by the head
+# dimension; the rest of a sequence, in a tile of 64; a plan's list of both kinds.
+DOUBLE = [
+    Case((150,), head_dim=32, p=0.1),
+    Case((200,), head_dim=64),
+    Case((90, 140), mask="left", head_dim=64, p=0.2),
+    Case((70, 200), mask="holes", values="spoilt", head_dim=96),
+    Case((140,), head_dim=128, p=0.1),
+    Case((170, 150), packed=True, head_dim=32),
+    Case((17, 30, 0, 200, 140, 3), packed=True, plan=True, head_dim=64, p=0.1),
+]
+
+
+def shared_accesses(host_runtime, multiprocessors: int, inputs: dict, capability: int = 80) -> int:
+    """Of the forward."""
+    host_runtime.set_gpu(capability, multiprocessors)
+    host_runtime.reset_records()
+    heads = [inputs[name] for name in table.NAMES]
+    attention(*heads, **table.options(inputs), backend="cuda")
+    return sum(accesses for _, _, accesses in host_runtime.bank_conflicts())
+
+
+@pytest.mark.parametrize("case", DOUBLE, ids=str)
+def test_tiles_of_128_give_the_bits_of_tiles_of_64(host_runtime, case):
+    """In each order of threads, with a negative scale too."""
+    inputs = table.make_inputs(case, BF16)
+    inputs["scale"] = -0.125 if case.head_dim == 128 else 0.125
+    host_runtime.set_gpu(80, 1000)
+    expected = table.run(inputs, "cuda")
+    host_runtime.set_gpu(80, 1)
+    for order, seed in (("depth-first", 0), ("reverse", 0), ("random", 1)):
+        host_runtime.set_schedule(order, seed)
+        host_runtime.reset_records()
+        same_bits(expected, table.run(inputs, "cuda"))
+        assert [record for record in host_runtime.bank_conflicts() if record[1] > 1] == []
+    assert shared_accesses(host_runtime, 1, inputs) < shared_accesses(host_runtime, 1000, inputs)
+
+
+@pytest.mark.parametrize("case", [DOUBLE[2], DOUBLE[-1]], ids=str)
+def test_tiles_of_128_are_within_the_budget(host_runtime, case):
+    host_runtime.set_gpu(80, 1)
+    host_runtime.set_perturb(True, 1)
+    inputs = table.make_inputs(case, BF16)
+    hold_to_budget(table, inputs, table.run(inputs, "cuda"))
+
+
+@pytest.mark.parametrize(
+    "case, capability, multiprocessors, larger",
+    [
+        (Case((130,), heads=2), 80, 4, True),
+        (Case((130,), heads=2), 86, 5, False),  # one would have nothing to do
+        (Case((130,), heads=2), 90, 1, False),  # other kernels serve it
+        (Case((64,)), 86, 1, False),
+        (Case((70,), head_dim=128), 80, 1, True),
+        (Case((70,), head_dim=128), 120, 1, False),  # without room for two blocks
+        (Case((70, 20, 20), packed=True, plan=True), 80, 1, False),  # most are short
+    ],
+    ids=str,
+)
+def test_where_tiles_are_of_128(host_runtime, case, capability, multiprocessors, larger):
+    inputs = table.make_inputs(case, BF16)
+    counts = [shared_accesses(host_runtime, n, inputs, capability) for n in (multiprocessors, 1000)]
+    assert (counts[0] < counts[1]) == larger
 
 
 def test_wgmma_reads_keys_and_values_itself(host_runtime):

@@ -413,7 +413,7 @@ def test_peers_stand_beside_ours_by_form():
         assert {("sm_80"), ("sm_90a")} == {a for n, a in names if n == f"bertfast {source}"}
     assert ("FlashAttention-3", "sm_90a") in names
     ours = {key[1]: line for key, line in lines.items() if peers.form_of(key) == ("dq", "D 64")}
-    assert len(ours) == 2  # Triton's and the CUDA kernel's
+    assert len(ours) == 3  # Triton's and two CUDA kernels'
 
 
 def test_our_backward_is_two_kernels_together():
@@ -425,6 +425,15 @@ def test_our_backward_is_two_kernels_together():
     assert (both.pass_, both.form, both.instructions) == ("backward", "D 64", 20.0)
     assert (both.registers, both.blocks, both.shared_bytes) == (210, 2, 24.0)
     assert peers.ours({key: dq}) == []
+
+
+def test_of_two_kernels_for_a_form_the_shorter_one_stands_beside_peers():
+    key = ("cuda", "attention_forward_kernel", "D 64, 64 x 64", "bfloat16", "sm_80")
+    double = (key[0], "attention_forward_double_kernel", "D 64, 128 x 64", *key[3:])
+    longer = hot_budget.line(dataclasses.replace(ROW, hot=HOT))
+    shorter = dataclasses.replace(longer, instructions=longer.instructions - 1)
+    (one,) = peers.ours({key: longer, double: shorter})
+    assert (one.form, one.instructions) == ("D 64", shorter.instructions)
 
 
 def test_the_model_is_as_near_to_published_speeds_as_it_says(capsys):

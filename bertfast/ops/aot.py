@@ -58,7 +58,11 @@ class Case:
     scalar_stores: int = 0
     dynamic_shared: int = 0  # bytes; of a Triton kernel the compiler knows
     capability: int | None = None  # 90 for 9.0: elsewhere the kernel is empty; None: none is
+    empty_on: int | None = None  # 90: on 9.0 the kernel is empty
     work: Work | None = None  # None: without products, or by other means than tensor cores
+
+    def is_on(self, capability: int) -> bool:
+        return self.capability in (None, capability) and self.empty_on != capability
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def read(arch: str, op: str | None = None) -> list[Row]:
     for (mangled, (code, resources)), said in kernels:
         kernel, arguments = template(demangle(mangled))
         op_name, case = _describe(kernel, arguments)
-        if op in (None, op_name) and case.capability in (None, capability(arch)):
+        if op in (None, op_name) and case.is_on(capability(arch)):
             shared = case.dynamic_shared
             form = ("cuda", op_name, kernel, arch, case, code, resources, shared)
             rows.append(make_row(*form, gates.warnings(said, mangled)))

@@ -5,6 +5,7 @@ all that runs once a turn, which is more than runs for each.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..aot import CUDA_NAMES, Case, Work
 
@@ -28,6 +29,23 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
 def _forward_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
     keys = 64 if head_dim <= 64 else 32
     return _tiles((dtype, head_dim, dropout), 2, keys, keys, scales=True, wgmma=head_dim == 64)
+
+
+def _forward_double(dtype: str, head_dim: int, dropout: bool) -> Case:
+    """The longest loop is that of its tiles of 64, which some blocks have: only hot paths count."""
+    case = _forward_tiles(dtype, head_dim, dropout)
+    assert case.work is not None
+    rows = 2 * ROWS
+    queries = 2 * head_dim * rows  # bytes: of wider heads more than a stage has room for
+    beyond_stage = {96: queries - 4 * head_dim * case.work.streamed, 128: queries}
+    return replace(
+        case,
+        label=case.label.replace(f"{ROWS} x", f"{rows} x"),
+        elements=None,
+        dynamic_shared=case.dynamic_shared + beyond_stage.get(head_dim, 0),
+        empty_on=90,
+        work=replace(case.work, rows=rows, products=((rows, head_dim),) * 2, wgmma=False),
+    )
 
 
 def _dq_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
@@ -113,6 +131,7 @@ def _tiles(
 
 _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_forward_kernel": _forward_tiles,
+    "attention_forward_double_kernel": _forward_double,
     "attention_backward_dq_kernel": _dq_tiles,
     "attention_backward_dkv_kernel": _dkv_tiles,
     "attention_backward_dq_bulk_kernel": _dq_bulk,

@@ -6,16 +6,18 @@
 // warps must take part, those without a query too.
 #pragma once
 
+#include "device/attention/queries.cuh"
 #include "device/attention/scores.cuh"
 #include "device/tile.cuh"
 #include "device/wgmma.cuh"
 
 namespace bertfast {
 
-template<class T, int kDim, int kKeys>
+// kParts: how many 16 queries a warp has. What it reads of keys and values serves all of them.
+template<class T, int kDim, int kKeys, int kParts>
 struct ForwardProducts {
   using Rows = Tile<kDim>;
-  static constexpr bool kFitsWgmma = kDim == 64 && kKeys == 64;
+  static constexpr bool kFitsWgmma = kDim == 64 && kKeys == 64 && kParts == 1;
 
   static __device__ __forceinline__ bool by_wgmma() { return kFitsWgmma && has_wgmma(); }
 
@@ -24,9 +26,10 @@ struct ForwardProducts {
     if (by_wgmma()) async_proxy_fence();
   }
 
-  // s = q keys^T, for the warp's 16 queries.
-  static __device__ __forceinline__ void scores(float (&s)[kKeys / 8][4],
-                                                const unsigned (&q)[kDim / 16][4],
+  // s = q keys^T, for the warp's queries.
+  template<bool kHeld>
+  static __device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4],
+                                                const Queries<kDim, kParts, kHeld>& q,
                                                 Shared<uint4> keys, int thread) {
     if (by_wgmma()) {
       if constexpr (kFitsWgmma) {
@@ -34,7 +37,8 @@ struct ForwardProducts {
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {
           const int at = k * kWgmmaStep<Rows::kRowBytes, Major::kInner>;
-          wgmma<T, Major::kInner>(s, q[k], wgmma_matrix<Rows::kRowBytes>(keys, at), k > 0);
+          wgmma<T, Major::kInner>(s[0], q.held[0][k], wgmma_matrix<Rows::kRowBytes>(keys, at),
+                                  k > 0);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -42,36 +46,45 @@ struct ForwardProducts {
       return;
     }
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[part][n][i] = 0.f;
+      }
     }
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
+      unsigned a[kParts][4];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) q.load(a[part], part, k, thread);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         unsigned b[4];
         Rows::load_b(b, keys, 16 * n, k, thread);
-        mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
-        mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          mma_m16n8k16<T>(s[part][2 * n], a[part], b[0], b[1]);
+          mma_m16n8k16<T>(s[part][2 * n + 1], a[part], b[2], b[3]);
+        }
       }
     }
   }
 
   // sums += p values, with p rounded to T.
-  static __device__ __forceinline__ void add_values(float (&sums)[kDim / 8][4],
-                                                    const float (&p)[kKeys / 8][4],
+  static __device__ __forceinline__ void add_values(float (&sums)[kParts][kDim / 8][4],
+                                                    const float (&p)[kParts][kKeys / 8][4],
                                                     Shared<uint4> values, int thread) {
     if (by_wgmma()) {
       if constexpr (kFitsWgmma) {
         unsigned a[kKeys / 16][4];
 #pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) as_operand<T>(a[k], p[2 * k], p[2 * k + 1]);
+        for (int k = 0; k < kKeys / 16; ++k) as_operand<T>(a[k], p[0][2 * k], p[0][2 * k + 1]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
           const int at = k * kWgmmaStep<Rows::kRowBytes, Major::kOuter>;
-          wgmma<T, Major::kOuter>(sums, a[k], wgmma_matrix<Rows::kRowBytes>(values, at), true);
+          wgmma<T, Major::kOuter>(sums[0], a[k], wgmma_matrix<Rows::kRowBytes>(values, at), true);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -80,14 +93,20 @@ struct ForwardProducts {
     }
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      unsigned a[4];
-      as_operand<T>(a, p[2 * k], p[2 * k + 1]);
+      unsigned a[kParts][4];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        as_operand<T>(a[part], p[part][2 * k], p[part][2 * k + 1]);
+      }
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         unsigned b[4];
         Rows::load_b_trans(b, values, 16 * k, n, thread);
-        mma_m16n8k16<T>(sums[2 * n], a, b[0], b[1]);
-        mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          mma_m16n8k16<T>(sums[part][2 * n], a[part], b[0], b[1]);
+          mma_m16n8k16<T>(sums[part][2 * n + 1], a[part], b[2], b[3]);
+        }
       }
     }
   }

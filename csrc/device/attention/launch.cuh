@@ -8,7 +8,7 @@ namespace bertfast {
 
 // Calls use(T(), kDim) with the element type and the least head dimension that has a kernel.
 template<class Use>
-cudaError_t with_head_dim(DType dtype, int head_dim, Use use) {
+auto with_head_dim(DType dtype, int head_dim, Use use) {
   const auto with_dim = [&](auto t) {
     if (head_dim <= 32) return use(t, std::integral_constant<int, 32>());
     if (head_dim <= 64) return use(t, std::integral_constant<int, 64>());

@@ -85,6 +85,19 @@ __device__ __forceinline__ TilePlace find_tile(const AttentionBatch& p, int alon
   return at;
 }
 
+// The same where a block may have two tiles of one sequence: `tile` is 2 * kTileRows then. It has
+// one where no more is left of the sequence, or where several share it. In a plan's list, which is
+// in tiles of kTileRows, a sequence's first of two has both, and the second one's block has
+// nothing.
+__device__ __forceinline__ TilePlace find_double_tile(const AttentionBatch& p, int alone,
+                                                      int before) {
+  TilePlace at = find_tile<2 * kTileRows>(p, alone);
+  if (p.tiles && at.first / kTileRows % 2 != 0) at.length = 0;
+  const int extra = p.key_mask && p.seed ? before : 0;
+  if (at.many == 1 && at.length - at.first + extra > kTileRows) at.tile = 2 * kTileRows;
+  return at;
+}
+
 // Element 0 of the row at `position`.
 template<class T, class Void>
 __device__ __forceinline__ T* row_of(const HeadRows<Void>& x, const TilePlace& at, int position) {

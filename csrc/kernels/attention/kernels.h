@@ -1,6 +1,7 @@
 // The launches of attention's kernels, one for each. launch.cu chooses between them.
 #pragma once
 
+#include "device/gpu.cuh"
 #include "params.h"
 
 namespace bertfast {
@@ -9,6 +10,10 @@ namespace bertfast {
 cudaError_t launch_forward_tiles(const AttentionForward&, DType, Stream);
 cudaError_t launch_dq_tiles(const AttentionBackward&, DType, Stream);
 cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
+
+// By mma.sync, 128 queries a block, for calls that it takes.
+bool forward_double_takes(const AttentionForward&, DType, const Gpu&);
+cudaError_t launch_forward_double(const AttentionForward&, DType, Stream);
 
 // For Hopper, by bulk copies and wgmma, in pairs of tiles: of the calls that fit.
 bool fits_bulk_backward(const AttentionBackward&);

@@ -5,6 +5,10 @@
 namespace bertfast {
 
 cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Stream stream) {
+  Gpu gpu;
+  const cudaError_t error = current_gpu(&gpu);
+  if (error != cudaSuccess) return error;
+  if (forward_double_takes(p, dtype, gpu)) return launch_forward_double(p, dtype, stream);
   return launch_forward_tiles(p, dtype, stream);
 }
 
