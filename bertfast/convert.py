@@ -172,8 +172,9 @@ def _readers_of_padding(model: nn.Module) -> dict[int, str]:
     """Modules under a head that looks at padded positions, by id, and why they keep them."""
     found: dict[int, str] = {}
     for head in model.modules():
-        # By the name of what makes spans' scores, which heads of all names share.
-        if "qa_outputs" in head._modules:
+        # By the name of what makes spans' scores, which heads of all names share, or the head's.
+        name = type(head).__name__
+        if "qa_outputs" in head._modules or name.endswith("ForQuestionAnswering"):
             reason = "question answering's softmax reads it"
         elif any(getattr(child, "summary_type", "first") != "first" for child in head.children()):
             reason = "the summary of a sequence reads it"

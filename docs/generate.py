@@ -62,7 +62,7 @@ def with_families(text: str) -> str:
     ]
     rows.append(("---",) * 5 + ("---:",) * 2)
     for family in sorted(FAMILIES, key=lambda family: family.title.lower()):
-        heads = ", ".join("For" + name.partition("For")[2] for name in family.heads)
+        heads = ", ".join("For" + name.partition("For")[2] for name in family.heads) or "none"
         base = measured.get(family.title, {}).get("base", {})
         speeds = (base.get(f"{way}, padded", {}).get("over") for way in WAYS)
         told = ("not measured" if speed is None else f"{speed:.2f}" for speed in speeds)

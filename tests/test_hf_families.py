@@ -152,7 +152,8 @@ def test_saved_and_loaded(prefix, tmp_path):
 
 @each_layer
 @pytest.mark.parametrize(
-    "targets", [["query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "q", "v"], "all-linear"]
+    "targets",
+    [["query", "value", "q_lin", "v_lin", "q_proj", "v_proj", "q", "v", "Wqkv"], "all-linear"],
 )
 def test_lora(prefix, targets):
     peft = pytest.importorskip("peft", reason="its LoRA layers are tested")
@@ -256,16 +257,21 @@ def test_dropout(prefix, monkeypatch):
     own_draws = parts.norm_first or parts.activation_dropout is not None
     if own_draws or len(set(layers)) < len(layers):
         _, model = both(prefix, hidden_dropout_prob=0.0)
+    for layer in model.encoder_layers():
+        if hasattr(layer, "attn"):  # which has one setting for both
+            layer.attn.out_drop.p = 0.0
     model.train()
     inputs = batch((20, 20, 7))
     real = inputs["attention_mask"].bool()
-    attention, drawn = bertfast.ops.attention, []
+    drawn = []
+    for name in ("attention", "attention_qkv"):
+        attention = getattr(bertfast.ops, name)
 
-    def spy(*args, seed, site, **options):
-        drawn.append((int(seed), site))
-        return attention(*args, seed=seed, site=site, **options)
+        def spy(*args, seed, site, attention=attention, **options):
+            drawn.append((int(seed), site))
+            return attention(*args, seed=seed, site=site, **options)
 
-    monkeypatch.setattr(bertfast.ops, "attention", spy)
+        monkeypatch.setattr(bertfast.ops, name, spy)
     results = []
     for packed in (True, False):
         bertfast.optimize(model, packed=packed, backend="torch")
@@ -348,7 +354,7 @@ def double(module, args, out):
     return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
 
 
-@each_layer
+@pytest.mark.parametrize("prefix", [p for p in LAYERS_OF if p in hf_models.GRAPHED])
 def test_graphs_watch_all_that_the_encoder_reads(prefix):
     """Norms beside the layers too: a graph would read them where they were."""
     _, model = both(prefix)

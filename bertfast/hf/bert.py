@@ -102,8 +102,10 @@ class WrittenOut(Model):
         )
 
 
-def added_mask(hidden_states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+def added_mask(hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor | None:
     """A mask of the keys as eager attention adds it to scores."""
+    if key_mask is None:
+        return None
     least = torch.finfo(hidden_states.dtype).min
     return hidden_states.new_zeros(key_mask.shape).masked_fill(~key_mask, least)[:, None, None]
 

@@ -113,8 +113,10 @@ class Layer(Swapped):
         """A model's arguments after the mask, as the original code wants them."""
         return args
 
-    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
+    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> Any:
         """The mask as the original code wants it."""
+        if key_mask is None:
+            return None
         from transformers.masking_utils import create_bidirectional_mask
 
         attention: Any = self.self_attention()
@@ -155,7 +157,7 @@ class Layer(Swapped):
         """Gives the layer the state that it needs besides its new class."""
         parts = self.parts()
         self.__dict__["_bertfast_joined"] = JoinedWeights((parts.query, parts.key, parts.value))
-        if parts.gated is not None:
+        if parts.gated is not None and parts.gated.gate is not None:
             self.__dict__[_JOINED_UP] = JoinedWeights((parts.gated.gate, parts.up))
 
 
@@ -187,8 +189,7 @@ def _forward(original: Any) -> Callable:
                 warn_once(f"runs the original code of a {original.__name__}: {reason}")
             if told and batch is not None:
                 args = self.original_arguments(hidden_states, args)
-                if batch.key_mask is not None:
-                    attention_mask = self.original_mask(hidden_states, batch.key_mask)
+                attention_mask = self.original_mask(hidden_states, batch.key_mask)
             return original.forward(self, hidden_states, attention_mask, *args, **kwargs)
         settings = self.__dict__[ATTRIBUTE]
         call = Call(

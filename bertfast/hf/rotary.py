@@ -53,9 +53,10 @@ class Model(model.Model):
     def knows_distances(self) -> bool:
         return self.rotary_module() is not None
 
-    def tables(self, x: torch.Tensor, longest: int) -> Any:
-        """position_embeddings of the first `longest` positions, for layers that take x."""
-        return self.rotary_module()(x, torch.arange(longest, device=x.device)[None])
+    def tables(self, x: torch.Tensor, longest: int, *kind: str) -> Any:
+        """position_embeddings of the first `longest` positions, for layers (of a kind) that take
+        x."""
+        return self.rotary_module()(x, torch.arange(longest, device=x.device)[None], *kind)
 
     @classmethod
     def missing(cls, original: type) -> str | None:

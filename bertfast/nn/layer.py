@@ -106,7 +106,7 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
         return None
     if call.positions is not NO_POSITIONS:
         return None
-    if len(qkv) == 1:  # it is read, else it were no single one
+    if len(qkv) == 1 and type(qkv[0]) is Weights:
         weights, biases = qkv[0][:1], () if qkv[0].bias is None else qkv[0][1:]
     elif set(map(type, qkv)) == {Weights} and same_form(qkv):
         q, k, v = qkv

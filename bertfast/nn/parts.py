@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     down_norm: nn.Module
     heads: int
     scale: float
-    qkv: Weights | None = None  # one product, where there are no three Linears
+    qkv: nn.Module | Weights | None = None  # one product, where there are no three Linears
     activation_dropout: nn.Module | None = None
     norm_first: bool = False
     gated: Gated | None = None
@@ -67,7 +67,7 @@ def read(parts: Parts, clean: bool) -> Read:
         linears: Any = (parts.query, parts.key, parts.value)
         qkv = tuple(read_linear(linear, clean) for linear in linears)
     else:
-        qkv = (parts.qkv,)
+        qkv = (read_linear(parts.qkv, clean),)
     up: tuple[Weights | nn.Module, ...] = (read_linear(parts.up, clean),)
     if parts.gated is not None and parts.gated.gate is not None:
         up = (read_linear(parts.gated.gate, clean), *up)

@@ -35,6 +35,7 @@ _OWN = {
     "Ernie": {"use_task_id": True},
     "Esm": {"position_embedding_type": "rotary", "emb_layer_norm_before": True},
     "Gte": _DROPOUT,
+    "ModernBert": {"attention_dropout": 0.1, "local_attention": 8},
     "NomicBert": _DROPOUT,
 }
 

@@ -19,7 +19,7 @@ class Layer(bert.PreNormLayer):
     def norms(self) -> tuple[nn.Module, nn.Module]:
         return self.attention.ln, self.ln
 
-    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
+    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> Any:
         return bert.added_mask(hidden_states, key_mask)
 
 

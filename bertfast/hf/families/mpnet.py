@@ -63,7 +63,7 @@ class Layer(layer.Layer):
         length = hidden_states.shape[1]
         return bias_matrix(args[0], Block(0, length, 0, length))[None], *args[1:]
 
-    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> Any:
+    def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> Any:
         return bert.added_mask(hidden_states, key_mask)
 
 
