@@ -78,7 +78,8 @@ def _bulk(form: tuple[str, int, bool], products: int, scalar_loads: int = 0) -> 
         dropout=dropout,
         wgmma=True,
     )
-    tiles = (2 * rows + stages * 2 * streamed) * 2 * head_dim
+    columns = 32 if head_dim == 32 else 64 * -(-head_dim // 64)  # as they lie in shared memory
+    tiles = (2 * rows + stages * 2 * streamed) * 2 * columns
     beside = 2 * stages * 8 + 2 * 64 + 8 * 32 * WARPS + 16
     return Case(
         f"D {head_dim}, {rows} x {streamed}" + ", dropout" * dropout,

@@ -108,37 +108,36 @@ struct BulkTiles {
     T* const rows = row_of<T>(x, at, at.first);
     for_each_slab<kDim>([&](auto slab) {
       using S = decltype(slab);
-      S::Rows::store(shared_memory<uint4>(tile(group, part) + S::kByte), columns<S>(sums), factor,
-                     factor, rows + S::kColumn, x.token, p.batch.head_dim - S::kColumn, thread,
-                     target, inside, counts);
+      float columns[S::Rows::kChunks][4] = {};
+#pragma unroll
+      for (int n = 0; n < min(S::Rows::kChunks, (kDim - S::kColumn) / 8); ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) columns[n][i] = sums[S::kColumn / 8 + n][i];
+      }
+      S::Rows::store(shared_memory<uint4>(tile(group, part) + S::kByte), columns, factor, factor,
+                     rows + S::kColumn, x.token, p.batch.head_dim - S::kColumn, thread, target,
+                     inside, counts);
     });
-  }
-
-  // The sums of a slab's columns.
-  template<class S, class Sums>
-  static __device__ __forceinline__ auto& columns(Sums& sums) {
-    using Value = std::remove_reference_t<decltype(sums[0][0])>;
-    return reinterpret_cast<Value(&)[S::Rows::kChunks][4]>(sums[S::kColumn / 8]);
   }
 
   // The tile of a tensor as wgmma reads it.
   __device__ __forceinline__ uint64_t matrix(int part) const {
-    constexpr int kRowBytes = kDim == 32 ? 64 : 128;
+    constexpr int kRowBytes = 2 * HeadBoxes<kDim>::kColumns;
     const Shared<uint4> first = shared_memory<uint4>(tile(group, part));
     return wgmma_further(wgmma_matrix<kRowBytes>(first, 0), 0);
   }
 
-  // s = tile block^T, with a block's part.
-  template<class T>
-  __device__ __forceinline__ void multiply_scores(float (&s)[8][4], uint64_t tile, int part,
-                                                  int block) const {
+  // s = tile rows^T, with the rows of a block's part from `row` on: as many as s has columns.
+  template<class T, int kEights>
+  __device__ __forceinline__ void multiply_scores(float (&s)[kEights][4], uint64_t tile, int part,
+                                                  int block, int row = 0) const {
     for_each_slab<kDim>([&](auto slab) {
       using S = decltype(slab);
       constexpr int kRowBytes = S::Rows::kRowBytes;
       const uint64_t a = wgmma_further(tile, S::kByte);
-      const uint64_t b = stream.matrix(block, part, slab);
+      const uint64_t b = wgmma_further(stream.matrix(block, part, slab), row * kRowBytes);
 #pragma unroll
-      for (int step = 0; step < S::Rows::kChunks / 2; ++step) {
+      for (int step = 0; step < min(S::Rows::kChunks, (kDim - S::kColumn) / 8) / 2; ++step) {
         const int byte = step * kWgmmaStep<kRowBytes, Major::kInner>;
         wgmma<T, Major::kInner, Major::kInner>(s, wgmma_further(a, byte), wgmma_further(b, byte),
                                                S::kColumn > 0 || step > 0);
@@ -146,20 +145,18 @@ struct BulkTiles {
     });
   }
 
-  // sums += operands block, of a block's part.
-  template<class T>
+  // sums += operands rows, with the rows of a block's part from `row` on.
+  template<class T, int kOperands>
   __device__ __forceinline__ void add_product(float (&sums)[kDim / 8][4],
-                                              const unsigned (&operands)[4][4], int part,
-                                              int block) const {
-    for_each_slab<kDim>([&](auto slab) {
-      using S = decltype(slab);
-      const uint64_t b = stream.matrix(block, part, slab);
+                                              const unsigned (&operands)[kOperands][4], int part,
+                                              int block, int row = 0) const {
+    constexpr int kRowBytes = 2 * HeadBoxes<kDim>::kColumns;
+    const uint64_t b = wgmma_further(stream.matrix(block, part), row * kRowBytes);
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const int byte = step * kWgmmaStep<S::Rows::kRowBytes, Major::kOuter>;
-        wgmma<T, Major::kOuter>(columns<S>(sums), operands[step], wgmma_further(b, byte), true);
-      }
-    });
+    for (int step = 0; step < kOperands; ++step) {
+      const int byte = step * kWgmmaStep<kRowBytes, Major::kOuter>;
+      wgmma<T, Major::kOuter>(sums, operands[step], wgmma_further(b, byte), true);
+    }
   }
 
   // Makes zeros of the rows of a part of a block, which has come, whose bits are 0.
@@ -213,7 +210,9 @@ template<class Use>
 cudaError_t with_bulk_dim(DType dtype, int head_dim, Use use) {
   const auto with_dim = [&](auto t) {
     if (head_dim <= 32) return use(t, std::integral_constant<int, 32>());
-    return use(t, std::integral_constant<int, 64>());
+    if (head_dim <= 64) return use(t, std::integral_constant<int, 64>());
+    if (head_dim <= 96) return use(t, std::integral_constant<int, 96>());
+    return use(t, std::integral_constant<int, 128>());
   };
   return dtype == DType::kFloat16 ? with_dim(__half()) : with_dim(__nv_bfloat16());
 }

@@ -1,8 +1,9 @@
-// Heads as bulk copies find them: boxes of 64 positions of one head, in slabs of 64 columns or 32.
+// Heads as bulk copies find them: boxes of 64 positions of one head, in slabs of 64 columns, or of
+// 32 where heads have no more.
 //
-// A slab lies in shared memory as rows of Tile<64> or Tile<32> do, and one slab behind the other:
-// heads of 96 are 64 columns and 32. What is beyond a head's columns or a tensor's end is zeros;
-// beyond a sequence's end there are others' rows.
+// A slab lies in shared memory as rows of Tile<64> or Tile<32> do, and one slab behind the other.
+// So heads of 96 take as much of it as those of 128. What is beyond a head's columns or a tensor's
+// end is zeros; beyond a sequence's end there are others' rows.
 //
 // A tensor map has one stride for positions and one for heads, and none is left for sequences: a
 // padded one begins a whole number of positions behind the one before.
@@ -21,14 +22,13 @@ struct Slab {
   using Rows = Tile<kColumns>;
   static constexpr int kColumn = kFirst;
   static constexpr int kByte = kTileRows * 2 * kFirst;  // from the first slab's
-  static constexpr int kMap = kFirst > 0 && kColumns == 32;
 };
 
 // Calls use(slab) with each slab of a head.
 template<int kDim, int kFirst = 0, class Use>
 __device__ __forceinline__ void for_each_slab(Use use) {
   if constexpr (kFirst < kDim) {
-    constexpr int kColumns = kDim - kFirst >= 64 ? 64 : 32;
+    constexpr int kColumns = kDim == 32 ? 32 : 64;
     use(Slab<kFirst, kColumns>());
     for_each_slab<kDim, kFirst + kColumns>(use);
   }
@@ -36,9 +36,10 @@ __device__ __forceinline__ void for_each_slab(Use use) {
 
 template<int kDim>
 struct HeadBoxes {
-  static constexpr int kMaps = kDim == 96 ? 2 : 1;  // one for each width of a slab
-  static constexpr int kBytes = kTileRows * 2 * kDim;
-  TensorMap maps[kMaps];
+  static constexpr int kColumns = kDim == 32 ? 32 : 64;  // of a slab
+  static constexpr int kSlabBytes = kTileRows * 2 * kColumns;
+  static constexpr int kBytes = (kDim + kColumns - 1) / kColumns * kSlabBytes;
+  TensorMap map;
   int sequence;  // rows from one padded sequence to the next; 0 for packed ones
 
   // The row of a position in the map.
@@ -50,8 +51,7 @@ struct HeadBoxes {
   __device__ __forceinline__ void load(int to, int row, int head, Mbarriers barriers, int i) const {
     for_each_slab<kDim>([&](auto slab) {
       using S = decltype(slab);
-      tma_load(shared_memory<uint4>(to + S::kByte), maps[S::kMap], S::kColumn, row, head, barriers,
-               i);
+      tma_load(shared_memory<uint4>(to + S::kByte), map, S::kColumn, row, head, barriers, i);
     });
   }
 };
@@ -81,13 +81,8 @@ cudaError_t make_head_boxes(HeadBoxes<kDim>* made, const HeadRows<Void>& x,
                             const AttentionBatch& p) {
   Boxes boxes;
   if (!describe_heads(&boxes, &made->sequence, x, p)) return cudaErrorInvalidValue;
-  boxes.box[0] = kDim == 32 ? 32 : 64;
-  cudaError_t error = make_tensor_map(&made->maps[0], boxes);
-  if (HeadBoxes<kDim>::kMaps > 1 && error == cudaSuccess) {
-    boxes.box[0] = 32;
-    error = make_tensor_map(&made->maps[HeadBoxes<kDim>::kMaps - 1], boxes);
-  }
-  return error;
+  boxes.box[0] = HeadBoxes<kDim>::kColumns;
+  return make_tensor_map(&made->map, boxes);
 }
 
 }  // namespace bertfast

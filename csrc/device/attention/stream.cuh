@@ -63,11 +63,12 @@ struct BlockStream {
     mbarrier_wait(full(), stage(block), phase(block) ^ (again & 1));
   }
 
-  // A slab of a block's part as wgmma reads it.
-  template<class S>
-  __device__ __forceinline__ uint64_t matrix(int block, int part, S) const {
+  // A block's part as wgmma reads it: one of its slabs, or with Major::kOuter all of them.
+  template<class S = Slab<0, HeadBoxes<kDim>::kColumns>>
+  __device__ __forceinline__ uint64_t matrix(int block, int part, S = {}) const {
     const Shared<uint4> first = shared_memory<uint4>(ring + part * kBlockBytes + S::kByte);
-    return wgmma_further(wgmma_matrix<S::Rows::kRowBytes>(first, 0), stage(block) * kStageBytes);
+    const uint64_t matrix = wgmma_matrix<S::Rows::kRowBytes>(first, 0, HeadBoxes<kDim>::kSlabBytes);
+    return wgmma_further(matrix, stage(block) * kStageBytes);
   }
 
   // One thread of a warpgroup says that the warpgroup is done with a block.

@@ -76,7 +76,11 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
   // 2. over the queries
   const float c = p.batch.scale * kLog2E;
   const int key_call = ScoreDropout::key_call(at.first - first_key + my_key);
-  float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {}, s[8][4] = {}, dp[8][4] = {};
+  // Wide heads leave registers for the scores of half a block's queries at a time.
+  constexpr int kQueries = kDim <= 64 ? kTileRows : kTileRows / 2;
+  constexpr int kParts = kTileRows / kQueries, kSteps = kQueries / 16;
+  float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {}, s[kQueries / 8][4] = {},
+                  dp[kQueries / 8][4] = {};
   // Waits for a block; what isn't the sequence's becomes zeros.
   const auto arrive = [&](int block, int again) {
     stream.wait(block, again);
@@ -89,14 +93,16 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
     tiles.zeroed();
   };
   const uint64_t k = tiles.matrix(0), v = tiles.matrix(1);
-  const auto multiply_scores = [&](int block) {
-    tiles.template multiply_scores<T>(s, k, 0, block);
-    tiles.template multiply_scores<T>(dp, v, 1, block);
+  const auto multiply_scores = [&](int block, int row) {
+    tiles.template multiply_scores<T>(s, k, 0, block, row);
+    tiles.template multiply_scores<T>(dp, v, 1, block, row);
   };
-  const auto turn_of = [&](int block, auto is_last) {
-    constexpr bool kLast = decltype(is_last)::value;
+  const auto turn_of = [&](int block, auto of_last, auto which) {
+    constexpr bool kLast = decltype(of_last)::value;  // block
+    constexpr int kPart = decltype(which)::value, kFirst = kPart * kQueries;
+    constexpr bool kEnds = kPart == kParts - 1;  // the block
     // 2a. the stage of the block before gets new queries
-    if constexpr (!kLast) {
+    if constexpr (!kLast && kPart == 0) {
       if (loads && block + kAhead < blocks && elect_one()) {
         if (block > 0) stream.wait_released(block - 1);
         load(block + kAhead);
@@ -108,19 +114,20 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
     // written.
     ManyBits bits;  // a shared tile has one block
     if (kLast && many > 1) bits = ManyBits::get(Tiles::kManyBits, thread);
-    unsigned p_operands[4][4], ds_operands[4][4];
+    unsigned p_operands[kSteps][4], ds_operands[kSteps][4];
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       [[maybe_unused]] unsigned words[2][2];
       if constexpr (kDropout) {
         if (kLast && many > 1) {
           // Draws that give the bits: the largest, or zero.
-          const unsigned keep = bits.keep >> (4 * step);
+          const unsigned keep = bits.keep >> (kFirst / 4 + 4 * step);
 #pragma unroll
           for (int i = 0; i < 4; ++i) words[i % 2][i / 2] = (keep >> i & 0x10001u) * 0xffffu;
         } else {
-          share_draws(words, dropout, first_query - first_key + block * kTileRows + 16 * step,
-                      key_call, thread);
+          share_draws(words, dropout,
+                      first_query - first_key + block * kTileRows + kFirst + 16 * step, key_call,
+                      thread);
         }
       }
       float dropped[2][4];
@@ -128,13 +135,14 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
       for (int n = 0; n < 2; ++n) {
         float (&scores)[4] = s[2 * step + n];
         float (&slopes)[4] = dp[2 * step + n];
-        const int query = (block & 1) * kTileRows + 16 * step + 8 * n;
+        const int query = (block & 1) * kTileRows + kFirst + 16 * step + 8 * n;
         const float4 pairs = shared_memory<float4>(statistics).load(query / 2 + t);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           scores[i] = exp2_approx(fmaf(scores[i], c, -(i % 2 ? pairs.z : pairs.x)));
           if (kLast && many > 1) {
-            const bool same = bits.same >> (4 * step + 16 * (i / 2) + 2 * n + i % 2) & 1;
+            const bool same =
+                bits.same >> (kFirst / 4 + 4 * step + 16 * (i / 2) + 2 * n + i % 2) & 1;
             scores[i] = same ? scores[i] : 0.f;
           }
           dropped[n][i] = scores[i];
@@ -152,28 +160,36 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
     }
 
     // 2c. dv += p^T dout, dk += ds^T q, and the next scores
-    if constexpr (!kLast) arrive(block + 1, 0);
+    if constexpr (!kLast && kEnds) arrive(block + 1, 0);
     wgmma_fence();
-    tiles.template add_product<T>(dv, p_operands, 1, block);
-    tiles.template add_product<T>(dk, ds_operands, 0, block);
-    if constexpr (!kLast) multiply_scores(block + 1);
+    tiles.template add_product<T>(dv, p_operands, 1, block, kFirst);
+    tiles.template add_product<T>(dk, ds_operands, 0, block, kFirst);
+    if constexpr (!kEnds) {
+      multiply_scores(block, kFirst + kQueries);
+    } else if constexpr (!kLast) {
+      multiply_scores(block + 1, 0);
+    }
     wgmma_commit();
-    if constexpr (!kLast) {
+    if constexpr (!kLast && kEnds) {
       cp_async_wait<0>();
       // The next statistics are there.
       named_barrier_sync(tiles.of_group(), kWarpgroup);
     }
     wgmma_wait<0>();
-    if (!kLast && thread == 0) stream.release(block);
+    if (!kLast && kEnds && thread == 0) stream.release(block);
+  };
+  const auto parts_of = [&](int block, auto of_last) {
+    turn_of(block, of_last, std::integral_constant<int, 0>());
+    if constexpr (kParts > 1) turn_of(block, of_last, std::integral_constant<int, 1>());
   };
   arrive(0, turn);
   wgmma_fence();
-  multiply_scores(0);
+  multiply_scores(0, 0);
   wgmma_commit();
   wgmma_wait<0>();
 #pragma unroll 1
-  for (int block = 0; block < blocks - 1; ++block) turn_of(block, std::false_type());
-  turn_of(blocks - 1, std::true_type());
+  for (int block = 0; block < blocks - 1; ++block) parts_of(block, std::false_type());
+  parts_of(blocks - 1, std::true_type());
 
   // 3. scale and write, by way of the tiles, unless somebody's NaN or infinity is in others' sums;
   // a key that doesn't count gets exact zeros

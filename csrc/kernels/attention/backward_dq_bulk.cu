@@ -60,8 +60,8 @@ __device__ __forceinline__ int dq_tile(const BulkBackward<kDim>& p, const BulkTi
   async_proxy_fence();
   named_barrier_sync(tiles.of_group(), kWarpgroup);
   row.sum(p, at, 16 * warp + g, thread, [&](int r, int chunk) {
-    constexpr int kChunks = kDim < 64 ? 4 : 8;  // of a slab
-    using Rows = Tile<8 * kChunks>;
+    using Rows = Tile<HeadBoxes<kDim>::kColumns>;
+    constexpr int kChunks = Rows::kChunks;
     const int slab = tiles.tile(tiles.group, 1) + chunk / kChunks * kTileRows * Rows::kRowBytes;
     return shared_memory<uint4>(slab).load(Rows::place(r, chunk % kChunks));
   });
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(BulkTiles<kDim>::kMostThreads)
 // a warpgroup.
 bool fits_bulk_backward(const AttentionBackward& p) {
   const AttentionBatch& of = p.batch;
-  if (of.length <= 2 * kTileRows || of.head_dim > 64 || of.tile != kTileRows) return false;
+  if (of.length <= 2 * kTileRows || of.tile != kTileRows) return false;
   Boxes boxes;
   int sequence;
   for (const HeadRows<const void>& heads : {p.q, p.k, p.v, p.dout}) {
