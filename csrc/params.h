@@ -45,6 +45,12 @@ struct LayerNormForwardCopying : LayerNormForward {
   void* copy;  // contiguous, in x_dtype, which is narrower than dtype
 };
 
+// For kernels of every further form: bias may be null, and so may weight, where nothing is
+// normalised.
+struct LayerNormForwardFurther : LayerNormForwardCopying {
+  bool rms;  // RMSNorm: a row's mean is taken as 0
+};
+
 // dx has x_dtype, all else but the float32 statistics and partial sums has dtype.
 struct LayerNormBackward {
   const void* dy;
@@ -68,6 +74,13 @@ struct LayerNormBackward {
   float keep_scale;
   uint32_t threshold;
   uint32_t site;
+};
+
+// For kernels of every further form: mean may be null, of RMSNorm, and so may partial_dbias. Where
+// nothing was normalised z, mean, rstd and weight are null.
+struct LayerNormBackwardFurther : LayerNormBackward {
+  const void* dsum;  // the gradient of z itself, null where z was not returned
+  int dsum_row_stride;
 };
 
 // x has x_dtype, with rows x_row_stride elements apart; bias and y have dtype, y is contiguous.
@@ -226,10 +239,10 @@ struct AttentionBackward {
   HeadRows<void> dv;
 };
 
-// Without a copy where that is null.
-cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying&, DType x_dtype, DType dtype,
+// What is null or false is not done; a call that needs no further form runs a kernel without it.
+cudaError_t launch_layer_norm_forward(const LayerNormForwardFurther&, DType x_dtype, DType dtype,
                                       Stream);
-cudaError_t launch_layer_norm_backward(const LayerNormBackward&, DType x_dtype, DType dtype,
+cudaError_t launch_layer_norm_backward(const LayerNormBackwardFurther&, DType x_dtype, DType dtype,
                                        Stream);
 cudaError_t launch_bias_gelu_forward(BiasGeluForward, bool tanh, DType x_dtype, DType dtype,
                                      Stream);

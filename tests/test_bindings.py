@@ -119,9 +119,8 @@ def test_layer_norm_backward(host):
         "layer_norm_backward",
         {
             "dy": dy,
-            "z": new(ROWS, WIDTH),
-            "mean": new(ROWS),
-            "rstd": new(ROWS),
+            "dsum": new(ROWS, WIDTH),
+            "saved": layer_norm.Saved(new(ROWS, WIDTH), new(ROWS), new(ROWS)),
             "weight": new(WIDTH),
             "dropout": dropout(rows=None),
             "grads": grads,
@@ -130,7 +129,8 @@ def test_layer_norm_backward(host):
     )
     names = ("mean", "rstd", "weight", "dweight", "dbias", "dx_bias")
     cases = dict.fromkeys(names, (*DENSE, as_half))
-    cases |= dict.fromkeys(("dz", "dx"), OF_ROWS) | dict.fromkeys(("dy", "z"), OF_ROWS)
+    cases |= dict.fromkeys(("dz", "dx"), OF_ROWS)
+    cases |= dict.fromkeys(("dy", "dsum", "z"), OF_ROWS)
     refused(call, cases | {"partial": (shorter, as_half)})
 
 
@@ -375,7 +375,8 @@ def test_sizes_beyond_what_kernels_count(host):
         grads = layer_norm.Gradients(None, None, *new(3, 8))
         mean = new(1)
         host.layer_norm_backward(
-            *(new(1, 8), new(1, 8), mean, mean, norm.weight, NO_DROPOUT, grads, new(3, 0, 8))
+            *(new(1, 8), None, layer_norm.Saved(new(1, 8), mean, mean), norm.weight),
+            *(NO_DROPOUT, grads, new(3, 0, 8)),
         )
     with pytest.raises(ValueError, match="the number of chains must be between 1 and"):
         x = new(1, 8)
@@ -429,7 +430,7 @@ def test_tuples_and_tensors_of_other_kinds(host):
     x = new(ROWS, WIDTH)
     with pytest.raises(TypeError, match="x must be a tensor of torch 2.10 or later, got list"):
         host.bias_gelu_forward([1.0], None, False, x)
-    with pytest.raises(TypeError, match="norm must be a tuple of 3"):
+    with pytest.raises(TypeError, match="norm must be a tuple of 4"):
         host.layer_norm_forward(x, None, None, (x, x), NO_DROPOUT, (x,) * 5)
     with pytest.raises(TypeError, match="y must be a tensor of torch 2.10 or later, got NoneType"):
         host.bias_gelu_forward(x, None, False, None)

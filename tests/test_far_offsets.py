@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bertfast.ops import dropout
-from bertfast.ops.layer_norm.run import Gradients
+from bertfast.ops.layer_norm.run import Gradients, Saved
 
 FAR = 2**31
 MORE = 4500
@@ -158,7 +158,8 @@ def test_rows_of_layer_norm_in_cuda_that_end_near_2_to_the_31(far_row, host_runt
     dz = written[FAR : FAR + rows].view(rows, 1)
     host_runtime.set_first_block(blocks - 1)
     host_runtime.layer_norm_backward(
-        *(dy, z, mean.view(-1), rstd.view(-1), torch.ones(1).half(), dropout.NO_DROPOUT),
+        *(dy, None, Saved(z, mean.view(-1), rstd.view(-1)), torch.ones(1).half()),
+        dropout.NO_DROPOUT,
         Gradients(dz, None, None, None, None),
         torch.empty(0, blocks, 1),
     )

@@ -24,6 +24,16 @@ def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
     hold_to_budget(table, inputs, run_guarded(table.run, inputs, target))
 
 
+@dtypes
+@pytest.mark.parametrize("case", table.further_cases(), ids=str)
+def test_further_forms_stay_within_the_error_budget(case, dtype, target, need):
+    need("layer_norm", target)
+    inputs = table.make_inputs(case, dtype)
+    actual = run_guarded(table.run, inputs, target)
+    hold_to_budget(table, inputs, actual)
+    assert ("sum" in actual) == case.return_sum
+
+
 @pytest.mark.parametrize("case", table.mixed_cases(), ids=str)
 def test_16_bit_x_in_a_float32_stream(case, target, need):
     need("layer_norm", target)
@@ -34,7 +44,7 @@ def test_16_bit_x_in_a_float32_stream(case, target, need):
     assert actual["dx"].dtype == inputs["x"].dtype
 
 
-@pytest.mark.parametrize("case", table.cases(), ids=str)
+@pytest.mark.parametrize("case", table.cases() + table.further_cases(), ids=str)
 def test_torch_backend_in_float32_is_stock_torch(case):
     inputs = table.make_inputs(case, torch.float32)
     stock = table.plain_torch(inputs)

@@ -21,6 +21,8 @@ CASES = [
     Case((5, 33), residual=False, x_bias=False),
     Case((5, 64), layout="rows apart"),
     Case((0, 64)),
+    Case((3, 4, 64), p=0.3, rms=True, return_sum=True),
+    Case((5, 33), residual=False, x_bias=False, bias=False, return_sum=True),
 ]
 
 
@@ -34,7 +36,8 @@ def _arguments(case, target, dtype=torch.float32):
     threshold = round(65536 * case.p)
     if not threshold:
         tensors[5] = None
-    return [*tensors, case.eps, threshold, 3, backend], inputs["dy"].to(device)
+    numbers = (case.eps, case.rms, threshold, 3)
+    return [*tensors, *numbers, backend], inputs["dy"].to(device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -44,14 +47,17 @@ def test_opcheck(case, target, need):
     ops = torch.ops.bertfast
     results = [
         torch.library.opcheck(ops.layer_norm.default, arguments, test_utils=OPCHECKS),
-        torch.library.opcheck(ops.layer_norm_forward.default, arguments, test_utils=OPCHECKS),
+        torch.library.opcheck(
+            ops.layer_norm_forward.default, [*arguments, case.return_sum], test_utils=OPCHECKS
+        ),
     ]
-    _, z, mean, rstd = ops.layer_norm_forward(*arguments)
-    x, weight, seed, row_index, threshold = (arguments[i] for i in (0, 1, 5, 6, 8))
+    _, z, mean, rstd = ops.layer_norm_forward(*arguments, case.return_sum)
+    x, weight, seed, row_index, threshold = (arguments[i] for i in (0, 1, 5, 6, 9))
     z = z if z.numel() else x
+    mean, dsum = None if case.rms else mean, dy.clone() if case.return_sum else None
     for dx_dtype in (None, torch.bfloat16) if threshold else (None,):
-        backward = [dy, z, mean, rstd, weight, seed, row_index, threshold, 3]
-        wanted = [True, dx_dtype, True, case.x_bias, target[0]]
+        backward = [dy, dsum, z, mean, rstd, weight, seed, row_index, threshold, 3]
+        wanted = [True, dx_dtype, True, case.x_bias, arguments[2] is not None, target[0]]
         results.append(
             torch.library.opcheck(
                 ops.layer_norm_backward.default, backward + wanted, test_utils=OPCHECKS

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bertfast.ops import dropout
-from bertfast.ops.layer_norm.run import Gradients
+from bertfast.ops.layer_norm.run import Gradients, Saved
 from bertfast.ops.rows import chain
 from bertfast.testing import bias_gelu as gelu_table
 from bertfast.testing import hold_to_budget
@@ -50,7 +50,7 @@ def test_programs_of_layer_norm_in_triton(width, monkeypatch):
         dy = torch.empty(rows, width, dtype=torch.float16, device="meta")
         stats = torch.empty(rows, device="meta")
         drop = dropout.NO_DROPOUT
-        triton.backward(dy, dy, stats, stats, dy[0], drop, all_gradients(dy))
+        triton.backward(dy, None, Saved(dy, stats, stats), dy[0], drop, all_gradients(dy))
     assert tuple(grid[0] for grid, _ in launched) == NORM_TRITON[width]
     for rows, (grid, warps) in zip(ROWS, launched, strict=True):
         assert fills_a_gpu(rows, grid[0], warps), rows

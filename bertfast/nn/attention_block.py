@@ -24,7 +24,7 @@ from ..ops.derivatives import Context
 from ..ops.dropout import Dropout
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
-from ..ops.layer_norm.run import Norm, Wanted
+from ..ops.layer_norm.run import Kept, Norm, Saved, Wanted
 from ..ops.registration import any_requires_grad, fast_apply
 from ..packing.sequences import Sequences
 from ..tracing import plain_backward
@@ -51,7 +51,7 @@ class Parameters(NamedTuple):
     out: torch.Tensor
     out_bias: torch.Tensor | None
     norm: torch.Tensor
-    norm_bias: torch.Tensor
+    norm_bias: torch.Tensor | None
     qkv: tuple[torch.Tensor, ...]  # one weight, or three
     qkv_biases: tuple[torch.Tensor, ...]  # as many, or none
 
@@ -101,7 +101,8 @@ def _forward(
     a = products.product(context.view(-1, out.shape[1]), out, None).view(x.shape)
     norm = Norm(p.norm, p.norm_bias, call.eps)
     cast = call.cast is not None
-    outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, save, cast)
+    kept = Kept(save, copy=cast)
+    outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, kept)
     return outs, rows, qkv, context, lse, out, weight if cast else None
 
 
@@ -116,7 +117,7 @@ class _AttentionBlock(torch.autograd.Function):
         out: torch.Tensor,
         out_bias: torch.Tensor | None,
         norm: torch.Tensor,
-        norm_bias: torch.Tensor,
+        norm_bias: torch.Tensor | None,
         *qkv: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         p = Parameters(out, out_bias, norm, norm_bias, qkv[:count], qkv[count:])
@@ -147,7 +148,7 @@ class _AttentionBlock(torch.autograd.Function):
             if plain_backward(dy, *saved)
             else (layer_norm_op.backward_as_op, attention_op.backward_as_op)
         )
-        x, z, mean, rstd, norm, _, qkv, context, lse, out, rounded, *parameters = saved
+        x, z, mean, rstd, norm, norm_bias, qkv, context, lse, out, rounded, *parameters = saved
         ctx.maybe_clear_saved_tensors()
         saved.clear()
         need_x, need_out, need_out_bias, need_norm, need_norm_bias = ctx.needs_input_grad[3:8]
@@ -161,12 +162,13 @@ class _AttentionBlock(torch.autograd.Function):
         same = not call.dropout.threshold and call.cast is None  # then da is dz
         need_da = below or need_out
         dz, da, dnorm, dnorm_bias, dout_bias = norm_backward(
-            *(dy, z, mean, rstd, norm, call.dropout),
+            *(dy, None, Saved(z, mean, rstd), norm, call.dropout),
             Wanted(
                 need_x or (same and need_da),
                 out.dtype if need_da and not same else None,
                 need_norm or need_norm_bias,
                 need_out_bias,
+                norm_bias is not None,
             ),
             call.norm_backend,
         )

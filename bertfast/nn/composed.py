@@ -154,7 +154,7 @@ class Composed:
     def norm(self, norm: Norm | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(norm, Norm):
             return norm(x)
-        weight, bias, eps = norm
+        weight, bias, eps, _ = norm
         return ops.layer_norm(x, weight, bias, eps=eps, backend=self.call.backend)
 
     def linear_add(

@@ -115,8 +115,7 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
     else:
         return None
     p = attention_block.Parameters(*out, norm.weight, norm.bias, weights, biases)
-    some = (p.out, p.norm, p.norm_bias, *weights, *biases)
-    if not place.holds(some if p.out_bias is None else (p.out_bias, *some)):
+    if not place.holds(_given((*p[:4], *weights, *biases))):
         return None
     attention, norms = _attention_backends(layer, place)
     if attention == "torch" or norms == "torch":

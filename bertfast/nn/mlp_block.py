@@ -24,7 +24,7 @@ from ..ops.gated import registered as gated_op
 from ..ops.gated import run as gated
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
-from ..ops.layer_norm.run import Norm, Wanted
+from ..ops.layer_norm.run import Kept, Norm, Saved, Wanted
 from ..ops.linear import registered as linear_gelu_op
 from ..ops.linear import run as linear_gelu
 from ..ops.registration import any_requires_grad, fast_apply
@@ -53,13 +53,13 @@ class Parameters(NamedTuple):
     down: torch.Tensor
     down_bias: torch.Tensor | None
     norm: torch.Tensor
-    norm_bias: torch.Tensor
+    norm_bias: torch.Tensor | None
     up: tuple[torch.Tensor, ...]  # one weight, or of a gated MLP gate and up
     up_biases: tuple[torch.Tensor, ...]  # as many, or none
 
 
 def mlp_block(
-    call: Call, given: Given, norm_before: tuple[torch.Tensor, torch.Tensor], p: Parameters
+    call: Call, given: Given, norm_before: tuple[torch.Tensor, torch.Tensor | None], p: Parameters
 ) -> Given:
     """given: by the block before, at least its output. norm_before: weight and bias of its
     LayerNorm, if it gave more than that."""
@@ -91,8 +91,8 @@ def _forward(
     if call.recompute:
         h = None
     norm = Norm(p.norm, p.norm_bias, call.eps)
-    cast = call.cast is not None
-    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, save, cast)
+    keeps = Kept(save, copy=call.cast is not None)
+    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, keeps)
     if not save:
         return (outs,)
     # A concatenation isn't saved, but made again: `joined` may have had to make one.
@@ -152,7 +152,7 @@ class _MlpBlock(torch.autograd.Function):
                 gated_op.backward_as_op,
             )
         )
-        rows, u, h, up, up_bias, down, z, mean, rstd, norm, _, *more = saved
+        rows, u, h, up, up_bias, down, z, mean, rstd, norm, norm_bias, *more = saved
         joined, made_of = more[: ctx.joined], more[ctx.joined :]
         ctx.maybe_clear_saved_tensors()
         saved.clear()
@@ -167,12 +167,13 @@ class _MlpBlock(torch.autograd.Function):
         # 1. LayerNorm, dropout and the bias of `down`
         same = not call.dropout.threshold and call.cast is None  # then dd is dz
         dz, dd, dnorm, dnorm_bias, ddown_bias = norm_backward(
-            *(dy, z, mean, rstd, norm, call.dropout),
+            *(dy, None, Saved(z, mean, rstd), norm, call.dropout),
             Wanted(
                 need_x or (same and need_dd),
                 down.dtype if need_dd and not same else None,
                 need_norm or need_norm_bias,
                 need_down_bias,
+                norm_bias is not None,
             ),
             call.norm_backend,
         )
@@ -231,5 +232,5 @@ def _made_again(call: Call, made_of: list[torch.Tensor | None], dtype: torch.dty
     """The block's input, by the LayerNorm before. Its z was rounded when it was saved."""
     z, _, _, weight, bias = made_of
     norm = Norm(weight, bias, call.eps_before)
-    made = layer_norm.forward(z, norm, None, None, NO_DROPOUT, call.norm_backend, save=False)
+    made = layer_norm.forward(z, norm, None, None, NO_DROPOUT, call.norm_backend, Kept(False))
     return products.rounded(made.y, dtype)

@@ -105,13 +105,10 @@ def read_linear(linear: "nn.Module | Weights", clean: bool = False) -> "nn.Modul
 
 
 def read_norm(norm: Any, clean: bool = False) -> "nn.Module | Norm":
-    """Its bias is zeros if it has none."""
     if not untouched(norm, nn.LayerNorm, clean) or len(norm.normalized_shape) != 1:
         return norm
-    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
-    if not plain(weight):
-        return norm
-    return Norm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)
+    weight = _parameter(norm, "weight")
+    return Norm(weight, _parameter(norm, "bias"), norm.eps) if plain(weight) else norm
 
 
 def read_dropout(dropout: Any, clean: bool = False) -> float | nn.Module:

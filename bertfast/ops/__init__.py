@@ -7,7 +7,7 @@ from .cross_entropy import linear_cross_entropy
 from .dispatch import available
 from .dropout import dropout_keep_mask
 from .gated import gated
-from .layer_norm import layer_norm
+from .layer_norm import layer_norm, rms_norm
 from .linear import linear, linear_gelu, linear_norm
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "linear_norm",
+    "rms_norm",
 ]

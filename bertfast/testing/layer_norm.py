@@ -1,13 +1,15 @@
-"""layer_norm's cases, inputs and rounding model."""
+"""The cases of layer_norm and rms_norm, their inputs and rounding model."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..ops import dropout, layer_norm
+from ..ops import dropout, layer_norm, rms_norm
 from .budget import UNIT_ROUNDOFF
 from .layouts import lay_out
 
@@ -25,6 +27,9 @@ class Case:
     layout: str = "contiguous"  # or "rows apart", "transposed", "strided"
     row_index: bool = False
     x_is_16_bit: bool = False  # below a float32 stream, as under autocast
+    bias: bool = True
+    rms: bool = False  # rms_norm, without a bias
+    return_sum: bool = False  # which then has a gradient, too
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape))]
@@ -33,6 +38,8 @@ class Case:
         words += [f"eps={self.eps}"] if self.eps != 1e-12 else []
         words += [w for w in (self.values, self.layout) if w not in ("normal", "contiguous")]
         words += ["16-bit x"] if self.x_is_16_bit else []
+        words += ["no bias"] if not (self.bias or self.rms) else []
+        words += [name for name in ("rms", "return_sum") if getattr(self, name)]
         return "-".join(words).replace(" ", "-")
 
 
@@ -45,6 +52,9 @@ def quick_cases() -> list[Case]:
         Case((9, 1024), residual=False, x_bias=False),
         Case((5, 130), p=0.5, values="offset"),
         Case((7, 33), layout="rows apart"),
+        Case((5, 768), p=0.1, return_sum=True),
+        Case((9, 384), bias=False, return_sum=True),
+        Case((4, 130), rms=True, eps=1e-6, p=0.1),
     ]
 
 
@@ -89,9 +99,38 @@ def cases() -> list[Case]:
     return features + widths + rows + values + layouts + probabilities
 
 
+def further_cases() -> list[Case]:
+    """Without a bias, of RMSNorm, and with the sum: each at a width with kernels of its own, at
+    others, and where nothing is added."""
+    forms: list[dict[str, Any]] = [
+        dict(bias=False),
+        dict(return_sum=True),
+        dict(bias=False, return_sum=True),
+        dict(rms=True, eps=1e-6),
+        dict(rms=True, eps=1e-6, return_sum=True),
+    ]
+    shapes = [(3, 2, 768), (5, 1023), (19, 384), (3, 130), (2, 4096)]
+    added = [
+        Case(shape, p=0.1 * (number % 2), row_index=shape[0] == 19, **form)
+        for number, shape in enumerate(shapes)
+        for form in forms[number:] + forms[:number][-1:]
+    ]
+    alone = [Case((5, 512), residual=False, x_bias=False, **form) for form in forms]
+    others = [
+        Case((2, 3, 768), layout="rows apart", rms=True, return_sum=True, eps=1e-6),
+        Case((6, 1), rms=True, return_sum=True, eps=1e-6),
+        Case((0, 64), rms=True, return_sum=True),
+    ]
+    return added + alone + others
+
+
 def mixed_cases() -> list[Case]:
     """16-bit x in a float32 stream; run with dtype float32."""
-    return [
+    further = [
+        Case((2, 3, 768), x_is_16_bit=True, p=0.1, return_sum=True),
+        Case((2, 3, 130), x_is_16_bit=True, rms=True, eps=1e-6, return_sum=True),
+    ]
+    return further + [
         Case((2, 3, width), x_is_16_bit=True, p=p, x_bias=x_bias)
         for width in (384, 768, 1023)
         for p in (0.0, 0.1)
@@ -129,7 +168,14 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         "seed": torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator),
         "site": 5,
         "row_index": None,
+        "rms": case.rms,
+        "dsum": None,
     }
+    if case.rms or not case.bias:
+        inputs["bias"] = None
+    if case.return_sum:
+        dsum = torch.randn(case.shape, generator=generator)
+        inputs["dsum"] = lay_out(dsum.to(dtype), case.layout)
     if case.residual:
         residual = _values(case.shape, case.values, generator)
         inputs["residual"] = lay_out(residual.to(dtype), case.layout)
@@ -152,17 +198,22 @@ def run(inputs: dict, backend: str, device: str = "cpu", dtype: torch.dtype | No
     mixed = dtype is None and inputs["x"].dtype != inputs["weight"].dtype
     row_index = inputs["row_index"]
     with torch.autocast(device, dtype=inputs["x"].dtype, enabled=mixed):
-        y = layer_norm(
+        norm = rms_norm if inputs["rms"] else functools.partial(layer_norm, bias=None)
+        made = norm(
             **leaves,
             eps=inputs["eps"],
             dropout_p=inputs["p"],
             seed=inputs["seed"].to(device),
             site=inputs["site"],
             row_index=None if row_index is None else row_index.to(device),
+            return_sum=inputs["dsum"] is not None,
             backend=backend,
         )
-    grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"].to(device, dtype))
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    outs, names = (made, ("y", "sum")) if isinstance(made, tuple) else ((made,), ("y",))
+    given = [inputs[name].to(device, dtype) for name in ("dy", "dsum")[: len(outs)]]
+    grads = torch.autograd.grad(outs, list(leaves.values()), given)
+    found = {name: out.detach() for name, out in zip(names, outs, strict=True)}
+    return found | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
 def oracle(inputs: dict) -> dict:
@@ -184,7 +235,9 @@ def _keep(inputs: dict) -> torch.Tensor | None:
 
 def _as(dtype: torch.dtype, inputs: dict) -> dict:
     """The inputs with their floating-point tensors in another dtype."""
-    floats = {k: v.to(dtype) for k, v in inputs.items() if k in (*NAMES, "dy") and v is not None}
+    floats = {
+        k: v.to(dtype) for k, v in inputs.items() if k in (*NAMES, "dy", "dsum") and v is not None
+    }
     return inputs | floats
 
 
@@ -211,21 +264,30 @@ def rounding_model(
     f = _as(torch.float32, inputs)
     keep = _keep(inputs)
     z = _z(f)
-    mean = statistics(z.mean(-1, keepdim=True))
+    rms = inputs["rms"]
+    mean = 0.0 if rms else statistics(z.mean(-1, keepdim=True))
     variance = (z - mean).square().mean(-1, keepdim=True)
     rstd = statistics(torch.rsqrt(variance + inputs["eps"]))
-    y = (z - mean) * rstd * f["weight"] + f["bias"]
+    y = (z - mean) * rstd * f["weight"]
+    if f["bias"] is not None:
+        y = y + f["bias"]
 
-    if z.shape[-1] == 1:
+    if z.shape[-1] == 1 and not rms:
         rstd = torch.zeros_like(rstd)  # as the kernels save it: a row of one value is its own mean
     h = (z.to(dtype).float() - mean) * rstd
     g = f["dy"] * f["weight"]
-    dz = rstd * (g - g.mean(-1, keepdim=True) - h * (g * h).mean(-1, keepdim=True))
+    mean_g = 0.0 if rms else g.mean(-1, keepdim=True)
+    dz = rstd * (g - mean_g - h * (g * h).mean(-1, keepdim=True))
+    if f["dsum"] is not None:
+        dz = dz + f["dsum"]
     dx = dz if keep is None else dz * keep
     out = {"y": y.to(dtype), "dx": dx.to(x_dtype)}
     rows = (-1, z.shape[-1])
     out["dweight"] = column_sum((f["dy"] * h).reshape(rows)).to(dtype)
-    out["dbias"] = column_sum(f["dy"].reshape(rows)).to(dtype)
+    if f["bias"] is not None:
+        out["dbias"] = column_sum(f["dy"].reshape(rows)).to(dtype)
+    if f["dsum"] is not None:
+        out["sum"] = z.to(dtype)
     if f["residual"] is not None:
         out["dresidual"] = dz.to(dtype)
     if f["x_bias"] is not None:
@@ -236,9 +298,10 @@ def rounding_model(
 def scales(inputs: dict) -> dict:
     """Factors of the budget's u where they exceed |reference|.
 
-    dz = rstd * (g - <g> - h * <g * h>) may cancel: where one value dominates a row, h^2 / N is near
-    1. Each term is rounded in float32 before, so 2^-24 of the terms' sizes remains in the result;
-    in units of u that is (2^-24 / u) times the sum of their sizes: nothing for 16-bit dtypes.
+    dz = rstd * (g - <g> - h * <g * h>) + dsum may cancel: where one value dominates a row, h^2 / N
+    is near 1, and dsum is independent. Each term is rounded in float32 before, so 2^-24 of the
+    terms' sizes remains in the result; in units of u that is (2^-24 / u) times the sum of their
+    sizes: nothing for 16-bit dtypes.
     """
     terms, dz = _dz_terms(_as(torch.float64, inputs))
     keep = _keep(inputs)
@@ -258,12 +321,16 @@ def scales(inputs: dict) -> dict:
 def _dz_terms(f: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed sizes of dz's terms, and dz itself."""
     z = _z(f)
-    centred = z - z.mean(-1, keepdim=True)
+    centred = z if f["rms"] else z - z.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + f["eps"])
     h = centred * rstd
     g = f["dy"] * f["weight"]
-    parts = g, -g.mean(-1, keepdim=True), -h * (g * h).mean(-1, keepdim=True)
-    return rstd * sum(part.abs() for part in parts), rstd * sum(parts)
+    mean_g = torch.zeros(()) if f["rms"] else g.mean(-1, keepdim=True)
+    parts = [rstd * part for part in (g, -mean_g, -h * (g * h).mean(-1, keepdim=True))]
+    if f["dsum"] is not None:
+        parts.append(f["dsum"])
+    stacked = torch.stack(torch.broadcast_tensors(*parts))
+    return stacked.abs().sum(0), stacked.sum(0)
 
 
 def plain_torch(inputs: dict) -> dict:
@@ -272,6 +339,13 @@ def plain_torch(inputs: dict) -> dict:
         name: inputs[name].detach().requires_grad_() for name in NAMES if inputs[name] is not None
     }
     z = _z(inputs | leaves)
-    y = F.layer_norm(z, z.shape[-1:], leaves["weight"], leaves["bias"], inputs["eps"])
-    grads = torch.autograd.grad(y, list(leaves.values()), inputs["dy"])
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+    shape, weight, eps = z.shape[-1:], leaves["weight"], inputs["eps"]
+    if inputs["rms"]:
+        y = F.rms_norm(z, shape, weight, eps)
+    else:
+        y = F.layer_norm(z, shape, weight, leaves.get("bias"), eps)
+    outs = {"y": y} if inputs["dsum"] is None else {"y": y, "sum": z}
+    given = [inputs["dy"], inputs["dsum"]][: len(outs)]
+    grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), given)
+    found = {name: out.detach() for name, out in outs.items()}
+    return found | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}

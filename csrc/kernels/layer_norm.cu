@@ -3,24 +3,27 @@
 //
 // Saved for the backward: z, mean and rstd (float32), the seed. With g = dy * weight,
 // h = (z - mean) * rstd and < > the mean over a row:
-//   dz = rstd * (g - <g> - h * <g * h>),  dresidual = dz,  dx = dropout(dz)
+//   dz = rstd * (g - <g> - h * <g * h>) + dsum,  dresidual = dz,  dx = dropout(dz)
 //   dweight = sum of dy * h,  dbias = sum of dy,  dx_bias = sum of dx    (over rows)
+// dsum is z's own gradient, where z was returned as well. bias may be absent. RMSNorm is the same
+// without mean and <g>. Without a weight nothing is normalised: y = z, dz = dy.
 //
 // kThreads threads share a row and hold it in registers, so the variance is a second pass over
 // registers. A thread holds kPerThread vectors of kVec columns, kThreads vectors apart; the
 // launcher picks the split that leaves no lane empty at BERT's widths (384: 16 threads by 3 vectors
 // of 8). Up to 32 threads a row need no barrier; wider rows take a block.
 //
-// Forward moves 2 to 5 values an element (x, residual; y, z, copy), backward 3 or 4 (dy, z; dz,
-// dx). copy is y in x's dtype, for the 16-bit product that follows a float32 stream under autocast.
-// The backward sums columns in registers over the rows that a block meets, of which the number of
-// rows alone decides, and writes one row of float32 partial sums a block; launch_column_sum adds
-// those in a fixed order. No atomics: the same bits each run.
+// Forward moves 2 to 5 values an element (x, residual; y, z, copy), backward 3 to 5 (dy, z, dsum;
+// dz, dx). copy is y in x's dtype, for the 16-bit product that follows a float32 stream under
+// autocast. The backward sums columns in registers over the rows that a block meets, of which the
+// number of rows alone decides, and writes one row of float32 partial sums a block;
+// launch_column_sum adds those in a fixed order. No atomics: the same bits each run.
 #include <type_traits>
 
 #include "device/earlier.cuh"
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
+#include "device/row_split.cuh"
 #include "device/types.cuh"
 #include "device/vec.cuh"
 #include "params.h"
@@ -28,55 +31,17 @@
 namespace bertfast {
 namespace {
 
-// kFull: the rows fill it (and in the forward, x_bias and residual are given), which leaves no
-// branch.
-template<int kVecColumns, int kPerThreadVectors, int kRowThreads, bool kIsFull = false,
-         int kBlockThreads = kRowThreads <= 32 ? 128 : kRowThreads>
-struct Split {
-  static constexpr bool kFull = kIsFull;
-  static constexpr int kVec = kVecColumns;
-  static constexpr int kPerThread = kPerThreadVectors;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlock = kBlockThreads;
-  static constexpr int kRows = kBlock / kThreads;  // rows of a block at a time
-  static constexpr int kCols = kVec * kPerThread * kThreads;
+template<bool kCopy, bool kFurther>
+using ForwardParams =
+    std::conditional_t<kFurther, LayerNormForwardFurther,
+                       std::conditional_t<kCopy, LayerNormForwardCopying, LayerNormForward>>;
 
-  static __device__ __forceinline__ int lane() { return threadIdx.x % kThreads; }
-  static __device__ __forceinline__ int group() { return threadIdx.x / kThreads; }
-  // A thread's columns: kVec from first(), then again every kStep.
-  static constexpr int kStep = kThreads * kVec;
-  static __device__ __forceinline__ int first() { return lane() * kVec; }
-  static __device__ __forceinline__ int col(int j) { return first() + j * kStep; }
-};
-
-// Shared memory of two sums over a row's warps.
-template<class S>
-constexpr int kReduceBytes = S::kThreads > 32 ? 2 * S::kBlock / 32 * sizeof(float) : 0;
-
-// values = dropout(values); what is dropped may be Inf or NaN and must not survive, so it is
-// chosen, not multiplied.
-template<int kVec>
-__device__ __forceinline__ void drop(float (&values)[kVec], const RowDropout& dropout, int64_t row,
-                                     int col, float keep_scale) {
-  bool keep[kVec];
-  dropout.keep<kVec>(row, col, keep);
-#pragma unroll
-  for (int k = 0; k < kVec; ++k) values[k] = keep[k] ? values[k] * keep_scale : 0.f;
-}
-
-// sum / cols, rounded once: of a constant row nothing may remain when its mean is subtracted.
-__device__ __forceinline__ float row_mean(float sum, int cols, float inv_cols) {
-  const float mean = sum * inv_cols;
-  return fmaf(fmaf(-mean, static_cast<float>(cols), sum), inv_cols, mean);
-}
-
-template<bool kCopy>
-using ForwardParams = std::conditional_t<kCopy, LayerNormForwardCopying, LayerNormForward>;
-
-// kDropout: there may be dropout; with a full split, there is. kCopy: copy is wanted too.
-template<class X, class T, class S, bool kDropout, bool kCopy>
+// kDropout: there may be dropout; with a full split, there is. kCopy: copy is wanted too. kFurther:
+// anything may be absent or RMSNorm, which branches at run time; in an instance of its own, as the
+// others' code shall not pay for it.
+template<class X, class T, class S, bool kDropout, bool kCopy, bool kFurther>
 __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
-    layer_norm_forward_kernel(ForwardParams<kCopy> p) {
+    layer_norm_forward_kernel(ForwardParams<kCopy, kFurther> p) {
   await_earlier_kernels();
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
@@ -133,8 +98,14 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   }
 
   // 3. mean, then the centred variance
-  const float mean =
+  float mean =
       row_mean(row_sum<S::kThreads, S::kBlock>(sum, shared_memory<float>(0)), cols, p.inv_cols);
+  bool is_rms = false, normalises = true;
+  if constexpr (kFurther) {
+    is_rms = p.rms;
+    normalises = p.weight;
+    if (is_rms || !normalises) mean = 0.f;
+  }
   float squares = 0.f;
 #pragma unroll
   for (int j = 0; j < S::kPerThread; ++j) {
@@ -148,9 +119,14 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
   }
   const Shared<float> second = shared_memory<float>(kReduceBytes<S> / 2);
   const float variance = row_sum<S::kThreads, S::kBlock>(squares, second) * p.inv_cols;
-  const float rstd = rsqrtf(variance + p.eps);
+  const float rstd = normalises ? rsqrtf(variance + p.eps) : 1.f;
   if (!live) return;
-  if (p.mean && S::lane() == 0) {
+  if constexpr (kFurther) {
+    if (p.rstd && S::lane() == 0) {
+      if (p.mean) p.mean[row] = mean;
+      p.rstd[row] = cols == 1 && !is_rms ? 0.f : rstd;
+    }
+  } else if (p.mean && S::lane() == 0) {
     p.mean[row] = mean;
     // A row of one value is its own mean, so nothing flows back: exactly, not up to z's rounding.
     p.rstd[row] = cols == 1 ? 0.f : rstd;
@@ -162,13 +138,27 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
 #pragma unroll
   for (int j = 0; j < S::kPerThread; ++j) {
     if (S::col(j) < cols) {
-      const TVec weight = TVec::load(weights + j * S::kStep);
-      const TVec bias = TVec::load(biases + j * S::kStep);
       float y[S::kVec];
+      if constexpr (kFurther) {
+        TVec weight, bias;
+        if (normalises) weight = TVec::load(weights + j * S::kStep);
+        if (p.bias) bias = TVec::load(biases + j * S::kStep);
 #pragma unroll
-      for (int k = 0; k < S::kVec; ++k) y[k] = fmaf(z[j][k] * rstd, weight[k], bias[k]);
+        for (int k = 0; k < S::kVec; ++k) {
+          y[k] = z[j][k] * rstd;
+          if (normalises) y[k] *= weight[k];
+          if (p.bias) y[k] += bias[k];
+        }
+      } else {
+        const TVec weight = TVec::load(weights + j * S::kStep);
+        const TVec bias = TVec::load(biases + j * S::kStep);
+#pragma unroll
+        for (int k = 0; k < S::kVec; ++k) y[k] = fmaf(z[j][k] * rstd, weight[k], bias[k]);
+      }
       TVec::store(static_cast<T*>(p.y) + to + j * S::kStep, y);
-      if constexpr (kCopy) XVec::store(static_cast<X*>(p.copy) + to + j * S::kStep, y);
+      if constexpr (kCopy) {
+        if (!kFurther || p.copy) XVec::store(static_cast<X*>(p.copy) + to + j * S::kStep, y);
+      }
     }
   }
 }
@@ -231,9 +221,12 @@ __device__ __forceinline__ void write_partial(const float (&sums)[S::kPerThread]
 template<class S>
 constexpr int kResident = S::kBlock < 384 ? 384 / S::kBlock : 1;
 
-template<class X, class T, class S, bool kDropout>
+template<bool kFurther>
+using BackwardParams = std::conditional_t<kFurther, LayerNormBackwardFurther, LayerNormBackward>;
+
+template<class X, class T, class S, bool kDropout, bool kFurther>
 __global__ void __launch_bounds__(S::kBlock, kResident<S>)
-    layer_norm_backward_kernel(LayerNormBackward p) {
+    layer_norm_backward_kernel(BackwardParams<kFurther> p) {
   await_earlier_kernels();
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
@@ -242,17 +235,19 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
   // again for each row.
   constexpr bool kKeepWeight = S::kPerThread < 8;
   const T* weights = static_cast<const T*>(p.weight) + S::first();
+  bool normalises = true;
+  if constexpr (kFurther) normalises = p.weight;
   TVec kept_weight[S::kPerThread];
   if constexpr (kKeepWeight) {
 #pragma unroll
     for (int j = 0; j < S::kPerThread; ++j) {
-      if (S::col(j) < cols) kept_weight[j] = TVec::load(weights + j * S::kStep);
+      if (normalises && S::col(j) < cols) kept_weight[j] = TVec::load(weights + j * S::kStep);
     }
   }
   const auto weight = [&](int j) {
     return kKeepWeight ? kept_weight[j] : TVec::load_again(weights + j * S::kStep);
   };
-  const bool drops = kDropout && (S::kFull || p.seed);
+  const bool drops = kDropout && ((S::kFull && !kFurther) || p.seed);
   const RowDropout dropout(drops ? *p.seed : 0, p.site, p.threshold);
   float dweight[S::kPerThread][S::kVec] = {};
   float dbias[S::kPerThread][S::kVec] = {};
@@ -271,14 +266,15 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
 
     // 1. the row, normalised again
     const int64_t mask_row = drops && live && p.row_index ? p.row_index[row] : row;
-    const float mean = live ? p.mean[row] : 0.f;
-    const float rstd = live ? p.rstd[row] : 0.f;
+    const bool has_mean = !kFurther || p.mean;
+    const float mean = live && has_mean ? p.mean[row] : 0.f;
+    const float rstd = live && normalises ? p.rstd[row] : 0.f;
     TVec dy_bits[S::kPerThread], z_bits[S::kPerThread];
 #pragma unroll
     for (int j = 0; j < S::kPerThread; ++j) {
       if (live && S::col(j) < cols) {
         dy_bits[j] = TVec::load(dy + j * S::kStep);
-        z_bits[j] = TVec::load(z + j * S::kStep);
+        if (normalises) z_bits[j] = TVec::load(z + j * S::kStep);
       }
     }
 
@@ -286,7 +282,7 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
     float sum_g = 0.f, sum_gh = 0.f;
 #pragma unroll
     for (int j = 0; j < S::kPerThread; ++j) {
-      if (live && S::col(j) < cols) {
+      if (live && normalises && S::col(j) < cols) {
         const TVec weight_j = weight(j);
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) {
@@ -301,10 +297,14 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
       }
     }
     const Shared<float> second = shared_memory<float>(kReduceBytes<S> / 2);
-    const float mean_g =
+    float mean_g =
         row_mean(row_sum<S::kThreads, S::kBlock>(sum_g, shared_memory<float>(0)), cols, p.inv_cols);
     const float mean_gh =
         row_mean(row_sum<S::kThreads, S::kBlock>(sum_gh, second), cols, p.inv_cols);
+
+    if constexpr (kFurther) {
+      if (!has_mean) mean_g = 0.f;
+    }
 
     // 3. dz, and dx = dropout(dz)
 #pragma unroll
@@ -314,12 +314,25 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
         // g and h again, from the packed values: as floats the row would not fit beside the sums.
         dy_bits[j].forget();
         z_bits[j].forget();
-        const TVec weight_j = weight(j);
         float dz[S::kVec];
+        if (normalises) {
+          const TVec weight_j = weight(j);
 #pragma unroll
-        for (int k = 0; k < S::kVec; ++k) {
-          const float h = (z_bits[j][k] - mean) * rstd;
-          dz[k] = rstd * (dy_bits[j][k] * weight_j[k] - mean_g - h * mean_gh);
+          for (int k = 0; k < S::kVec; ++k) {
+            const float h = (z_bits[j][k] - mean) * rstd;
+            dz[k] = rstd * (dy_bits[j][k] * weight_j[k] - mean_g - h * mean_gh);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < S::kVec; ++k) dz[k] = dy_bits[j][k];
+        }
+        if constexpr (kFurther) {
+          if (p.dsum) {
+            const TVec dsum =
+                TVec::load(static_cast<const T*>(p.dsum) + int64_t(row) * p.dsum_row_stride + col);
+#pragma unroll
+            for (int k = 0; k < S::kVec; ++k) dz[k] += dsum[k];
+          }
         }
         if (p.dz) TVec::store(static_cast<T*>(p.dz) + to + j * S::kStep, dz);
         if (drops) drop(dz, dropout, mask_row, col, p.keep_scale);
@@ -336,7 +349,7 @@ __global__ void __launch_bounds__(S::kBlock, kResident<S>)
   const int64_t offset = int64_t(blockIdx.x) * cols;
   if (p.partial_dweight) {
     write_partial<S>(dweight, p.partial_dweight + offset, cols);
-    write_partial<S>(dbias, p.partial_dbias + offset, cols);
+    if (!kFurther || p.partial_dbias) write_partial<S>(dbias, p.partial_dbias + offset, cols);
   }
   if (p.partial_dx_bias) write_partial<S>(dx_bias, p.partial_dx_bias + offset, cols);
 }
@@ -393,26 +406,37 @@ auto with_backward_split(int cols, Use use) {
 
 }  // namespace
 
-cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying& p, DType x_dtype, DType dtype,
+cudaError_t launch_layer_norm_forward(const LayerNormForwardFurther& p, DType x_dtype, DType dtype,
                                       Stream stream) {
   return with_types(x_dtype, dtype, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
+    constexpr bool kMayCopy = !std::is_same_v<X, T>;
+    if (p.copy && !kMayCopy) return cudaErrorInvalidValue;
     const auto launch_split = [&](auto split) {
       using S = decltype(split);
       const dim3 grid((p.rows - 1) / S::kRows + 1);
       const auto launch_copying = [&](auto copying) {
         constexpr bool kCopy = decltype(copying)::value;
         const auto kernel = p.seed || !S::kFull
-                                ? layer_norm_forward_kernel<X, T, S, true, kCopy>
-                                : layer_norm_forward_kernel<X, T, S, !S::kFull, kCopy>;
-        const ForwardParams<kCopy>& params = p;
+                                ? layer_norm_forward_kernel<X, T, S, true, kCopy, false>
+                                : layer_norm_forward_kernel<X, T, S, !S::kFull, kCopy, false>;
+        const ForwardParams<kCopy, false>& params = p;
         return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
       };
-      if constexpr (std::is_same_v<X, T>) {
-        return p.copy ? cudaErrorInvalidValue : launch_copying(std::false_type());
+      if constexpr (kMayCopy) {
+        if (p.copy) return launch_copying(std::true_type());
+      }
+      return launch_copying(std::false_type());
+    };
+    const auto launch_further = [&](auto split) {
+      using S = decltype(split);
+      if constexpr (S::kFull) {
+        return cudaErrorInvalidValue;  // not chosen: further forms have no kernels for these
       } else {
-        return p.copy ? launch_copying(std::true_type()) : launch_copying(std::false_type());
+        const dim3 grid((p.rows - 1) / S::kRows + 1);
+        const auto kernel = layer_norm_forward_kernel<X, T, S, true, kMayCopy, true>;
+        return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, p);
       }
     };
     constexpr int kVec = kVecOf<T>;
@@ -421,13 +445,17 @@ cudaError_t launch_layer_norm_forward(const LayerNormForwardCopying& p, DType x_
         is_aligned(p.x) && is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
         is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z) && is_aligned(p.copy);
     const bool full = p.x_bias && p.residual;
+    if (p.rms || !p.bias) {
+      return wide ? with_forward_split<kVec>(p.cols, false, launch_further)
+                  : with_forward_split<1>(p.cols, false, launch_further);
+    }
     return wide ? with_forward_split<kVec>(p.cols, full, launch_split)
                 : with_forward_split<1>(p.cols, full, launch_split);
   });
 }
 
-cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype, DType dtype,
-                                       Stream stream) {
+cudaError_t launch_layer_norm_backward(const LayerNormBackwardFurther& p, DType x_dtype,
+                                       DType dtype, Stream stream) {
   return with_types(x_dtype, dtype, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
@@ -435,13 +463,21 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackward& p, DType x_dtype
       using S = decltype(split);
       constexpr int kPartialBytes = PartialSlots<S>::kBytes;
       constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
-      const auto kernel = p.seed || !S::kFull ? layer_norm_backward_kernel<X, T, S, true>
-                                              : layer_norm_backward_kernel<X, T, S, !S::kFull>;
-      return launch_early(kernel, dim3(p.blocks), dim3(S::kBlock), kBytes, stream, p);
+      const dim3 grid(p.blocks), block(S::kBlock);
+      if (p.dsum || !p.mean || (p.partial_dweight && !p.partial_dbias)) {
+        const auto kernel = layer_norm_backward_kernel<X, T, S, true, true>;
+        return launch_early(kernel, grid, block, kBytes, stream, p);
+      }
+      const auto kernel = p.seed || !S::kFull
+                              ? layer_norm_backward_kernel<X, T, S, true, false>
+                              : layer_norm_backward_kernel<X, T, S, !S::kFull, false>;
+      const LayerNormBackward& params = p;
+      return launch_early(kernel, grid, block, kBytes, stream, params);
     };
     constexpr int kVec = kVecOf<T>;
     const bool wide = p.cols % kVec == 0 && p.dy_row_stride % kVec == 0 &&
-                      p.z_row_stride % kVec == 0 && is_aligned(p.dy) && is_aligned(p.z) &&
+                      p.z_row_stride % kVec == 0 && p.dsum_row_stride % kVec == 0 &&
+                      is_aligned(p.dy) && is_aligned(p.z) && is_aligned(p.dsum) &&
                       is_aligned(p.weight) && is_aligned(p.dz) && is_aligned(p.dx) &&
                       is_aligned(p.partial_dweight) && is_aligned(p.partial_dbias) &&
                       is_aligned(p.partial_dx_bias);

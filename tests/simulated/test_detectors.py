@@ -70,7 +70,7 @@ def test_a_launch_with_tensors_of_two_devices_is_found(backend, monkeypatch):
             _copy[(1,)](x, torch.empty(4, 64, device="cuda:0"), 8, BLOCK=8)
         else:
             native.module_for(x).layer_norm_forward(
-                *(x, None, None, (one.to(0), one, 1e-5), (None, 0, 1.0, 0, None)),
+                *(x, None, None, (one.to(0), one, 1e-5, False), (None, 0, 1.0, 0, None)),
                 (torch.empty_like(x), None, None, None, None),
             )
 

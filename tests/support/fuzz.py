@@ -5,6 +5,7 @@ which is a valid one with one bad argument, raises TypeError or ValueError and n
 A call is made from (seed, op, backend, number) alone, so that each can be repeated by itself.
 """
 
+import functools
 import math
 import random
 import re
@@ -23,6 +24,7 @@ from bertfast.ops import (
     layer_norm,
     linear_cross_entropy,
     linear_gelu,
+    rms_norm,
 )
 from bertfast.ops.gated.limits import ACTIVATIONS
 from bertfast.testing import attention as attention_table
@@ -93,9 +95,12 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
         row_index=rng.random() < 0.3,
         # On a CPU a 16-bit x alone gives a 16-bit output; only a float32 residual makes it float32.
         x_is_16_bit=residual and dtype == torch.float32 and rng.random() < 0.3,
+        bias=rng.random() < 0.8,
+        rms=rng.random() < 0.2,
+        return_sum=rng.random() < 0.3,
     )
     inputs = norm_table.make_inputs(case, dtype, rng.getrandbits(32))
-    for name in (*norm_table.NAMES, "dy", "row_index"):
+    for name in (*norm_table.NAMES, "dy", "dsum", "row_index"):
         inputs[name] = relaid(rng, inputs[name])
     text = f"layer_norm {dtype} {case}"
     if rng.random() >= INVALID_SHARE:
@@ -107,11 +112,13 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     arguments = {name: inputs[name].to(dtype) for name in given}
     arguments |= dict(eps=inputs["eps"], dropout_p=inputs["p"], seed=inputs["seed"], site=5)
     arguments |= dict(row_index=inputs["row_index"], backend=backend)
-    bad = {name: bad_values.like_tensor(name, name in ("weight", "bias")) for name in given[1:]}
+    arguments |= dict(return_sum=case.return_sum)
+    bad = {name: bad_values.like_tensor(name, name == "weight") for name in given[1:]}
     bad |= dict(x=bad_values.first_tensor("x"), eps=bad_values.eps, seed=bad_values.seed)
     bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, backend=bad_values.name)
     bad |= dict(row_index=bad_values.row_index)
-    return spoil(rng, text, layer_norm, arguments, bad)
+    norm = rms_norm if case.rms else functools.partial(layer_norm, bias=None)
+    return spoil(rng, text, norm, arguments, bad)
 
 
 # bias_gelu

@@ -106,18 +106,19 @@ class OpCase:
 
             def forward() -> tuple[torch.Tensor, ...]:
                 with torch.no_grad():
-                    return (call(**inputs.leaves),)
+                    return _outputs(call(**inputs.leaves))
 
             return forward
         leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.leaves.items()}
 
         def training() -> tuple[torch.Tensor, ...]:
-            return (call(**leaves),)
+            return _outputs(call(**leaves))
 
         if self.pass_ == "training":
             return training
-        (y,) = training()
-        return lambda: torch.autograd.grad(y, [*leaves.values()], inputs.dy, retain_graph=True)
+        outs = training()
+        given = [inputs.dy] * len(outs)
+        return lambda: torch.autograd.grad(outs, [*leaves.values()], given, retain_graph=True)
 
     def check(self, provider: Provider, runner: Callable, inputs: Inputs) -> float:
         """Against stock torch in float64. Where a mask must be drawn again, or tokens are packed,
@@ -139,6 +140,10 @@ class OpCase:
         right = case.step(oracle, given.double())()
         pairs = zip(case.step(runner, given)(), right, strict=True)
         return held(max(relative(*pair) for pair in pairs), LIMITS[self.dtype])
+
+
+def _outputs(made: Any) -> tuple[torch.Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
 
 
 @functools.cache

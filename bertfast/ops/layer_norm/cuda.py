@@ -5,7 +5,7 @@ import torch
 from .. import native
 from ..dropout import Dropout
 from . import limits
-from .run import Gradients, Norm, Outputs
+from .run import Gradients, Norm, Outputs, Saved
 
 
 def unsupported_reason(
@@ -18,7 +18,7 @@ def forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
-    norm: Norm,
+    norm: Norm | None,
     dropout: Dropout,
     outs: Outputs,
 ) -> None:
@@ -28,15 +28,14 @@ def forward(
 
 def backward(
     dy: torch.Tensor,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
+    dsum: torch.Tensor | None,
+    saved: Saved,
+    weight: torch.Tensor | None,
     dropout: Dropout,
     grads: Gradients,
 ) -> None:
-    """Fills the gradients that are there. dy and z are rows."""
+    """Fills the gradients that are there. dy, dsum and z are rows."""
     module = native.module_for(dy)
     shape = module.layer_norm_partial_shape(dy, grads)
-    partial = mean.new_empty(shape)
-    module.layer_norm_backward(dy, z, mean, rstd, weight, dropout, grads, partial)
+    partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
+    module.layer_norm_backward(dy, dsum, saved, weight, dropout, grads, partial)

@@ -1,4 +1,5 @@
-"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, in torch. Autograd does the rest.
+"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, or RMSNorm, and the sum that is
+normalised, in torch. Autograd does the rest.
 
 Runs in float32 for 16-bit inputs and rounds once, at the output; float64 stays float64, which makes
 it the oracle of every test. On a CPU it is also what `backend="auto"` runs.
@@ -19,8 +20,8 @@ def forward(
     x_bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     dropout: Dropout,
-) -> torch.Tensor:
-    weight, bias, eps = norm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias, eps, rms = norm
     dtype = weight.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
     z = x.to(compute)
@@ -38,5 +39,9 @@ def forward(
         z = torch.where(keep.view(x.shape), z * dropout.scale, 0.0)
     if residual is not None:
         z = z + residual.to(compute)
-    y = F.layer_norm(z, z.shape[-1:], weight.to(compute), bias.to(compute), eps)
-    return y.to(dtype)
+    if rms:
+        y = F.rms_norm(z, z.shape[-1:], weight.to(compute), eps)
+    else:
+        bias = None if bias is None else bias.to(compute)
+        y = F.layer_norm(z, z.shape[-1:], weight.to(compute), bias, eps)
+    return y.to(dtype), z.to(dtype)

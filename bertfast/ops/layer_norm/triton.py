@@ -2,8 +2,10 @@
 
 Saved for the backward: z (unless it is x itself), mean and rstd (float32), the seed.
 With g = dy * weight, h = (z - mean) * rstd and < > the mean over a row:
-    dz = rstd * (g - <g> - h * <g * h>),  dresidual = dz,  dx = dropout(dz)
+    dz = rstd * (g - <g> - h * <g * h>) + dsum,  dresidual = dz,  dx = dropout(dz)
     dweight = sum of dy * h,  dbias = sum of dy,  dx_bias = sum of dx   (over rows)
+dsum is z's own gradient, where z was returned as well. bias may be absent. RMSNorm is the same
+without mean and <g>. Without a weight nothing is normalised: y = z, dz = dy.
 
 Rows are N wide. Forward: one program a row, the row in registers, so the variance takes a second
 pass over registers, not memory. Moves 2 to 5 values an element (x, residual; y, z, copy). copy is y
@@ -11,7 +13,7 @@ in x's dtype, for the 16-bit product that follows a float32 stream under autocas
 Backward: a program takes ROWS rows at a time, one of up to 1024 columns a warp, and sums their
 columns in registers; it writes one float32 row of partial sums for each parameter, and a finalising
 kernel adds those in a fixed order. Which rows a program takes depends on their number alone. No
-atomics: the same bits each run. Moves 3 or 4 values an element (dy, z; dz, dx).
+atomics: the same bits each run. Moves 3 to 5 values an element (dy, z, dsum; dz, dx).
 """
 
 import functools
@@ -29,7 +31,7 @@ from ..triton_column_sum import column_sums
 from ..triton_launch import Launch
 from ..triton_lib import round_to, row_keep, to_float
 from . import limits
-from .run import Gradients, Norm, Outputs
+from .run import Gradients, Norm, Outputs, Saved
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -37,8 +39,8 @@ def layer_norm_fwd_kernel(
     x_ptr,  # rows of N
     residual_ptr,  # rows of N, or None
     x_bias_ptr,  # N, or None
-    weight_ptr,
-    bias_ptr,
+    weight_ptr,  # None: y is z
+    bias_ptr,  # None: not added
     seed_ptr,  # one int64, or None without dropout
     row_index_ptr,  # one int64 a row, or None: rows count from 0
     y_ptr,
@@ -55,6 +57,7 @@ def layer_norm_fwd_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    RMS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     # A thread takes GROUP neighbouring columns of every tensor, also where x is narrower than the
@@ -78,19 +81,28 @@ def layer_norm_fwd_kernel(
     if z_ptr is not None:
         tl.store(z_ptr + row * N + cols, round_to(z, z_ptr.dtype.element_ty), mask=inside)
 
-    # 2. mean, then the centred variance
-    mean = tl.sum(z, axis=0) / N
-    centred = tl.where(inside, z - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + row, mean)
-        # A row of one value is its own mean: nothing flows back, exactly, not up to rounding.
-        tl.store(rstd_ptr + row, 0.0 if N == 1 else rstd)
+    if weight_ptr is None:
+        y = z
+    else:
+        # 2. mean, then the centred variance
+        if RMS:
+            centred = z
+        else:
+            mean = tl.sum(z, axis=0) / N
+            centred = tl.where(inside, z - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+        if rstd_ptr is not None:
+            if mean_ptr is not None:
+                tl.store(mean_ptr + row, mean)
+            # A row of one value is its own mean: nothing flows back, exactly, not up to rounding.
+            tl.store(rstd_ptr + row, 0.0 if N == 1 and not RMS else rstd)
 
-    # 3. scale, shift, write
-    weight = to_float(tl.load(weight_ptr + cols, mask=inside, other=0.0))
-    bias = to_float(tl.load(bias_ptr + cols, mask=inside, other=0.0))
-    y = centred * rstd * weight + bias
+        # 3. scale, shift, write
+        weight = to_float(tl.load(weight_ptr + cols, mask=inside, other=0.0))
+        bias = 0.0
+        if bias_ptr is not None:
+            bias = to_float(tl.load(bias_ptr + cols, mask=inside, other=0.0))
+        y = centred * rstd * weight + bias
     tl.store(y_ptr + row * N + cols, round_to(y, y_ptr.dtype.element_ty), mask=inside)
     if copy_ptr is not None:
         tl.store(copy_ptr + row * N + cols, round_to(y, copy_ptr.dtype.element_ty), mask=inside)
@@ -113,8 +125,9 @@ def over_rows(sums, inside):
 @triton.jit(do_not_specialize=["site", "threshold", "n_rows", "rows_each"])
 def layer_norm_bwd_kernel(
     dy_ptr,
-    z_ptr,
-    mean_ptr,
+    dsum_ptr,  # None: z was not returned
+    z_ptr,  # this and the three below are None where nothing was normalised
+    mean_ptr,  # None of RMSNorm
     rstd_ptr,
     weight_ptr,
     seed_ptr,  # one int64, or None without dropout
@@ -122,9 +135,10 @@ def layer_norm_bwd_kernel(
     dz_ptr,  # None: not wanted
     dx_ptr,  # None: not wanted, or the same as dz
     dweight_ptr,  # partial sums, (programs, N) float32; None: not wanted
-    dbias_ptr,
+    dbias_ptr,  # None where there is no bias, too
     dx_bias_ptr,  # None: not wanted
     dy_row_stride,
+    dsum_row_stride,
     z_row_stride,
     n_rows,
     rows_each,  # of a program, a multiple of ROWS
@@ -147,7 +161,7 @@ def layer_norm_bwd_kernel(
     cols = tl.broadcast_to(cols, (PIECES, ROWS, WIDE))
     # Where a thread has this many columns, the weight doesn't fit beside their sums and draws.
     keep_weight: tl.constexpr = seed_ptr is None or PIECES * GROUP < 32
-    if keep_weight:
+    if keep_weight and weight_ptr is not None:
         weight = to_float(tl.load(weight_ptr + cols, mask=cols < N, other=0.0))
     dweight = tl.zeros((PIECES, ROWS, WIDE), tl.float32)
     dbias = tl.zeros((PIECES, ROWS, WIDE), tl.float32)
@@ -160,23 +174,34 @@ def layer_norm_bwd_kernel(
         at = row[None, :, None]
         inside = live[None, :, None] & (cols < N)
         dy = to_float(tl.load(dy_ptr + at * dy_row_stride + cols, mask=inside, other=0.0))
-        z = to_float(tl.load(z_ptr + at * z_row_stride + cols, mask=inside, other=0.0))
-        mean = tl.load(mean_ptr + row, mask=live, other=0.0)[None, :, None]
-        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[None, :, None]
-        h = tl.where(cols < N, (z - mean) * rstd, 0.0)
+        if weight_ptr is None:
+            dz = dy
+        else:
+            z = to_float(tl.load(z_ptr + at * z_row_stride + cols, mask=inside, other=0.0))
+            mean = 0.0
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + row, mask=live, other=0.0)[None, :, None]
+            rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)[None, :, None]
+            h = tl.where(cols < N, (z - mean) * rstd, 0.0)
 
-        # 2. these rows' share of the parameters' gradients
-        if dweight_ptr is not None:
-            dweight += dy * h
-            dbias += dy
+            # 2. these rows' share of the parameters' gradients
+            if dweight_ptr is not None:
+                dweight += dy * h
+            if dbias_ptr is not None:
+                dbias += dy
 
-        # 3. the two means of each row, then dz
-        if not keep_weight:
-            weight = to_float(tl.load(weight_ptr + cols, mask=cols < N, other=0.0))
-        g = dy * weight
-        mean_g = row_sums(g)[None, :, None] / N
-        mean_gh = row_sums(g * h)[None, :, None] / N
-        dz = (g - mean_g - h * mean_gh) * rstd
+            # 3. the two means of each row, then dz
+            if not keep_weight:
+                weight = to_float(tl.load(weight_ptr + cols, mask=cols < N, other=0.0))
+            g = dy * weight
+            mean_g = 0.0
+            if mean_ptr is not None:
+                mean_g = row_sums(g)[None, :, None] / N
+            mean_gh = row_sums(g * h)[None, :, None] / N
+            dz = (g - mean_g - h * mean_gh) * rstd
+        if dsum_ptr is not None:
+            dsum = dsum_ptr + at * dsum_row_stride + cols
+            dz += to_float(tl.load(dsum, mask=inside, other=0.0))
         if dz_ptr is not None:
             tl.store(dz_ptr + at * N + cols, round_to(dz, dz_ptr.dtype.element_ty), mask=inside)
 
@@ -198,6 +223,7 @@ def layer_norm_bwd_kernel(
     out = tl.arange(0, PIECES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
     if dweight_ptr is not None:
         tl.store(dweight_ptr + program * N + out, over_rows(dweight, cols < N), mask=out < N)
+    if dbias_ptr is not None:
         tl.store(dbias_ptr + program * N + out, over_rows(dbias, cols < N), mask=out < N)
     if dx_bias_ptr is not None:
         tl.store(dx_bias_ptr + program * N + out, over_rows(dx_bias, cols < N), mask=out < N)
@@ -262,11 +288,12 @@ def forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
-    norm: Norm,
+    norm: Norm | None,
     dropout: Dropout,
     outs: Outputs,
 ) -> None:
     """Fills the outputs that are there. x and residual are rows."""
+    weight, bias, eps, rms = norm or (None, None, 0.0, False)
     width = x.shape[-1]
     rows = x.numel() // width
     config = forward_config(width, outs.y.element_size())
@@ -277,8 +304,8 @@ def forward(
                 x,
                 residual,
                 dense(x_bias),
-                dense(norm.weight),
-                dense(norm.bias),
+                dense(weight),
+                dense(bias),
                 dense(dropout.seed),
                 dense(dropout.rows),
                 dense(outs.y),
@@ -288,22 +315,21 @@ def forward(
                 dense(outs.copy),
             ),
             (row_stride(x, width), row_stride(residual, width)),
-            (norm.eps, dropout.site, dropout.threshold, dropout.scale),
-            (width, config.block_n, config.group),
+            (eps, dropout.site, dropout.threshold, dropout.scale),
+            (width, config.block_n, config.group, rms),
             config.num_warps,
         )
 
 
 def backward(
     dy: torch.Tensor,
-    z: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor,
+    dsum: torch.Tensor | None,
+    saved: Saved,
+    weight: torch.Tensor | None,
     dropout: Dropout,
     grads: Gradients,
 ) -> None:
-    """Fills the gradients that are there. dy and z are rows."""
+    """Fills the gradients that are there. dy, dsum and z are rows."""
     width = dy.shape[-1]
     rows = dy.numel() // width
     config = backward_config(width, dy.element_size())
@@ -311,6 +337,8 @@ def backward(
     programs = -(-rows // rows_each)
     outs = [sum_ for sum_ in grads[2:] if sum_ is not None]
     partial = torch.empty((len(outs), programs, width), dtype=torch.float32, device=dy.device)
+    # 1 is a constant: where there is no dsum the kernel is as if it had no such parameter.
+    dsum_row_stride = 1 if dsum is None else row_stride(dsum, width)
     sums = iter(partial)
     partials = [None if sum_ is None else next(sums, None) for sum_ in grads[2:]]
     with triton_lib.on_device(dy):
@@ -318,9 +346,10 @@ def backward(
             (programs,),
             (
                 dy,
-                z,
-                dense(mean),
-                dense(rstd),
+                dsum,
+                saved.z,
+                dense(saved.mean),
+                dense(saved.rstd),
                 dense(weight),
                 dense(dropout.seed),
                 dense(dropout.rows),
@@ -328,7 +357,7 @@ def backward(
                 dense(grads.dx),
                 *partials,
             ),
-            (row_stride(dy, width), row_stride(z, width)),
+            (row_stride(dy, width), dsum_row_stride, row_stride(saved.z, width)),
             (rows, rows_each, dropout.site, dropout.threshold, dropout.scale),
             (width, config.block_n, config.group, config.wide, config.rows),
             config.num_warps,

@@ -125,7 +125,7 @@ def linear_norm(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
+    norm_bias: torch.Tensor | None,
     *,
     residual: torch.Tensor,
     eps: float = 1e-12,

@@ -1,4 +1,5 @@
-"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, as in an encoder layer."""
+"""y = LayerNorm(dropout(x + x_bias) + residual) * weight + bias, as in an encoder layer; with the
+sum as well, as where the norm comes first, and RMSNorm."""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ....ops import layer_norm
+from ....ops import layer_norm, rms_norm
 from ....testing import layer_norm as testing
 from ..case import normal
 from ..floor import Work
@@ -53,6 +54,33 @@ def _liger_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_layer_norm
 
     return liger_layer_norm(z, weight, bias, EPS)
+
+
+def _ours_with_sum(backend: str) -> Callable:
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.0, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        more |= dict(eps=EPS, dropout_p=p, return_sum=True, backend=backend)
+        if bias is None:
+            return rms_norm(x, weight, **more)
+        return layer_norm(x, weight, bias, **more)
+
+    return run
+
+
+def _torch_with_sum(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    x_bias: Tensor,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    z = F.dropout(x + x_bias, p, training=p > 0) + residual
+    if bias is None:
+        return F.rms_norm(z, weight.shape, weight, EPS), z
+    return _torch_norm(z, weight, bias), z
 
 
 @dataclass(frozen=True)
@@ -125,6 +153,42 @@ class LayerNormCase(OpCase):
         return testing.Case((67, self.width), residual=added, x_bias=added, p=self.dropout)
 
 
+@dataclass(frozen=True)
+class WithSum(LayerNormCase):
+    """Each part writes, or reads, the sum besides: of a forward in training it is what is saved."""
+
+    rms: bool = False
+
+    functions = {"bertfast": _ours_with_sum, "torch eager": _torch_with_sum}
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width} with sum" + (" rms" if self.rms else "")
+
+    def work(self) -> list[Work]:
+        """One value an element more than without the sum, but in training, where z is the sum.
+        RMSNorm has no bias and no mean."""
+        (work,) = super().work()
+        tensor = self.rows * self.width * self.dtype.itemsize
+        more = 0 if self.pass_ == "training" else tensor
+        if self.rms:
+            more -= self.width * self.dtype.itemsize
+            more -= 0 if self.pass_ == "forward" else 4 * self.rows
+        return [Work("memory", 0, work.bytes + more)]
+
+    def moves(self) -> dict[str, tuple[int, float]]:
+        return {"bertfast": super().moves()["bertfast"]}
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        made = super().inputs(device, seed)
+        if self.rms:
+            del made.leaves["bias"]
+        return made
+
+    def for_budget(self) -> testing.Case:
+        return testing.Case((67, self.width), p=self.dropout, rms=self.rms, return_sum=True)
+
+
 _PASSES = (
     ("forward", 0.0),
     ("training", 0.1),
@@ -144,9 +208,14 @@ def gpu_cases() -> list[LayerNormCase]:
         itertools.product((16384,), widths, (fp32,)),
         itertools.product(all_rows, widths, (fp16, fp32)),
     )
-    return [
+    usual = [
         LayerNormCase(pass_, rows, width, dtype, p)
         for rows, width, dtype in order
+        for pass_, p in _PASSES
+    ]
+    return usual + [
+        WithSum(pass_, 16384, 768, bf16, p, rms=rms)
+        for rms in (False, True)
         for pass_, p in _PASSES
     ]
 
@@ -161,7 +230,12 @@ def dry_cases() -> list[LayerNormCase]:
     dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
     forms = [(*form, False) for form in _PASSES]
     forms += [(*form, True) for form in _PASSES[:1] + _PASSES[3:]]
-    return [
+    usual = [
         LayerNormCase(pass_, 6, 64, dtype, p, alone)
         for (pass_, p, alone), dtype in zip(forms, dtypes, strict=False)
+    ]
+    sums = ((*_PASSES[0], False), (*_PASSES[2], True))
+    return usual + [
+        WithSum(pass_, 6, 64, dtype, p, rms=rms)
+        for (pass_, p, rms), dtype in zip(sums, dtypes, strict=False)
     ]
