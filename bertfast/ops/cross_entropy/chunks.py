@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
+from ..product import product
 from . import limits, reference_rows
 
 OP = "linear_cross_entropy"
@@ -118,7 +119,7 @@ def _walk(
         part = slice(first, first + step)
         h = hidden[part] if on_gpu else hidden[part].to(compute)
         z = room[: len(h), :vocabulary]
-        _product(h, factor.t(), z)
+        product(h, factor.t(), z)
 
         # 2. losses, and dz in the place of the logits
         dz = None
@@ -133,24 +134,16 @@ def _walk(
         if not on_gpu:
             dz = dz.to(compute)
         if dhidden is not None:
-            _product(dz, factor, dhidden[part])
+            product(dz, factor, dhidden[part])
         if dweight is not None:
             _add_product(dweight, dz.t(), h, begun=first > 0)
     return losses, Gradients(dhidden, dweight, None if dbias is None else dbias[:vocabulary])
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """a b, whose dtype may be wider than the operands'."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
 def _add_product(sum_: torch.Tensor, a: torch.Tensor, b: torch.Tensor, begun: bool) -> None:
     """Adds a b to a sum that has begun; else the sum is a b."""
     if not begun:
-        _product(a, b, sum_)
+        product(a, b, sum_)
     elif sum_.dtype == a.dtype:
         sum_.addmm_(a, b)
     else:
