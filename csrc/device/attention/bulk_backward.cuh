@@ -80,7 +80,8 @@ struct BulkTiles {
   __device__ __forceinline__ BulkTiles(TilePlace& at)
       : warpgroups(at.many == 1 && at.first + kTileRows < at.length ? 2 : 1),
         group(warp_uniform(int(threadIdx.x) / kWarpgroup)) {
-    if (threadIdx.x == 0) stream.init(warpgroups);
+    // A warp knows that its own products have read a block.
+    if (threadIdx.x == 0) stream.init(warpgroups * (kWarpgroup / 32));
     __syncthreads();
     at.first += group * kTileRows;
   }

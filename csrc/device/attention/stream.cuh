@@ -39,12 +39,13 @@ struct BlockStream {
     return ring + stage(block) * kStageBytes + part * kBlockBytes;
   }
 
-  // One thread makes the barriers. Others know of them after a __syncthreads.
-  __device__ __forceinline__ void init(int warpgroups) const {
+  // One thread makes the barriers. Others know of them after a __syncthreads. releases: how many
+  // threads release a block.
+  __device__ __forceinline__ void init(int releases) const {
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(full(), i, 1);
-      mbarrier_init(empty(), i, warpgroups);
+      mbarrier_init(empty(), i, releases);
     }
     mbarrier_init_fence();
   }
@@ -71,12 +72,12 @@ struct BlockStream {
     return wgmma_further(matrix, stage(block) * kStageBytes);
   }
 
-  // One thread of a warpgroup says that the warpgroup is done with a block.
+  // Says that those whom this thread speaks for are done with a block.
   __device__ __forceinline__ void release(int block) const {
     mbarrier_arrive(empty(), stage(block));
   }
 
-  // Waits until all warpgroups are done with a block.
+  // Waits until all are done with a block.
   __device__ __forceinline__ void wait_released(int block) const {
     mbarrier_wait(empty(), stage(block), phase(block));
   }

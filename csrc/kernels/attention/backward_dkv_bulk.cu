@@ -176,7 +176,7 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
       named_barrier_sync(tiles.of_group(), kWarpgroup);
     }
     wgmma_wait<0>();
-    if (!kLast && kEnds && thread == 0) stream.release(block);
+    if (!kLast && kEnds && thread % 32 == 0) stream.release(block);
   };
   const auto parts_of = [&](int block, auto of_last) {
     turn_of(block, of_last, std::integral_constant<int, 0>());
@@ -210,6 +210,9 @@ template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(BulkTiles<kDim>::kMostThreads)
     attention_backward_dkv_bulk_kernel(const __grid_constant__ BulkBackward<kDim> p) {
 #if defined(BERTFAST_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (threadIdx.x == 0) {
+    for (const auto& heads : p.streamed) tma_prefetch(heads.map);
+  }
   await_earlier_kernels();
   using Tiles = BulkTiles<kDim>;
   TilePlace at = find_tile<Tiles::kRows>(p.batch, 0);

@@ -134,7 +134,7 @@ __device__ __forceinline__ int dq_tile(const BulkBackward<kDim>& p, const BulkTi
     if constexpr (!kLast) multiply_scores(block + 1);
     wgmma_commit();
     wgmma_wait<0>();
-    if (!kLast && thread == 0) stream.release(block);
+    if (!kLast && thread % 32 == 0) stream.release(block);
   };
   if (blocks > 0) {
     arrive(0, turn);
@@ -160,6 +160,9 @@ template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(BulkTiles<kDim>::kMostThreads)
     attention_backward_dq_bulk_kernel(const __grid_constant__ BulkBackward<kDim> p) {
 #if defined(BERTFAST_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (threadIdx.x == 0) {
+    for (const auto& heads : p.streamed) tma_prefetch(heads.map);
+  }
   await_earlier_kernels();
   using Tiles = BulkTiles<kDim>;
   TilePlace at = find_tile<Tiles::kRows>(p.batch, 0);
