@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops import derivatives
+from ..ops.attention import check
 from ..ops.attention import registered as attention_op
 from ..ops.attention import run as attention
 from ..ops.attention.scores import Scores
@@ -30,6 +31,7 @@ from ..packing.sequences import Sequences
 from ..tracing import plain_backward
 from . import products
 from .joined import JoinedWeights
+from .parts import NO_POSITIONS, Positions
 
 
 class Call(NamedTuple):
@@ -45,6 +47,7 @@ class Call(NamedTuple):
     cast: torch.dtype | None  # of the products, under autocast
     attention_backend: str
     norm_backend: str
+    positions: Positions  # but for a bias, which has a gradient
 
 
 class Parameters(NamedTuple):
@@ -52,6 +55,7 @@ class Parameters(NamedTuple):
     out_bias: torch.Tensor | None
     norm: torch.Tensor
     norm_bias: torch.Tensor | None
+    distance_bias: torch.Tensor | None
     qkv: tuple[torch.Tensor, ...]  # one weight, or three
     qkv_biases: tuple[torch.Tensor, ...]  # as many, or none
 
@@ -69,8 +73,8 @@ class Given(NamedTuple):
 def attention_block(call: Call, given: Given, p: Parameters) -> Given:
     """given: x, (rows, length, width) or packed (1, tokens, width), and perhaps its copy."""
     x, copy = given.y, given.copy
-    if any_requires_grad(x, *p[:4], *p.qkv, *p.qkv_biases):
-        return Given(*_apply(call, len(p.qkv), copy, x, *p[:4], *p.qkv, *p.qkv_biases))
+    if any_requires_grad(x, *p[:5], *p.qkv, *p.qkv_biases):
+        return Given(*_apply(call, len(p.qkv), copy, x, *p[:5], *p.qkv, *p.qkv_biases))
     outs = _forward(call, x, copy, p, save=False)[0]
     return Given(outs.y, outs.copy)
 
@@ -87,13 +91,9 @@ def _forward(
     qkv = qkv.view(*places, 3, call.heads, weight.shape[0] // (3 * call.heads))
 
     # 2. attention
+    scores = _scores(call, qkv, p.distance_bias)
     context, lse = attention.forward(
-        qkv,
-        call.sequences,
-        Scores(call.scale),
-        call.attention_dropout,
-        call.attention_backend,
-        save,
+        *(qkv, call.sequences, scores, call.attention_dropout, call.attention_backend, save)
     )
 
     # 3. the output's product, and what follows it
@@ -104,6 +104,17 @@ def _forward(
     kept = Kept(save, copy=cast)
     outs = layer_norm.forward(a, norm, p.out_bias, x, call.dropout, call.norm_backend, kept)
     return outs, rows, qkv, context, lse, out, weight if cast else None
+
+
+def _scores(call: Call, qkv: torch.Tensor, distance_bias: torch.Tensor | None) -> Scores:
+    positions = call.positions
+    if positions is NO_POSITIONS and distance_bias is None:
+        return Scores(call.scale)
+    longest = call.sequences.max_seqlen
+    if call.sequences.cu_seqlens is None:
+        longest = qkv.shape[1]
+    given = positions.rotary, positions.window, distance_bias
+    return check.check_scores("qkv", qkv, longest, call.scale, *given)
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -118,14 +129,17 @@ class _AttentionBlock(torch.autograd.Function):
         out_bias: torch.Tensor | None,
         norm: torch.Tensor,
         norm_bias: torch.Tensor | None,
+        distance_bias: torch.Tensor | None,
         *qkv: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
-        p = Parameters(out, out_bias, norm, norm_bias, qkv[:count], qkv[count:])
+        p = Parameters(out, out_bias, norm, norm_bias, distance_bias, qkv[:count], qkv[count:])
         outs, rows, *saved = _forward(call, x, copy, p, save=True)
         # The parameters are saved too: torch then notices one that changed before the backward,
         # which it can't by the joined weights, as each of all these counts its own changes.
         kept = x if call.cast is None else rows
-        ctx.save_for_backward(kept, outs.z, outs.mean, outs.rstd, norm, norm_bias, *saved, *qkv)
+        ctx.save_for_backward(
+            kept, outs.z, outs.mean, outs.rstd, norm, norm_bias, *saved, distance_bias, *qkv
+        )
         ctx.call, ctx.count = call, count
         ctx.shape, ctx.dtype = x.shape, out.dtype
         aside = (outs.z, outs.mean) if outs.copy is None else (outs.z, outs.mean, outs.copy)
@@ -148,15 +162,17 @@ class _AttentionBlock(torch.autograd.Function):
             if plain_backward(dy, *saved)
             else (layer_norm_op.backward_as_op, attention_op.backward_as_op)
         )
-        x, z, mean, rstd, norm, norm_bias, qkv, context, lse, out, rounded, *parameters = saved
+        x, z, mean, rstd, norm, norm_bias, qkv, context, lse, out, rounded, bias, *parameters = (
+            saved
+        )
         ctx.maybe_clear_saved_tensors()
         saved.clear()
         need_x, need_out, need_out_bias, need_norm, need_norm_bias = ctx.needs_input_grad[3:8]
-        need_weights = any(ctx.needs_input_grad[8 : 8 + count])
-        need_biases = any(ctx.needs_input_grad[8 + count :])
-        below = need_x or need_weights or need_biases
+        need_distances, *needs = ctx.needs_input_grad[8:]
+        need_weights, need_biases = any(needs[:count]), any(needs[count:])
+        below = need_x or need_distances or need_weights or need_biases
         width, outputs = ctx.shape[-1], math.prod(qkv.shape[-3:])
-        dout = dqkv = dweights = dbiases = dx = None
+        dout = dqkv = ddistances = dweights = dbiases = dx = None
 
         # 1. LayerNorm, dropout and the output's bias
         same = not call.dropout.threshold and call.cast is None  # then da is dz
@@ -185,11 +201,12 @@ class _AttentionBlock(torch.autograd.Function):
             del da
 
             # 3. attention
-            dqkv, _ = attention_backward(
-                *(dcontext, qkv, attention.Saved(context, lse), call.sequences, Scores(call.scale)),
-                *(call.attention_dropout, call.attention_backend),
+            scores, kept = _scores(call, qkv, bias), attention.Saved(context, lse)
+            dqkv, ddistances = attention_backward(
+                *(dcontext, qkv, kept, call.sequences, scores),
+                *(call.attention_dropout, call.attention_backend, need_distances),
             )
-            del qkv, context, lse, dcontext
+            del qkv, context, lse, kept, dcontext
             dqkv = dqkv.view(-1, outputs)
 
         # 4. the first product, and the sum of x's gradients
@@ -206,7 +223,8 @@ class _AttentionBlock(torch.autograd.Function):
             *(None, None, None, dx, dout, dout_bias),
             dnorm if need_norm else None,
             dnorm_bias if need_norm_bias else None,
-            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[8:], strict=False)),
+            ddistances,
+            *(g if n else None for g, n in zip(grads, needs, strict=False)),
         )
 
 

@@ -32,7 +32,7 @@ from .composed import Composed
 from .eligibility import Facts
 from .joined import same_form
 from .modules import Weights
-from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, NO_POSITIONS, Call, Parts, Positions, read
+from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, Positions, read
 
 __all__ = ["Call", "Parts", "Positions", "for_layers", "run_layer"]
 
@@ -104,8 +104,6 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
     drop, qkv = now.attention_output_dropout, now.qkv
     if type(out) is not Weights or type(norm) is not Norm or type(drop) is not float:
         return None
-    if call.positions is not NO_POSITIONS:
-        return None
     if len(qkv) == 1 and type(qkv[0]) is Weights:
         weights, biases = qkv[0][:1], () if qkv[0].bias is None else qkv[0][1:]
     elif set(map(type, qkv)) == {Weights} and same_form(qkv):
@@ -114,8 +112,11 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
         biases = () if q.bias is None else (q.bias, k.bias, v.bias)
     else:
         return None
-    p = attention_block.Parameters(*out, norm.weight, norm.bias, weights, biases)
-    if not place.holds(_given((*p[:4], *weights, *biases))):
+    bias, positions = call.positions.distance_bias, call.positions
+    if bias is not None:
+        positions = positions._replace(distance_bias=None)
+    p = attention_block.Parameters(*out, norm.weight, norm.bias, bias, weights, biases)
+    if not place.holds(_given((*p[:5], *weights, *biases))):
         return None
     attention, norms = _attention_backends(layer, place)
     if attention == "torch" or norms == "torch":
@@ -126,7 +127,7 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
         *(batch.sequences, parts.heads, parts.scale, norm.eps),
         drops.of(x, parts.attention_dropout, ATTENTION),
         drops.of(x, drop, AFTER_ATTENTION, batch.index),
-        *(call.joined, place.cast, attention, norms),
+        *(call.joined, place.cast, attention, norms, positions),
     )
     return attention_block.attention_block(node, given, p)
 
@@ -142,7 +143,8 @@ def _attention_backends(layer: Composed, place: Place) -> tuple[str, str]:
     size = limits.size_of(rows, parts.heads, length, batch.key_mask is not None, longest)
     head_dim = layer.now.attention_output.weight.shape[1] // parts.heads
     case = (place.device, place.products)
-    attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size)
+    more = (names,) if (names := tuple(call.positions.arguments())) else ()
+    attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size, *more)
     return attention, dispatch.choose("layer_norm", call.backend, *case, place.width)
 
 
