@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+from support.guard import run_guarded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bertfast.ops import attention, attention_qkv, bucket_bias
+from bertfast.ops import attention, attention_qkv, bucket_bias, dispatch
 from bertfast.testing import attention as table
 from bertfast.testing import compare, hold_to_budget, positions, worst
 from bertfast.testing.attention import Case
@@ -114,14 +116,126 @@ def test_nothing_to_do(bias):
         assert grad.shape == leaf.shape and not grad.any()
 
 
-def test_what_a_backend_does_not_have_is_refused_in_words(target, need):
-    need("attention", target)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in table.cases_by_position()),
+        *((case, torch.float32) for case in table.cases_by_position()[1::4]),
+        *((case, torch.float16) for case in table.cases_by_position()[::6]),
+    ],
+    ids=str,
+)
+def test_kernels_stay_within_the_error_budget(case, dtype, target, need):
+    need_features(case, target, dtype, need)
+    inputs = table.make_inputs(case, dtype)
+    result = run_guarded(table.run, inputs, target)
+    hold_to_budget(table, inputs, result)
+    if dtype == torch.float16:
+        for name, value in table.run_qkv(inputs, *target).items():
+            assert torch.equal(value, result[name]), name
+
+
+def need_features(case, target, dtype, need):
+    need("attention", target, dtype)
+    case = (torch.device(target[1]), dtype, case.head_dim, None, case.features)
+    if reason := dispatch.unsupported_reason("attention", target[0], *case):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("length", [60, 150])
+def test_a_bias_may_need_no_gradient(length, target, need):
+    """Short sequences' backward is then one kernel."""
+    case = Case((length, 20), heads=2, mask="right", reach=30, p=0.1)
+    need_features(case, target, torch.float16, need)
+    inputs = table.make_inputs(case, torch.float16)
+    want = table.run(inputs, *target)
+    leaves = [inputs[name].to(target[1]).requires_grad_() for name in table.NAMES]
+    bias = inputs["distance_bias"].to(target[1])
+    options = table.options(inputs, target[1])
+    out = attention(*leaves, **options, distance_bias=bias, backend=target[0])
+    grads = torch.autograd.grad(out, leaves, inputs["dout"].to(target[1]))
+    for name, value in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True):
+        # Delta is summed in another order, so ds may be rounded to the other side.
+        assert (value - want[name]).abs().max() <= 2**-9 * want[name].abs().max(), name
+    only = bias.clone().requires_grad_()
+    tensors = [leaf.detach() for leaf in leaves]
+    out = attention(*tensors, **options, distance_bias=only, backend=target[0])
+    (grad,) = torch.autograd.grad(out, only, inputs["dout"].to(target[1]))
+    assert torch.equal(grad, want["dbias"])
+
+
+def test_what_is_outside_the_window_is_not_read(target, need):
+    """A NaN there would get out, as it is a key and value like any other."""
+    case = Case((200,), window=(20, 20))
+    need_features(case, target, torch.float16, need)
+    q, k, v = torch.randn(3, 1, 200, 1, 32, device=target[1]).half()
+    want = attention(q, k, v, window=(20, 20), backend=target[0])
+    spoilt = v.clone()
+    spoilt[:, 128:] = torch.nan
+    out = attention(q, k, spoilt, window=(20, 20), backend=target[0])
+    assert torch.equal(out[:, :44], want[:, :44])
+
+
+def test_registered_ops(target, need, finest):
+    dtype = finest("attention", target)
+    case = Case((9, 20), mask="left", heads=2, rotary=True, reach=3, window=(5, 9))
+    need_features(case, target, dtype, need)
     backend, device = target
-    q = torch.randn(1, 9, 1, 16, device=device, dtype=torch.float16)
-    bias = torch.zeros(1, 3, device=device)
-    text = f"backend '{backend}' can't run attention here: its kernels don't have window and dista"
+    inputs = table.make_inputs(case, dtype)
+    parts = [inputs[name].to(device) for name in table.NAMES]
+    mask, bias = (inputs[name].to(device) for name in ("key_mask", "distance_bias"))
+    tables = [each.to(device) for each in inputs["rotary"]]
+    rest = [mask, None, None, 0, None, 0, 0.25, 0, 3, backend, *tables, bias, 5, 9]
+    dout, ops = inputs["dout"].to(device), torch.ops.bertfast
+    for suffix, tensors in (("", parts), ("_qkv", [torch.stack(parts, -3)])):
+        out, lse = getattr(ops, f"attention{suffix}_forward")(*tensors, *rest)
+        backward = getattr(ops, f"attention{suffix}_backward").default
+        forward = getattr(ops, f"attention{suffix}").default
+        for op, arguments in (
+            (forward, (*tensors, *rest)),
+            (backward, (dout, *tensors, out, lse, *rest, True)),
+        ):
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        # Gradients that autograd batches go through the op one after the other.
+        leaves = [tensor.clone().requires_grad_() for tensor in (*tensors, bias)]
+        call = attention_qkv if suffix else attention
+        options = dict(key_mask=mask, rotary=tables, window=(5, 9), scale=0.25, backend=backend)
+        out = call(*leaves[:-1], **options, distance_bias=leaves[-1])
+        batch = torch.stack((dout, 2 * dout))
+        once = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        both = torch.autograd.grad(out, leaves, batch, is_grads_batched=True)
+        for one, two in zip(once, both, strict=True):
+            assert torch.equal(one, two[0])
+
+
+def test_compiled_whole(target, need, finest):
+    dtype = finest("attention", target)
+    case = Case((20, 20), heads=2, rotary=True, reach=3, window=(5, 9))
+    need_features(case, target, dtype, need)
+    inputs = table.make_inputs(case, dtype)
+    tables = tuple(each.to(target[1]) for each in inputs["rotary"])
+
+    def step(f):
+        names = (*table.NAMES, "distance_bias")
+        leaves = [inputs[name].to(target[1]).clone().requires_grad_() for name in names]
+        out = f(*leaves)
+        return out, *torch.autograd.grad(out, leaves, inputs["dout"].to(target[1]))
+
+    def call(q, k, v, bias):
+        options = dict(rotary=tables, window=(5, 9), backend=target[0])
+        return attention(q, k, v, **options, distance_bias=bias)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(step(compiled), step(call), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.host
+def test_what_a_backend_does_not_have_is_refused_in_words(need):
+    need("attention", ("cuda", "cpu"))
+    q = torch.randn(1, 9, 1, 16, dtype=torch.float16)
+    bias = torch.zeros(1, 3)
+    text = "backend 'cuda' can't run attention here: its kernels don't have window and distance_bi"
     with pytest.raises(ValueError, match=re.escape(text)):
-        attention(q, q, q, window=(1, 1), distance_bias=bias, backend=backend)
-    assert attention(q, q, q, window=(1, 1), distance_bias=bias).shape == q.shape
-    qkv = torch.stack((q, q, q), -3)
-    assert attention_qkv(qkv, window=(1, 1), distance_bias=bias).shape == q.shape
+        attention(q, q, q, window=(1, 1), distance_bias=bias, backend="cuda")

@@ -81,6 +81,11 @@ def check(op: str, backend: str, device: str) -> list[Row]:
         if device == "cuda" and hasattr(module, "gpu_cases"):
             cases += module.gpu_cases()
         for case in cases:
+            features = getattr(case, "features", ())
+            if features and dispatch.unsupported_reason(
+                *(op, backend, device, dtype, case.head_dim, None, features)
+            ):
+                continue
             inputs = module.make_inputs(case, dtype)
             oracle, stock = module.oracle(inputs), module.plain_torch(inputs)
             limits = module.rounding_model(inputs), module.scales(inputs)

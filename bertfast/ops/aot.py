@@ -79,7 +79,7 @@ class Launch:
         return self.kernel.__name__
 
     def has(self, pointer: str) -> bool:
-        return self.values[pointer] is not None
+        return self.values.get(pointer) is not None
 
     def case(self, label: str, x: str, rest: str, elements: int, **more: Any) -> Case:
         """x, rest: the pointers that have the dtypes. elements: a block's."""

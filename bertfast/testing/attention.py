@@ -41,6 +41,16 @@ class Case:
     window: tuple[int, int] | None = None
     reach: int | None = None  # of a bias by distance
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Arguments that a backend may not have, in the order of its limits."""
+        given = {
+            "rotary": self.rotary,
+            "window": self.window is not None,
+            "distance_bias": self.reach is not None,
+        }
+        return tuple(name for name, used in given.items() if used)
+
     def __str__(self) -> str:
         words = ["+".join(map(str, self.lengths)), f"H{self.heads}", f"D{self.head_dim}"]
         words += [word for word in ("packed", "plan") if getattr(self, word)]
@@ -70,6 +80,8 @@ def quick_cases() -> list[Case]:
         Case((257,), values="near", top=3e3),
         Case((150,), values="far", top=3e7),
         Case((40, 70), mask="holes", scale=0.0),
+        Case((150,), rotary=True, window=(40, 9)),
+        Case((17, 30, 9, 80), packed=True, plan=True, reach=12, p=0.1),
     ]
 
 
@@ -134,19 +146,19 @@ def cases_by_position() -> list[Case]:
     """Rotary positions, windows and biases by distance, alone and together."""
     return [
         Case((70, 40), heads=2, head_dim=16, rotary=True, layout="apart"),
-        Case((40, 150), mask="left", rotary=True, p=0.1),
+        Case((40, 140), mask="left", rotary=True, p=0.1),
         Case((150,), head_dim=64, window=(40, 9)),
-        Case((70, 150), mask="holes", window=(1, 0), p=0.2),
+        Case((70, 100), mask="holes", window=(1, 0), p=0.2),
         Case((70, 150), mask="left", window=(64, 64), p=0.2),
         Case((300,), window=(64, 64), rotary=True),
         Case((70,), heads=2, reach=20, p=0.1),
-        Case((150, 60), heads=2, mask="right", reach=149),
+        Case((130, 20), heads=2, mask="right", reach=129),
         Case((40, 70), mask="all", reach=3, window=(20, 30)),
-        Case((17, 0, 200, 9, 50), heads=2, packed=True, reach=30, rotary=True),
+        Case((17, 0, 90, 9), heads=2, packed=True, reach=30, rotary=True),
         Case((17, 0, 40, 200, 3), packed=True, plan=True, rotary=True, window=(30, 30), p=0.1),
-        Case((17, 30, 9, 130), heads=2, packed=True, plan=True, reach=12, p=0.1),
+        Case((17, 30, 9, 80), packed=True, plan=True, reach=12, p=0.1),
         Case((20, 9, 14, 3), packed=True, plan=True, rotary=True, reach=40, window=(5, 8)),
-        Case((140,), scale=-0.1, reach=0, head_dim=128, rotary=True),
+        Case((70,), scale=-0.1, reach=0, head_dim=96, rotary=True),
     ]
 
 

@@ -28,6 +28,8 @@ BACKWARD = [*LONG, ("masked", 64), ("masked", 128), ("packed", 128)]
 BACKWARD += [("planned", 64), ("planned by 32", 32)]
 BACKWARD_WITHOUT_DROPOUT = [("packed", 512), ("planned", 512), ("packed", 128)]
 PASSES = {"attention_fwd_kernel": "forward", "attention_bwd_dq_kernel": "dq"}
+PLAIN = Scores(0.125)
+FEATURES = {"cos_ptr": "rotary", "bias_ptr": "bias"}  # pointers that a kernel has, or hasn't
 
 
 def call_launchers() -> None:
@@ -44,6 +46,16 @@ def call_launchers() -> None:
         call("masked", 128, dtype, head_dim, forward=False)
     for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 96), (torch.bfloat16, 128)):
         call("masked", 512, dtype, head_dim)
+    # By positions, as models have it: rotary alone or with a window, and a bias with its gradient.
+    rotary = PLAIN._replace(cos=torch.empty(512, 32), sin=torch.empty(512, 32))
+    local = rotary._replace(left=64, right=64)
+    bias = PLAIN._replace(bias=torch.empty(HEADS, 255))
+    call("planned", 512, dropout=False, forward=False, scores=rotary)
+    call("planned", 512, dropout=False, scores=local)
+    call("planned", 512, dropout=False, backward=False, scores=bias)
+    call("planned", 512, scores=bias)
+    call("packed", 64, dropout=False, forward=False, scores=rotary)
+    call("packed", 128, dropout=False, forward=False, scores=local)
 
 
 def call(
@@ -54,6 +66,7 @@ def call(
     dropout: bool = True,
     forward: bool = True,
     backward: bool = True,
+    scores: Scores = PLAIN,
 ) -> None:
     tokens: tuple[int, ...]
     if layout == "masked":
@@ -65,29 +78,55 @@ def call(
     heads = torch.empty(*tokens, 3, HEADS, head_dim, dtype=dtype)
     drop = Dropout(torch.empty(1, dtype=torch.int64), 6554, 1.1, 3, None) if dropout else NO_DROPOUT
     if forward:
-        run.forward(heads, sequences, Scores(0.125), drop, "triton", True)
+        run.forward(heads, sequences, scores, drop, "triton", True)
     if backward:
         saved = run.new_saved(heads, layout != "masked", True)
         dout = torch.empty_like(saved.out)
-        run.backward(dout, heads, saved, sequences, Scores(0.125), drop, "triton")
+        run.backward(dout, heads, saved, sequences, scores, drop, "triton", scores.bias is not None)
 
 
 def triton_case(launch: Launch) -> Case | None:
+    if launch.name == "rotate_kernel":
+        layout = "planned" if launch.has("tiles_ptr") else "packed"
+        label = f"rotate, {layout}, D {launch.values['D']}"
+        elements = 2 * launch.values["BLOCK"] * launch.values["D"]  # of q and k
+        return launch.case(label, "q_ptr", "q_ptr", elements, scalar_loads=4)
+    if launch.name in ("attention_bwd_bias_kernel", "bias_sums_kernel"):
+        return _bias_case(launch)
     values, planned, dropout = launch.values, launch.has("tiles_ptr"), launch.has("seed_ptr")
+    features = [word for pointer, word in FEATURES.items() if launch.has(pointer)]
+    features += ["window"] if values["LEFT"] is not None else []
     pass_ = PASSES.get(launch.name) or ("whole" if values["WHOLE"] else "dkv")
-    if pass_ == "dq" and planned and not dropout:
+    if pass_ == "dq" and planned and not dropout and not features:
         return None  # as with dropout, but for having less to do
     layout = "packed" if launch.has("cu_ptr") else "masked"
     if planned:
         tile = values["PARTS"] * values["BLOCK_M" if launch.name in PASSES else "BLOCK_N"]
         (layout,) = (name for name, size in TILES.items() if size == tile)
-    label = f"{pass_}, {layout}, D {values['D']}, up to {values['length']}" + ", dropout" * dropout
+    label = f"{pass_}, {layout}, D {values['D']}, up to {values['length']}"
+    label = ", ".join([label, *["dropout"] * dropout, *features])
     single = values.get("SINGLE", False)
-    shorter = planned and not single and "BLOCK_T" in values
+    shorter = planned and not single and "BLOCK_T" in values and values["LEFT"] is None
     scores = values["BLOCK_M"] * values["BLOCK_T" if shorter else "BLOCK_N"]
     figures = dict(loop=not single, again=planned, scalar_stores=1)
     work = None if values["q_ptr"].dtype == torch.float32 else _triton_work(launch, pass_)
     return launch.case(label, "q_ptr", "q_ptr", scores, work=work, **figures)
+
+
+def _bias_case(launch: Launch) -> Case:
+    """The two kernels of a bias's gradient, whose blocks are square."""
+    block = launch.values["BLOCK"]
+    if not launch.has("q_ptr"):
+        return launch.case("bias's sums", "parts_ptr", "parts_ptr", block * block, loop=True)
+    width = launch.values["BLOCK_D"]
+    work = Work(
+        *(block, block, width, ((block, width),) * 2),
+        streamed=2 * block,
+        dropout=launch.has("seed_ptr"),
+        wgmma=block >= 64,
+    )
+    label = f"bias, D {launch.values['D']}" + ", dropout" * launch.has("seed_ptr")
+    return launch.case(label, "q_ptr", "q_ptr", block * block, work=work, loop=True, again=True)
 
 
 def _triton_work(launch: Launch, pass_: str) -> Work:

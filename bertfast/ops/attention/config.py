@@ -174,6 +174,14 @@ _TABLE: dict[tuple[str, str], tuple[_Line, ...]] = {
 }
 
 
+def bias_split(arch: int, itemsize: int, head_dim: int) -> tuple[int, int]:
+    """Queries, which are as many as keys, and warps of the kernel of a bias's gradient. mma.sync
+    would do products of 32 rows twice with more than two warps."""
+    if itemsize == 2 and head_dim <= 64:
+        return (64, 8) if arch in _WIDE else (32, 2)
+    return 32, 4
+
+
 class Split(NamedTuple):
     """A case of the table. length is that of the longest sequence, tile the plan's, or 0."""
 

@@ -10,7 +10,10 @@ DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
 }
 # What the kernels can do to scores, by the names of the public functions' arguments.
-FEATURES: dict[str, tuple[str, ...]] = {"triton": (), "cuda": ()}
+FEATURES: dict[str, tuple[str, ...]] = {
+    "triton": ("rotary", "window", "distance_bias"),
+    "cuda": (),
+}
 _WRONG_DTYPE = {
     "triton": "q must be float32, float16 or bfloat16, got {}",
     "cuda": "its tensor-core kernels take float16 and bfloat16, got {}",

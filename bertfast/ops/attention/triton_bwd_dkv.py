@@ -32,6 +32,7 @@ from .triton_core import (
     zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_rows, keep_tile
+from .triton_scores import bias_log2, in_window, positions, rotated_back
 
 
 @triton.jit
@@ -49,6 +50,9 @@ def _dkv_tile(
     cu_ptr,
     tiles_ptr,
     seed_ptr,
+    cos_ptr,
+    sin_ptr,
+    bias_ptr,
     dout_batch,
     dout_token,
     dout_head,
@@ -64,6 +68,7 @@ def _dkv_tile(
     dq_batch,
     dq_token,
     dq_head,
+    bias_head,
     lse_batch,
     lse_head,
     heads,
@@ -92,6 +97,8 @@ def _dkv_tile(
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Does the tile, or of a shared one a sequence; says whether all its sums are finite."""
@@ -134,6 +141,9 @@ def _dkv_tile(
     i_end = length
     if not WHOLE:
         i_end = tl.where((j0 < high) & (j0 + BLOCK_N > low), length, i_first)
+        if LEFT is not None:
+            i_end = tl.minimum(i_end, j0 + BLOCK_N + LEFT)
+            i_first += tl.maximum(j0 - RIGHT - i_first, 0) // BLOCK_M * BLOCK_M
     n_steps = tl.cdiv(i_end - i_first, BLOCK_M)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -142,7 +152,11 @@ def _dkv_tile(
     finite = 1
     for SHARED in tl.static_range(FIRST_LOOP, 2 if TWO_LOOPS else 1):
         if TWO_LOOPS:
-            n_steps = tl.where((many > 1) == (SHARED == 1), tl.cdiv(length, BLOCK_M), 0)
+            if LEFT is None:
+                n_steps = tl.where((many > 1) == (SHARED == 1), tl.cdiv(length, BLOCK_M), 0)
+            else:
+                n_steps = tl.where((many > 1) == (SHARED == 1), i_end - i_first, 0)
+                n_steps = tl.cdiv(n_steps, BLOCK_M)
         for block in tl.range(0, 1 if SINGLE else n_steps, num_stages=STAGES):
             i0 = i_first + block * BLOCK_M
             rows = i0 + tile_rows
@@ -161,7 +175,13 @@ def _dkv_tile(
             # exp2(score - inf) = 0 for what is outside
             lse = tl.load(lse_ptr + statistics + rows, mask=inside, other=float("inf"))
             scores = product(q, k, PRECISION)
-            p = tl.exp2(scores * scale_log2 - lse[:, None])
+            if bias_ptr is None:
+                p = tl.exp2(scores * scale_log2 - lse[:, None])
+            else:
+                scores = scores * scale_log2 + bias_log2(bias_ptr, bias_head, head, rows, keys)
+                p = tl.exp2(scores - lse[:, None])
+            if LEFT is not None:
+                p = tl.where(in_window(rows, keys, LEFT, RIGHT), p, 0.0)
             if WHOLE:
                 # A masked key spoils only its own rows of dk and dv, which are zeroed in the end;
                 # but dq is a sum over keys.
@@ -218,6 +238,9 @@ def _dkv_tile(
                 if tiles_ptr is not None and not WINDOW:
                     finite = finite & all_finite(dq)
                 dq_base = dq_ptr + grad + (token + step) * dq_token
+                if cos_ptr is not None:
+                    position = positions(cu_ptr, tiles_ptr, batch, start, many, rows)
+                    dq = rotated_back(dq, position, inside, cos_ptr, sin_ptr, D)
                 dq = round_to(dq, dq_ptr.dtype.element_ty)
                 store_tile(dq_base, dq_offsets, dq, inside, columns, D, BLOCK_D)
 
@@ -234,6 +257,9 @@ def _dkv_tile(
         store_tile(before, offsets, zeros, tile_keys < low, columns, D, BLOCK_D)
     grad += (token + j0) * dq_token
     offsets = tile_keys[:, None] * dq_token + columns[None, :]
+    if cos_ptr is not None:
+        position = positions(cu_ptr, tiles_ptr, batch, start, many, keys)
+        dk = rotated_back(dk, position, key_inside, cos_ptr, sin_ptr, D)
     dk = round_to(dk, dk_ptr.dtype.element_ty)
     dv = round_to(dv, dv_ptr.dtype.element_ty)
     store_tile(dk_ptr + grad, offsets, dk, key_inside, columns, D, BLOCK_D)
@@ -256,6 +282,9 @@ def attention_bwd_dkv_kernel(
     cu_ptr,
     tiles_ptr,
     seed_ptr,
+    cos_ptr,
+    sin_ptr,
+    bias_ptr,
     dout_batch,
     dout_token,
     dout_head,
@@ -271,6 +300,7 @@ def attention_bwd_dkv_kernel(
     dq_batch,  # dk and dv lie as dq does
     dq_token,
     dq_head,
+    bias_head,  # 1 without a bias
     mask_batch,
     lse_batch,
     lse_head,
@@ -291,6 +321,8 @@ def attention_bwd_dkv_kernel(
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
     SINGLE: tl.constexpr,
+    LEFT: tl.constexpr,  # keys to the sides that a query sees, or None: all
+    RIGHT: tl.constexpr,
 ):
     # 1. where this tile lies. low and high bound the keys that count; the queries start at i_first.
     batch, head, j0, start, length, many = find_tile(
@@ -314,11 +346,13 @@ def attention_bwd_dkv_kernel(
     # 2. the tile, and once more what another's NaN has spoilt
     finite = _dkv_tile(
         *(dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, mask_ptr),
-        *(cu_ptr, tiles_ptr, seed_ptr, dout_batch, dout_token, dout_head, q_batch, q_token, q_head),
+        *(cu_ptr, tiles_ptr, seed_ptr, cos_ptr, sin_ptr, bias_ptr),
+        *(dout_batch, dout_token, dout_head, q_batch, q_token, q_head),
         *(k_batch, k_token, k_head, v_batch, v_token, v_head, dq_batch, dq_token, dq_head),
+        *(bias_head,),
         *(lse_batch, lse_head, heads, scale, scale_log2, site, threshold, keep_scale, batch, head),
         *(j0, start, length, many, low, high, i_first),
-        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE, LEFT, RIGHT),
         WINDOW=False,
     )
     if tiles_ptr is not None:
@@ -329,11 +363,14 @@ def attention_bwd_dkv_kernel(
                 end = tl.load(cu_ptr + batch + index + 1) - start
                 _dkv_tile(
                     *(dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr),
-                    *(mask_ptr, cu_ptr, tiles_ptr, seed_ptr, dout_batch, dout_token, dout_head),
+                    *(mask_ptr, cu_ptr, tiles_ptr, seed_ptr, cos_ptr, sin_ptr, bias_ptr),
+                    *(dout_batch, dout_token, dout_head),
                     *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
-                    *(dq_batch, dq_token, dq_head, lse_batch, lse_head, heads, scale, scale_log2),
+                    *(dq_batch, dq_token, dq_head, bias_head),
+                    *(lse_batch, lse_head, heads, scale, scale_log2),
                     *(site, threshold, keep_scale, batch, head, j0, start, length, many, low, high),
                     *(i_first,),
                     *(begin, end, zero, D, BLOCK_D, BLOCK_M, BLOCK_N, TF32, STAGES, WHOLE, SINGLE),
+                    *(LEFT, RIGHT),
                     WINDOW=True,
                 )

@@ -32,6 +32,7 @@ from .triton_core import (
     zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_tile
+from .triton_scores import bias_log2, in_window, positions, rotated_back
 
 
 @triton.jit
@@ -48,6 +49,9 @@ def _dq_tile(
     cu_ptr,
     tiles_ptr,
     seed_ptr,
+    cos_ptr,
+    sin_ptr,
+    bias_ptr,
     dout_batch,
     dout_token,
     dout_head,
@@ -66,6 +70,7 @@ def _dq_tile(
     dq_batch,
     dq_token,
     dq_head,
+    bias_head,
     lse_batch,
     lse_head,
     heads,
@@ -93,6 +98,8 @@ def _dq_tile(
     BLOCK_T: tl.constexpr,
     TF32: tl.constexpr,
     STAGES: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Does the tile, or of a shared one a sequence; says whether all its sums are finite."""
@@ -136,13 +143,16 @@ def _dq_tile(
     # 2. over the keys: as in the forward, blocks in which every key counts, then the rest
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     FLOAT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    ALL_CHECKED: tl.constexpr = FLOAT
+    ALL_CHECKED: tl.constexpr = FLOAT or LEFT is not None
     STEPS: tl.constexpr = (BLOCK_N, BLOCK_N if ALL_CHECKED else BLOCK_T)
     full = low
     if not ALL_CHECKED:
         full = low + (solid - low) // BLOCK_N * BLOCK_N
         if tiles_ptr is not None:
             full = tl.where(many > 1, 0, full)
+    if LEFT is not None:
+        full = low + tl.maximum(first - LEFT - low, 0) // BLOCK_N * BLOCK_N
+        high = tl.minimum(high, first + BLOCK_M + RIGHT)
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
         from_key = full if CHECK else low
         to_key = high if CHECK else full
@@ -162,7 +172,11 @@ def _dq_tile(
             k = operand(load_tile(k_block, k_offsets, on, columns, D, BLOCK_D, CHECK))
             v = load_tile(v_block, v_offsets, on, columns, D, BLOCK_D, CHECK)
             scores = product(q, k, PRECISION)
-            p = tl.exp2(scores * scale_log2 - lse[:, None])
+            if bias_ptr is None:
+                p = tl.exp2(scores * scale_log2 - lse[:, None])
+            else:
+                scores = scores * scale_log2 + bias_log2(bias_ptr, bias_head, head, rows, keys)
+                p = tl.exp2(scores - lse[:, None])
             dp = product(dout, operand(v), PRECISION)
             key_which = tl.zeros_like(keys)
             key_origin = tl.zeros_like(keys)
@@ -172,6 +186,8 @@ def _dq_tile(
                     if many > 1:
                         key_which, key_origin = segments(cu_ptr, batch, start, many, keys)
                         p = tl.where(row_which[:, None] == key_which[None, :], p, 0.0)
+                if LEFT is not None:
+                    p = tl.where(in_window(rows, keys, LEFT, RIGHT), p, 0.0)
             if seed_ptr is not None:
                 if CHECK and tiles_ptr is not None:
                     if many > 1:
@@ -197,7 +213,11 @@ def _dq_tile(
     # 3. scale and write
     finite = all_finite(dq)
     dq_ptr += batch64 * dq_batch + (token + first) * dq_token + head64 * dq_head
-    dq = round_to(dq * (scale * keep_scale), dq_ptr.dtype.element_ty)
+    dq = dq * (scale * keep_scale)
+    if cos_ptr is not None:
+        position = positions(cu_ptr, tiles_ptr, batch, start, many, rows)
+        dq = rotated_back(dq, position, row_inside, cos_ptr, sin_ptr, D)
+    dq = round_to(dq, dq_ptr.dtype.element_ty)
     dq_offsets = tile_rows[:, None] * dq_token + columns[None, :]
     store_tile(dq_ptr, dq_offsets, dq, row_inside, columns, D, BLOCK_D)
     return finite
@@ -217,6 +237,9 @@ def attention_bwd_dq_kernel(
     cu_ptr,  # first token of each sequence, or None: padded
     tiles_ptr,  # the plan's list, or None
     seed_ptr,  # one int64, or None without dropout
+    cos_ptr,  # rotary positions' tables, where q and k are rotated; or None
+    sin_ptr,
+    bias_ptr,  # (heads, 2 * reach + 1), or None
     dout_batch,  # strides in elements: from sequence to sequence (0 if packed), token, head
     dout_token,
     dout_head,
@@ -235,6 +258,7 @@ def attention_bwd_dq_kernel(
     dq_batch,
     dq_token,
     dq_head,
+    bias_head,  # 1 without a bias
     mask_batch,
     lse_batch,
     lse_head,
@@ -254,6 +278,8 @@ def attention_bwd_dq_kernel(
     PARTS: tl.constexpr,  # programs for a plan's tile
     TF32: tl.constexpr,
     STAGES: tl.constexpr,
+    LEFT: tl.constexpr,  # keys to the sides that a query sees, or None: all
+    RIGHT: tl.constexpr,
 ):
     # 1. where this tile lies; low and high bound the keys that count
     batch, head, first, start, length, many = find_tile(
@@ -273,11 +299,13 @@ def attention_bwd_dq_kernel(
     # 2. the tile, and once more what another's NaN has spoilt
     finite = _dq_tile(
         *(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, cu_ptr),
-        *(tiles_ptr, seed_ptr, dout_batch, dout_token, dout_head, q_batch, q_token, q_head),
+        *(tiles_ptr, seed_ptr, cos_ptr, sin_ptr, bias_ptr),
+        *(dout_batch, dout_token, dout_head, q_batch, q_token, q_head),
         *(k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token, out_head),
-        *(dq_batch, dq_token, dq_head, lse_batch, lse_head, heads, scale, scale_log2, site),
+        *(dq_batch, dq_token, dq_head, bias_head),
+        *(lse_batch, lse_head, heads, scale, scale_log2, site),
         *(threshold, keep_scale, batch, head, first, start, length, many, low, high, solid),
-        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, LEFT, RIGHT),
         WINDOW=False,
     )
     if tiles_ptr is not None:
@@ -288,11 +316,24 @@ def attention_bwd_dq_kernel(
                 end = tl.load(cu_ptr + batch + index + 1) - start
                 _dq_tile(
                     *(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr),
-                    *(cu_ptr, tiles_ptr, seed_ptr, dout_batch, dout_token, dout_head, q_batch),
+                    *(cu_ptr, tiles_ptr, seed_ptr, cos_ptr, sin_ptr, bias_ptr),
+                    *(dout_batch, dout_token, dout_head, q_batch),
                     *(q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
-                    *(out_batch, out_token, out_head, dq_batch, dq_token, dq_head, lse_batch),
-                    *(lse_head, heads, scale, scale_log2, site, threshold, keep_scale, batch, head),
+                    *(out_batch, out_token, out_head, dq_batch, dq_token, dq_head, bias_head),
+                    *(
+                        lse_batch,
+                        lse_head,
+                        heads,
+                        scale,
+                        scale_log2,
+                        site,
+                        threshold,
+                        keep_scale,
+                        batch,
+                        head,
+                    ),
                     *(first, start, length, many, low, high, solid),
                     *(begin, end, zero, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES),
+                    *(LEFT, RIGHT),
                     WINDOW=True,
                 )

@@ -37,6 +37,7 @@ from .triton_core import (
     zero_unknown_to_the_compiler,
 )
 from .triton_dropout import keep_each, keep_tile
+from .triton_scores import bias_log2, in_window
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def _forward_tile(
     cu_ptr,
     tiles_ptr,
     seed_ptr,
+    bias_ptr,
     q_batch,
     q_token,
     q_head,
@@ -62,6 +64,7 @@ def _forward_tile(
     out_batch,
     out_token,
     out_head,
+    bias_head,
     lse_batch,
     lse_head,
     heads,
@@ -89,6 +92,8 @@ def _forward_tile(
     TF32: tl.constexpr,
     STAGES: tl.constexpr,
     SINGLE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Does the tile, or of a shared one a sequence; says whether all its sums are finite."""
@@ -119,8 +124,8 @@ def _forward_tile(
         row_which, row_origin = segments(cu_ptr, batch, start, many, rows)
 
     # 2. over the keys: blocks in which every key counts for every query, then the rest, in smaller
-    # steps, as most of the last block may be beyond the sequence's end. With a gap in the key_mask
-    # all is the rest.
+    # steps, as most of the last block may be beyond the sequence's end. With a gap in the key_mask,
+    # or a window, all is the rest.
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -128,13 +133,16 @@ def _forward_tile(
         seed = tl.load(seed_ptr)
     # One loop for float32, whose products are what takes time; two would spill.
     FLOAT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    ALL_CHECKED: tl.constexpr = SINGLE or FLOAT
+    ALL_CHECKED: tl.constexpr = SINGLE or FLOAT or LEFT is not None
     STEPS: tl.constexpr = (BLOCK_N, BLOCK_N if ALL_CHECKED else BLOCK_T)
     full = low
     if not ALL_CHECKED:
         full = low + (solid - low) // BLOCK_N * BLOCK_N
         if tiles_ptr is not None:
             full = tl.where(many > 1, 0, full)
+    if LEFT is not None:
+        full = low + tl.maximum(first - LEFT - low, 0) // BLOCK_N * BLOCK_N
+        high = tl.minimum(high, first + BLOCK_M + RIGHT)
     for CHECK in tl.static_range(1 if ALL_CHECKED or WINDOW else 0, 2):
         from_key = full if CHECK else low
         to_key = high if CHECK else full
@@ -154,6 +162,8 @@ def _forward_tile(
             k_block = k_ptr + wide(j0) * k_token
             k = load_tile(k_block, k_offsets, on, columns, D, BLOCK_D, CHECK)
             scores = product(q, operand(k), PRECISION)
+            if bias_ptr is not None:
+                scores = scores * scale_log2 + bias_log2(bias_ptr, bias_head, head, rows, keys)
             key_which = tl.zeros_like(keys)
             key_origin = tl.zeros_like(keys)
             if CHECK:
@@ -163,12 +173,21 @@ def _forward_tile(
                         key_which, key_origin = segments(cu_ptr, batch, start, many, keys)
                         same = row_which[:, None] == key_which[None, :]
                         scores = tl.where(same, scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+                if LEFT is not None:
+                    seen = in_window(rows, keys, LEFT, RIGHT)
+                    scores = tl.where(seen, scores, float("-inf"))
+            if bias_ptr is None:
+                m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+            else:
+                m_new = tl.maximum(m, tl.max(scores, axis=1))
             m_used = m_new
             if CHECK:
                 # A row that has seen no key yet is all -inf: any finite m serves it.
                 m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(scores * scale_log2 - m_used[:, None])
+            if bias_ptr is None:
+                p = tl.exp2(scores * scale_log2 - m_used[:, None])
+            else:
+                p = tl.exp2(scores - m_used[:, None])
             if SINGLE:
                 l = tl.sum(p, axis=1)  # noqa: E741
             else:
@@ -239,6 +258,7 @@ def attention_fwd_kernel(
     cu_ptr,  # first token of each sequence, or None: padded
     tiles_ptr,  # the plan's list, or None
     seed_ptr,  # one int64, or None without dropout
+    bias_ptr,  # (heads, 2 * reach + 1), or None
     q_batch,  # strides in elements: from sequence to sequence (0 if packed), token, head
     q_token,
     q_head,
@@ -251,6 +271,7 @@ def attention_fwd_kernel(
     out_batch,
     out_token,
     out_head,
+    bias_head,  # 1 without a bias
     mask_batch,
     lse_batch,
     lse_head,
@@ -270,6 +291,8 @@ def attention_fwd_kernel(
     TF32: tl.constexpr,
     STAGES: tl.constexpr,
     SINGLE: tl.constexpr,  # one block holds all keys
+    LEFT: tl.constexpr,  # keys to the sides that a query sees, or None: all
+    RIGHT: tl.constexpr,
 ):
     # 1. where this tile lies; low and high bound the keys that count
     batch, head, first, start, length, many = find_tile(
@@ -290,10 +313,12 @@ def attention_fwd_kernel(
     # 2. the tile, and once more what another's NaN has spoilt
     finite = _forward_tile(
         *(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, cu_ptr, tiles_ptr, seed_ptr),
+        *(bias_ptr,),
         *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
-        *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
+        *(out_batch, out_token, out_head, bias_head),
+        *(lse_batch, lse_head, heads, scale_log2, site),
         *(threshold, keep_scale, batch, head, first, start, length, many, low, high, solid),
-        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
+        *(0, 0, 0, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE, LEFT, RIGHT),
         WINDOW=False,
     )
     if tiles_ptr is not None:
@@ -304,10 +329,12 @@ def attention_fwd_kernel(
                 end = tl.load(cu_ptr + batch + index + 1) - start
                 _forward_tile(
                     *(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, cu_ptr, tiles_ptr, seed_ptr),
+                    *(bias_ptr,),
                     *(q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head),
-                    *(out_batch, out_token, out_head, lse_batch, lse_head, heads, scale_log2, site),
+                    *(out_batch, out_token, out_head, bias_head),
+                    *(lse_batch, lse_head, heads, scale_log2, site),
                     *(threshold, keep_scale, batch, head, first, start, length, many),
                     *(low, high, solid, begin, end, zero),
-                    *(D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE),
+                    *(D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_T, TF32, STAGES, SINGLE, LEFT, RIGHT),
                     WINDOW=True,
                 )
