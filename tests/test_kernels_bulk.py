@@ -40,6 +40,23 @@ def test_a_turn_by_bulk_copies():
     assert found(PRODUCT, without) is None
 
 
+def test_what_one_of_the_warps_starts_counts_by_its_share():
+    """Two warps of 16 x 16 sums; one of them starts the copies, by three instructions."""
+    lines = (
+        ".L_x_1",
+        "HMMA.16816.F32.BF16 R12, R8, R20, R12",
+        "HMMA.16816.F32.BF16 R16, R8, R22, R16",
+        "@P0 BRA `(.L_x_2)",
+        *("ELECT P1, URZ, PT", "UTMALDG.2D [UR12], [UR8]", "UTMALDG.2D [UR16], [UR4]"),
+        ".L_x_2",
+        "@P4 BRA `(.L_x_1)",
+        "EXIT",
+    )
+    work = Work(32, 16, 16, products=((32, 16),), streamed=16)
+    path = found(work, lines, threads=64)
+    assert (path.instructions, path.loads) == (round((4 + 3 / 2) / 8, 2), 2)
+
+
 def test_a_wait_that_stands_apart_makes_no_loop():
     (code,) = sass.parse("\n".join([".text.one:", *listing(*BULK)])).values()
     assert code.loop.instructions == 7 and not code.loop.loop

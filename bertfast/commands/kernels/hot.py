@@ -10,14 +10,17 @@ instructions that does the work of such a turn:
 So a path that leaves out a product, or does one twice, isn't taken for it, nor is a last turn,
 which loads nothing. Where no path has this work, `bertfast kernels` fails.
 
+Bulk copies are started by one of a block's warps. Where that warp multiplies as well, the others'
+turns, without it, count for as many as there are.
+
 Of a product whose sums are used when its loop is done, what is outside the loop is counted too: on
 the cheapest path through the kernel that passes the loop and writes all outputs.
 """
 
 import functools
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...ops.aot import Work
@@ -100,8 +103,18 @@ def find(flow: Flow, work: Work, threads: int, loop: bool) -> Hot | None:
     if not turns:
         return None
     start = min(turns, key=lambda start: sum(times for _, times in turns[start]))
+    turn = turns[start]
+    average: Sequence[tuple[Instruction, float]] = turn
+    if bulk and not tcgen05 and any(one.base == "UTMALDG" for one, _ in turn):
+        path = flow.cheapest(start, done, (products, 0, draws, scalings), work.turns)
+        assert path is not None  # as there is one that does more
+        others = [(one, times) for block, times in path for one in flow.instructions_of(block)]
+        average = [
+            *((one, times / warps) for one, times in turn),
+            *((one, times * (warps - 1) / warps) for one, times in others),
+        ]
     outside = _outside(flow, start, work, warps, tcgen05) if work.outputs else None
-    return _figures(turns[start], work, warps, is_loop, tcgen05, bulk, outside)
+    return _figures(turn, average, work, warps, is_loop, tcgen05, bulk, outside)
 
 
 def _outside(flow: Flow, start: int | None, work: Work, warps: int, tcgen05: bool) -> float | None:
@@ -139,6 +152,7 @@ def _is_philoxs(one: Instruction) -> bool:
 
 def _figures(
     turn: list[tuple[Instruction, int]],
+    average: Sequence[tuple[Instruction, float]],
     work: Work,
     warps: int,
     is_loop: bool,
@@ -149,13 +163,12 @@ def _figures(
     lanes = 32 * warps / (work.rows * work.columns)
 
     def total(figure: Callable[[Instruction], float]) -> float:
-        return sum(times * figure(one) for one, times in turn)
+        return sum(times * figure(one) for one, times in average)
 
-    by_pipe: Counter[str] = Counter()
-    for one, times in turn:
+    by_pipe: defaultdict[str, float] = defaultdict(float)
+    macs: defaultdict[str, float] = defaultdict(float)
+    for one, times in average:
         by_pipe[pipes.pipe(one)] += times
-    macs: Counter[str] = Counter()
-    for one, times in turn:
         if one.base in _MULTIPLIES_BY:
             macs[_MULTIPLIES_BY[one.base]] += times * pipes.multiply_adds(one)
     loads = [one for one, _ in turn if one.base in ("LDG", "LDGSTS", "UTMALDG")]

@@ -48,6 +48,31 @@ def _forward_double(dtype: str, head_dim: int, dropout: bool) -> Case:
     )
 
 
+def _forward_bulk(dtype: str, head_dim: int, dropout: bool) -> Case:
+    """Two warpgroups' queries, four stages of keys and values, barriers and what lies beside. Of
+    heads that are no whole 64 columns a copy has zeros too."""
+    rows, keys, stages = 2 * ROWS, 64, 4
+    columns = 128 if head_dim > 64 else head_dim
+    tiles = (rows + stages * 2 * keys) * 2 * columns
+    work = Work(
+        *(rows, keys, head_dim, ((rows, head_dim),) * 2),
+        streamed=keys,
+        dropout=dropout,
+        scales=True,
+        wgmma=True,
+    )
+    return Case(
+        f"D {head_dim}, {rows} x {keys}" + ", dropout" * dropout,
+        dtype,
+        threads=2 * 32 * WARPS,
+        elements=None,  # its longest loop isn't the main one
+        loop=True,
+        dynamic_shared=tiles + 64 + 2 * stages * 8 + 2 * 16 + 8 * 32 * WARPS,
+        work=work,
+        capability=90,
+    )
+
+
 def _dq_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
     return _tiles((dtype, head_dim, dropout), 3, 64, 32)
 
@@ -133,6 +158,7 @@ def _tiles(
 _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_forward_kernel": _forward_tiles,
     "attention_forward_double_kernel": _forward_double,
+    "attention_forward_bulk_kernel": _forward_bulk,
     "attention_backward_dq_kernel": _dq_tiles,
     "attention_backward_dkv_kernel": _dkv_tiles,
     "attention_backward_dq_bulk_kernel": _dq_bulk,

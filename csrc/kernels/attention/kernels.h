@@ -20,4 +20,9 @@ bool fits_bulk_backward(const AttentionBackward&);
 cudaError_t launch_dq_bulk(const AttentionBackward&, DType, Stream);
 cudaError_t launch_dkv_bulk(const AttentionBackward&, DType, Stream);
 
+// By bulk copies and wgmma, of 128 queries a block, where it takes the call: on Hopper, sequences
+// of more than 128 tokens whose heads bulk copies can find.
+bool forward_bulk_takes(const AttentionForward&, const Gpu&);
+cudaError_t launch_forward_bulk(const AttentionForward&, DType, Stream);
+
 }  // namespace bertfast
