@@ -74,6 +74,13 @@ def test_question_answering_keeps_its_padding():
     close(model, stock, inputs)
 
 
+def test_a_reranker_that_pools_by_the_mean():
+    stock, model = both("ModernBertForSequenceClassification", classifier_pooling="mean")
+    inputs = batch()
+    assert packs(model, inputs)
+    torch.testing.assert_close(model(**inputs)[0], stock(**inputs)[0], rtol=0, atol=HIDDEN_ATOL)
+
+
 def test_masks_by_kind_run_the_original_code():
     stock, model = both()
     inputs = batch()

@@ -44,6 +44,23 @@ def test_positions_that_count_tokens_are_known_and_others_are_not(prefix):
 
 
 @each_family
+def test_packed_by_the_caller_with_each_layers_output(prefix):
+    """The first sequence is not the longest, and so its positions are not all that there are."""
+    stock, model = both(prefix)
+    texts = [torch.randint(5, 90, (n,)) for n in (3, 20)]
+    bounds = torch.tensor([0, 3, 23], dtype=torch.int32)
+    ids = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    given = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, output_hidden_states=True)
+    for positions in ({}, {"position_ids": ids}):
+        packed = model(torch.cat(texts)[None], **given, **positions).hidden_states
+        for start, text in zip((0, 3), texts, strict=True):
+            expected = stock(text[None], output_hidden_states=True).hidden_states
+            for got, right in zip(packed, expected, strict=True):
+                part = got[0, start : start + len(text)]
+                torch.testing.assert_close(part, right[0], rtol=1e-5, atol=1e-5)
+
+
+@each_family
 def test_masked_tokens_between_others(prefix):
     """Without them those around would come nearer to each other."""
     stock, model = both(prefix)

@@ -58,6 +58,13 @@ class Model(model.Model):
         x."""
         return self.rotary_module()(x, torch.arange(longest, device=x.device)[None], *kind)
 
+    def before_packing(self, arguments: dict) -> None:
+        super().before_packing(arguments)
+        if self.rotary_module() is not None:
+            # They are known to be those that the model makes without them. Its tables then hold
+            # the positions from 0 on, whichever sequence comes first.
+            arguments["position_ids"] = None
+
     @classmethod
     def missing(cls, original: type) -> str | None:
         name = _rotary_name(original)

@@ -55,8 +55,7 @@ class Model(rotary.Model, bert.Model):
             names = ("input_ids", "attention_mask", "position_ids")
             given = {name: arguments.pop(name, None) for name in names}
             arguments["inputs_embeds"] = self.embeddings(**given)
-        if self.rotary_module() is not None:
-            arguments["position_ids"] = None  # they are those that the model takes without
+        super().before_packing(arguments)
 
 
 class Head(heads.Roberta):
