@@ -10,6 +10,10 @@ from support.guard import run_guarded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast.ops import attention, attention_qkv, bucket_bias, dispatch
+from bertfast.ops.attention import run
+from bertfast.ops.attention.scores import Scores
+from bertfast.ops.dropout import NO_DROPOUT
+from bertfast.packing.sequences import Sequences
 from bertfast.testing import attention as table
 from bertfast.testing import compare, hold_to_budget, positions, worst
 from bertfast.testing.attention import Case
@@ -174,6 +178,27 @@ def test_what_is_outside_the_window_is_not_read(target, need):
     spoilt[:, 128:] = torch.nan
     out = attention(q, k, spoilt, window=(20, 20), backend=target[0])
     assert torch.equal(out[:, :44], want[:, :44])
+
+
+def test_tables_may_lie_anyhow(target, need):
+    """Here as columns of wider ones, as a model's own are, for a layer's node too."""
+    case = Case((20,), rotary=True, reach=2)
+    need_features(case, target, torch.float16, need)
+    inputs = table.make_inputs(case, torch.float16)
+    heads = run.Heads(*(inputs[name].to(target[1]) for name in table.NAMES))
+    cos, sin = (each.to(target[1]) for each in inputs["rotary"])
+    bias = inputs["distance_bias"].to(target[1])
+    found = []
+    for tables in (
+        (cos, sin, bias),
+        (torch.cat((t, t), -1)[:, : t.shape[1]] for t in (cos, sin, bias)),
+    ):
+        call = (Sequences(), Scores(0.25, *tables), NO_DROPOUT, target[0])
+        saved = run.forward(heads, *call, True)
+        grads, dbias = run.backward(saved.out, heads, saved, *call, True)
+        found.append((saved.out, *grads, dbias))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_registered_ops(target, need, finest):

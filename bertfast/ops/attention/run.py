@@ -15,7 +15,7 @@ from .. import dispatch
 from ..dropout import Dropout
 from ..registration import empty
 from . import limits
-from .scores import Scores
+from .scores import Scores, dense
 
 
 class Heads(NamedTuple):
@@ -53,7 +53,7 @@ def forward(
     if saved.out.numel():
         module = dispatch.backend_module("attention", backend)
         sequences = _in_few_programs(sequences, saved.out)
-        module.forward(_dense_heads(heads), sequences, scores, dropout, *saved)
+        module.forward(_dense_heads(heads), sequences, dense(scores), dropout, *saved)
     return saved
 
 
@@ -75,8 +75,8 @@ def backward(
     if dout.numel():
         module = dispatch.backend_module("attention", backend)
         sequences = _in_few_programs(sequences, dout)
-        dense = _dense_heads(heads)
-        module.backward(_dense(dout), dense, saved, sequences, scores, dropout, grads, bias)
+        rest = (sequences, dense(scores), dropout, grads, bias)
+        module.backward(_dense(dout), _dense_heads(heads), saved, *rest)
     return grads, bias
 
 

@@ -21,7 +21,7 @@ NO_LIMIT = 2**30  # keys to a side of a query: more than any sequence has
 
 
 class Scores(NamedTuple):
-    """All that makes a score but q and k themselves. All tensors are dense."""
+    """All that makes a score but q and k themselves."""
 
     scale: float
     cos: torch.Tensor | None = None  # float32 (positions, head_dim // 2)
@@ -55,9 +55,15 @@ def restored(scale: float, parts: tuple) -> Scores:
     """The scores whose parts went through a registered op one by one."""
     if not parts:
         return Scores(scale)
-    given = Scores(*(scale, *parts))  # the dispatcher leaves out what is the default at the end
-    cos, sin, bias = (None if table is None else table.contiguous() for table in given[1:4])
-    return Scores(scale, cos, sin, bias, given.left, given.right)
+    return Scores(*(scale, *parts))  # the dispatcher leaves out what is the default at the end
+
+
+def dense(scores: Scores) -> Scores:
+    """The scores with dense tables, as kernels read them."""
+    if scores.cos is None and scores.bias is None:
+        return scores
+    cos, sin, bias = (None if table is None else table.contiguous() for table in scores[1:4])
+    return scores._replace(cos=cos, sin=sin, bias=bias)
 
 
 class Block(NamedTuple):
