@@ -119,8 +119,9 @@ def test_gradients_by_each_backend(prefix, backend):
     same(numbers(model, inputs, real), numbers(stock, inputs, real), rtol=1e-4)
     assert packs(model, inputs)
     nodes = {"_AttentionBlockBackward", "_MlpBlockBackward"} & nodes_of(model(**inputs)[0])
-    as_nodes = backend == "triton" and not model.encoder_layers()[0].parts().norm_first
-    assert len(nodes) == (2 if as_nodes else 0)
+    # ModernBERT's first layer has no LayerNorm before its attention, which is then composed.
+    readable = isinstance(model.encoder_layers()[0].parts().attention_norm, torch.nn.LayerNorm)
+    assert len(nodes) == (1 + readable if backend == "triton" else 0)
 
 
 def _missing(prefix, backend):

@@ -1,5 +1,5 @@
 """The blocks of a layer by the ops, which autograd composes: wherever a module has to be called,
-where something traces or transforms, on torch's backend, and for pre-norm layers."""
+where something traces or transforms, and on torch's backend."""
 
 import math
 from collections.abc import Sequence
@@ -34,13 +34,18 @@ class Composed:
         return self.linear_norm(h, now.down, now.down_norm, now.down_dropout, x, AFTER_MLP)
 
     def pre_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sums are torch's: layer_norm, which could make them, returns only its norm,
-        and here the sum itself is needed too."""
+        """The residual sums are torch's, or oneDNN's."""
+        x = self.attention_sum(x)
+        return self.mlp_sum(x, self.norm(self.now.down_norm, x))
+
+    def attention_sum(self, x: torch.Tensor) -> torch.Tensor:
         now = self.now
         context = self.attention(self.norm(now.attention_norm, x))
-        x = self.linear_add(now.attention_output, context, x, now.attention_output_dropout)
-        h = self.activated(self.norm(now.down_norm, x))
-        return self.linear_add(now.down, h, x, now.down_dropout)
+        return self.linear_add(now.attention_output, context, x, now.attention_output_dropout)
+
+    def mlp_sum(self, x: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
+        h = self.activated(normalised)
+        return self.linear_add(self.now.down, h, x, self.now.down_dropout)
 
     def linear(self, linear: Weights | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         if type(linear) is not Weights:

@@ -40,9 +40,9 @@ __all__ = ["Call", "Parts", "Positions", "for_layers", "run_layer"]
 def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     """x is (rows, length, width), or packed (1, tokens, width)."""
     layer = Composed(parts, read(parts, call.batch.clean), call)
-    if parts.norm_first:
-        return layer.pre_norm(x)
     place = _place(x, call)
+    if parts.norm_first:
+        return layer.pre_norm(x) if place is None else _pre_norm(layer, place, x)
     if place is None:
         return layer.mlp_block(layer.attention_block(x))
     copies = call.batch.copies
@@ -84,6 +84,18 @@ class Place(NamedTuple):
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
+def _pre_norm(layer: Composed, place: Place, x: torch.Tensor) -> torch.Tensor:
+    attended = _attention_node(layer, place, Given(x))
+    if attended is None:
+        sum_ = layer.attention_sum(x)
+        attended = Given(layer.norm(layer.now.down_norm, sum_), z=sum_)
+    made = _mlp_node(layer, place, attended)
+    if made is not None:
+        return made.y
+    assert attended.z is not None
+    return layer.mlp_sum(attended.z, attended.y)
+
+
 def _place(x: torch.Tensor, call: Call) -> Place | None:
     """None where no block can be a node: something traces or transforms, or torch does the work."""
     if tracing.only_reference() or not tracing.plain_call(x) or x.ndim != 3:
@@ -100,7 +112,8 @@ def _place(x: torch.Tensor, call: Call) -> Place | None:
 def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None:
     """The attention block as one node; None where the ops have to compose it."""
     parts, now, call = layer.parts, layer.now, layer.call
-    norm, out = now.attention_norm, now.attention_output
+    out, before = now.attention_output, now.attention_norm if parts.norm_first else None
+    norm = now.attention_norm if before is None else now.down_norm
     drop, qkv = now.attention_output_dropout, now.qkv
     if type(out) is not Weights or type(norm) is not Norm or type(drop) is not float:
         return None
@@ -115,8 +128,11 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
     bias, positions = call.positions.distance_bias, call.positions
     if bias is not None:
         positions = positions._replace(distance_bias=None)
-    p = attention_block.Parameters(*out, norm.weight, norm.bias, bias, weights, biases)
-    if not place.holds(_given((*p[:5], *weights, *biases))):
+    if before is not None and type(before) is not Norm:
+        return None
+    first = () if before is None else before[:2]
+    p = attention_block.Parameters(*out, norm.weight, norm.bias, bias, weights, biases, first)
+    if not place.holds(_given((*p[:5], *weights, *biases, *first))):
         return None
     attention, norms = _attention_backends(layer, place)
     if attention == "torch" or norms == "torch":
@@ -128,6 +144,7 @@ def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None
         drops.of(x, parts.attention_dropout, ATTENTION),
         drops.of(x, drop, AFTER_ATTENTION, batch.index),
         *(call.joined, place.cast, attention, norms, positions),
+        None if before is None else before.eps,
     )
     return attention_block.attention_block(node, given, p)
 
@@ -162,7 +179,8 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     if len(read_up) < len(up) or (len(up) > 1 and not same_form(up)) or type(down) is not Weights:
         return None
     weights, biases = tuple(part.weight for part in read_up), _given(p.bias for p in read_up)
-    p = mlp_block.Parameters(down.weight, down.bias, norm.weight, norm.bias, weights, biases)
+    last, last_bias = (None, None) if parts.norm_first else (norm.weight, norm.bias)
+    p = mlp_block.Parameters(down.weight, down.bias, last, last_bias, weights, biases)
     if not place.holds(_given((*p[:4], *p.up, *biases))):
         return None
     case = (place.device, place.products)
@@ -175,9 +193,9 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
     if gelu.gelu == "torch" or norms == "torch":
         return None
-    before = norm if given.z is None else now.attention_norm
+    before = norm if given.z is None or parts.norm_first else now.attention_norm
     node = mlp_block.Call(
-        norm.eps,
+        None if parts.norm_first else norm.eps,
         parts.approximate == "tanh",
         layer.dropouts.of(given.y, drop, AFTER_MLP, call.batch.index),
         *(place.cast, call.recompute, gelu, norms, before.eps, activation, joined),

@@ -1,4 +1,4 @@
-"""The MLP block of a post-norm layer as one autograd node, its backward beside its forward.
+"""The MLP block of a layer as one autograd node, its backward beside its forward. Post-norm:
 
     u = x Wu^T,  h = gelu(u + bu)                           dx = dz + du Wu
     y = LayerNorm(z),  z = dropout(d + bd) + x,  d = h Wd^T     dh = dd Wd
@@ -7,9 +7,12 @@ dz and dd come out of LayerNorm's backward: dd is dz through the dropout. The su
 gradients is made by the product that makes the second of them. Of a gated MLP u has two halves, and
 h = act(u1 + bu1) * (u2 + bu2).
 
+Pre-norm: the block before gives both its sum s and x, which is s normalised. y = dropout(d + bd) +
+s is not; the gradients of s and x are two, which that block's backward adds.
+
 Saved: u, h, z and LayerNorm's statistics; 9 units of tokens x width, 5 with `recompute`, which
 makes h again. x is made again of what the attention block has saved of its own LayerNorm, if it ran
-as a node; else it is saved.
+as a node; else it is saved. Pre-norm: u and h, and always s.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from ..ops.gated import registered as gated_op
 from ..ops.gated import run as gated
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
-from ..ops.layer_norm.run import Kept, Norm, Saved, Wanted
+from ..ops.layer_norm.run import NOTHING_SAVED, Kept, Norm, Saved, Wanted
 from ..ops.linear import registered as linear_gelu_op
 from ..ops.linear import run as linear_gelu
 from ..ops.registration import any_requires_grad, fast_apply
@@ -37,7 +40,7 @@ from .joined import JoinedWeights
 class Call(NamedTuple):
     """All that the block is told besides tensors with gradients."""
 
-    eps: float
+    eps: float | None  # None: pre-norm
     tanh: bool  # of the GELU
     dropout: Dropout
     cast: torch.dtype | None  # of the products, under autocast
@@ -52,7 +55,7 @@ class Call(NamedTuple):
 class Parameters(NamedTuple):
     down: torch.Tensor
     down_bias: torch.Tensor | None
-    norm: torch.Tensor
+    norm: torch.Tensor | None  # None: pre-norm
     norm_bias: torch.Tensor | None
     up: tuple[torch.Tensor, ...]  # one weight, or of a gated MLP gate and up
     up_biases: tuple[torch.Tensor, ...]  # as many, or none
@@ -64,8 +67,9 @@ def mlp_block(
     """given: by the block before, at least its output. norm_before: weight and bias of its
     LayerNorm, if it gave more than that."""
     x, copy = given.y, given.copy
-    if not any_requires_grad(x, *p[:4], *p.up, *p.up_biases):
-        outs = _forward(call, x, copy, p, save=False)[0]
+    if not any_requires_grad(x, given.z, *p[:4], *p.up, *p.up_biases):
+        residual = x if call.eps is not None else given.z
+        outs = _forward(call, x, residual, copy, p, save=False)[0]
         return Given(outs.y, outs.copy)
     made_of = () if given.z is None else (*given[2:], *norm_before)
     counts = len(p.up), len(p.up_biases)
@@ -73,7 +77,12 @@ def mlp_block(
 
 
 def _forward(
-    call: Call, x: torch.Tensor, copy: torch.Tensor | None, p: Parameters, save: bool
+    call: Call,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    copy: torch.Tensor | None,
+    p: Parameters,
+    save: bool,
 ) -> tuple:
     # 1. up, with the activation
     up, up_bias = call.joined.of(p.up, p.up_biases)
@@ -90,9 +99,12 @@ def _forward(
     d = products.product(h, down, None).view(x.shape)
     if call.recompute:
         h = None
-    norm = Norm(p.norm, p.norm_bias, call.eps)
-    keeps = Kept(save, copy=call.cast is not None)
-    outs = layer_norm.forward(d, norm, p.down_bias, x, call.dropout, call.norm_backend, keeps)
+    norm = None
+    if p.norm is not None and call.eps is not None:
+        norm = Norm(p.norm, p.norm_bias, call.eps)
+    keeps = Kept(save and norm is not None, copy=call.cast is not None and norm is not None)
+    added = p.down_bias, residual
+    outs = layer_norm.forward(d, norm, *added, call.dropout, call.norm_backend, keeps)
     if not save:
         return (outs,)
     # A concatenation isn't saved, but made again: `joined` may have had to make one.
@@ -119,7 +131,8 @@ class _MlpBlock(torch.autograd.Function):
         )
         down, down_bias, norm, norm_bias = given[:4]
         p = Parameters(down, down_bias, norm, norm_bias, ups, up_biases)
-        outs, rows, u, h, *made = _forward(call, x, copy, p, save=True)
+        residual = x if norm is not None else made_of[0]
+        outs, rows, u, h, *made = _forward(call, x, residual, copy, p, save=True)
         # The parameters of joined weights are saved too, as in attention_block.py.
         joined = (*ups, *up_biases) if weights > 1 else ()
         ctx.save_for_backward(
@@ -134,7 +147,8 @@ class _MlpBlock(torch.autograd.Function):
         # rstd is an output for what it is saved as: by it a second derivative finds x.
         if outs.copy is not None:
             ctx.mark_non_differentiable(outs.copy)
-        return outs.y, outs.copy, outs.rstd
+        # Pre-norm nothing is normalised, and u is the output.
+        return outs.y, outs.copy, u if norm is None else outs.rstd
 
     @staticmethod
     @derivatives.first_only
@@ -158,6 +172,7 @@ class _MlpBlock(torch.autograd.Function):
         saved.clear()
         need_x, need_down, need_down_bias, need_norm, need_norm_bias = ctx.needs_input_grad[3:8]
         needs_up = ctx.needs_input_grad[8 : 8 + weights + biases]
+        need_z = any(ctx.needs_input_grad[8 + weights + biases :][:1])
         need_up, need_up_bias = any(needs_up[:weights]), any(needs_up[weights:])
         below_gelu = need_x or need_up or need_up_bias
         need_dd = below_gelu or need_down
@@ -166,20 +181,31 @@ class _MlpBlock(torch.autograd.Function):
 
         # 1. LayerNorm, dropout and the bias of `down`
         same = not call.dropout.threshold and call.cast is None  # then dd is dz
-        dz, dd, dnorm, dnorm_bias, ddown_bias = norm_backward(
-            *(dy, None, Saved(z, mean, rstd), norm, call.dropout),
-            Wanted(
-                need_x or (same and need_dd),
-                down.dtype if need_dd and not same else None,
-                need_norm or need_norm_bias,
-                need_down_bias,
-                norm_bias is not None,
-            ),
-            call.norm_backend,
-        )
+        wanted_dd = down.dtype if need_dd and not same else None
+        if norm is not None:
+            dz, dd, dnorm, dnorm_bias, ddown_bias = norm_backward(
+                *(dy, None, Saved(z, mean, rstd), norm, call.dropout),
+                Wanted(
+                    need_x or (same and need_dd),
+                    wanted_dd,
+                    need_norm or need_norm_bias,
+                    need_down_bias,
+                    norm_bias is not None,
+                ),
+                call.norm_backend,
+            )
+        else:
+            dz, dd, dnorm, dnorm_bias, ddown_bias = dy, None, None, None, None
+            if wanted_dd is not None or need_down_bias:
+                _, dd, _, _, ddown_bias = norm_backward(
+                    *(dy, None, NOTHING_SAVED, None, call.dropout),
+                    Wanted(False, wanted_dd, False, need_down_bias),
+                    call.norm_backend,
+                )
+        dresidual = dz
         del z, dy
         if need_dd:
-            dd = (dz if same else dd).view(-1, width)
+            dd = (dz if same else dd).reshape(-1, width)
 
         # 2. the product down
         if need_down:
@@ -206,7 +232,10 @@ class _MlpBlock(torch.autograd.Function):
             if need_x:
                 if up is None:
                     up = call.joined.weight_of(tuple(joined[:weights]))
-                dx = products.add_product(dz.view(-1, width), du, up).view(ctx.shape)
+                if norm is not None:
+                    dx = products.add_product(dz.view(-1, width), du, up).view(ctx.shape)
+                else:
+                    dx = (du @ up).to(dz.dtype).view(ctx.shape)
             if dup_bias is not None:
                 dup_bias = dup_bias.to(ctx.dtypes[1])
         grads = (*products.parts(dup, weights), *products.parts(dup_bias, biases))
@@ -215,7 +244,8 @@ class _MlpBlock(torch.autograd.Function):
             dnorm if need_norm else None,
             dnorm_bias if need_norm_bias else None,
             *(g if n else None for g, n in zip(grads, needs_up, strict=True)),
-            *(None,) * len(made_of),
+            *((dresidual if norm is None and need_z else None,) if made_of else ()),
+            *(None,) * (len(made_of) - 1),
         )
 
 

@@ -3,15 +3,28 @@
 import torch
 
 from bertfast.nn import EncoderLayer
+from bertfast.nn.bert import bert_parts
+from bertfast.nn.layer import Call, run_layer
 from bertfast.packing.batch import Batch, pack
 
 WIDTH, HEADS, INNER, ROWS, LENGTH = 32, 2, 64, 3, 10
 LENGTHS = (10, 4, 7)
 
 
-def make(backend, dropout=0.0, dtype=torch.bfloat16, **options) -> EncoderLayer:
+class PreNorm(EncoderLayer):
+    """Each norm in front of its block."""
+
+    def forward(self, x, batch=None):
+        norms = self.attention.output.LayerNorm, self.output.LayerNorm
+        call = Call(
+            batch or Batch(), self._joined, self.training, self.backend, self.recompute, id(self)
+        )
+        return run_layer(bert_parts(self, norms), x, call)
+
+
+def make(backend, dropout=0.0, dtype=torch.bfloat16, kind=EncoderLayer, **options) -> EncoderLayer:
     torch.manual_seed(1)
-    made = EncoderLayer(
+    made = kind(
         *(WIDTH, HEADS, INNER),
         **dict(dropout=dropout, attention_dropout=dropout, backend=backend[0], **options),
     )
