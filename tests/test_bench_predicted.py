@@ -15,6 +15,7 @@ from bertfast.commands.bench.cases import (
     layer_norm,
     linear_cross_entropy,
     linear_gelu,
+    linear_log1p_max,
 )
 from bertfast.commands.bench.record import Environment, Row
 from bertfast.commands.bench.tables import everything, op_table
@@ -212,6 +213,17 @@ def test_linear_cross_entropy():
     assert ours.products[0] == (150, 160, 64, 150 * 160) and len(ours.products) == 3
     assert stock.bytes == 7 * 2 * 1000 * 160 and stock.products[1] == (1000, 64, 160, 0)
     assert counts(dataclasses.replace(case, pass_="forward"), "bertfast triton").kernels == 14
+
+
+def test_linear_log1p_max():
+    """Ours has float32 logits, read once; stock torch's are read thrice and written twice."""
+    case = linear_log1p_max.LinearLog1pMaxCase("forward", 4, 50, 64, 160, BF16)
+    (work,) = case.work()
+    assert work.flops == 2 * 200 * 64 * 160
+    assert work.bytes == 2 * (200 * 64 + 160 * 64 + 4 * 160)
+    ours, stock = (counts(case, name) for name in ("bertfast triton", "torch eager"))
+    assert ours == predicted.Counts(8, 4 * 200 * 160, 2, ((200, 160, 64, 200 * 160),))
+    assert stock == predicted.Counts(4, 10 * 200 * 160, 2, ((200, 160, 64, 0),))
 
 
 def test_ops_that_only_move_memory():

@@ -50,7 +50,7 @@ def test_dry_run_goes_through_every_step(dry_run):
     for step in ("build", "tests", "ceilings", "measurements"):
         assert f"== {step}" in result.stdout
     ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv", "linear_gelu"}
-    ops |= {"linear_cross_entropy", "gated"}
+    ops |= {"linear_cross_entropy", "linear_log1p_max", "gated"}
     assert ops | {"tiny", "tiny layer", "tiny layer attention"} <= {row["op"] for row in rows}
     for phase in ("ops", "layers", "models", "mixes", "latency", "compilers", "autotune"):
         done, total = re.search(rf"^{phase}: (\d+) of (\d+) cases", result.stdout, re.M).groups()

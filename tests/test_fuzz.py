@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from support import fuzz
+from support import fuzz, fuzz_log1p_max
 
 from bertfast.ops import dispatch
 
@@ -18,7 +18,7 @@ CALLS = {"torch": 200, "cuda": 200, "triton": 25}
 TOLD = 5  # failures
 
 KERNEL_OPS = ("layer_norm", "bias_gelu", "gated", "linear_gelu", "attention", "attention_qkv")
-KERNEL_OPS += ("linear_cross_entropy",)
+KERNEL_OPS += ("linear_cross_entropy", "linear_log1p_max")
 CASES = [pytest.param(op, "torch", id=f"{op}-torch") for op in fuzz.CALLS]
 for _backend, _mark in (("cuda", pytest.mark.host), ("triton", pytest.mark.triton)):
     CASES += [pytest.param(op, _backend, id=f"{op}-{_mark.name}", marks=_mark) for op in KERNEL_OPS]
@@ -75,7 +75,7 @@ def test_a_wrong_result_is_seen(op, monkeypatch):
     """Outputs a hundredth too large: every valid call of every op must fail."""
     for name in KERNEL_OPS:
         tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table, fuzz.loss_table)
-        tables += (fuzz.gated_table,)
+        tables += (fuzz.gated_table, fuzz_log1p_max.max_table)
         for module in (fuzz, *tables):
             if (right := getattr(module, name, None)) is not None:
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import bertfast
 from bertfast.ops import linear_log1p_max
-from bertfast.ops.log1p_max import reference_top
+from bertfast.ops.log1p_max import chunks
 from bertfast.testing import compare, hold_to_budget, worst
 from bertfast.testing import linear_log1p_max as table
 from bertfast.testing.linear_log1p_max import Case
@@ -20,7 +20,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", table.cases(), ids=str)
 def test_it_stays_within_the_error_budget(case, dtype, monkeypatch):
     """In chunks of 64 words."""
-    monkeypatch.setattr(reference_top, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 0)
     inputs = table.make_inputs(case, dtype)
     hold_to_budget(table, inputs, table.run(inputs, "torch"))
 
@@ -133,7 +133,7 @@ def test_the_same_bits_in_chunks_and_each_run(layout, monkeypatch):
     inputs = table.make_inputs(Case((9, 0, 4, 4), 16, 200, layout), torch.bfloat16)
     first = table.run(inputs, "torch")
     equal(first.values(), table.run(inputs, "torch").values())
-    monkeypatch.setattr(reference_top, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 0)
     hold_to_budget(table, inputs, table.run(inputs, "torch"))
 
 
@@ -249,7 +249,7 @@ def test_logits_of_all_tokens_never_exist(layout, monkeypatch):
     """At its most, forward and backward take the gradients, some copies of x and a chunk."""
     inputs = table.make_inputs(Case((128,) * 8, 16, 3000, layout), torch.float32)
     tokens, entries = 8 * 128, 8 * 3000
-    monkeypatch.setattr(reference_top, "CHUNK_BYTES", 64 * 4 * tokens)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64 * 4 * tokens)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         table.run(inputs, "torch")
     now = most = 0

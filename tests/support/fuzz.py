@@ -45,6 +45,7 @@ from .fuzz_calls import (
     hold_within,
     spoil,
 )
+from .fuzz_log1p_max import linear_log1p_max_call
 from .strides import relaid, relaid_alike
 
 # The largest scores to be drawn, about.
@@ -465,6 +466,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "gated": _gated,
     "linear_gelu": _linear_gelu,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_log1p_max": linear_log1p_max_call,
     "attention": _attention,
     "attention_qkv": lambda rng, backend: _attention(rng, backend, one_buffer=True),
     "plan": _plan,

@@ -2,7 +2,7 @@
 choose, run.
 
 Of each sequence and word only the largest logit counts, so the logits of all tokens never exist:
-reference_top.py makes them for some words at a time.
+chunks.py makes them for some words at a time, and a backend finds the largest of a chunk.
 """
 
 import operator
@@ -14,7 +14,7 @@ from .. import dispatch
 from ..attention.check import check_layout
 from ..registration import any_requires_grad
 from . import reference
-from .registered import LinearLog1pMax, top_and_token, vector
+from .registered import LinearLog1pMax, largest_logits, vector
 
 __all__ = ["linear_log1p_max"]
 
@@ -51,7 +51,8 @@ def linear_log1p_max(
             key_mask=tokens["attention_mask"].bool(),
         )
 
-    backend: "auto" or "torch"; there are no kernels yet, and to ask for one raises ValueError.
+    backend: "auto", "torch" or "triton", which has a kernel for what follows the product; an
+    explicit one that can't run here raises ValueError. The products are torch's, on every device.
     While something is traced or transformed, all logits are made at once, by torch.
     """
     checks.check_float("x", x)
@@ -76,5 +77,5 @@ def linear_log1p_max(
         return reference.forward(x, weight, bias, sequences)
     if any_requires_grad(x, weight, bias):
         return LinearLog1pMax.apply(x, weight, bias, sequences, backend)
-    top, _ = top_and_token(x, weight, bias, sequences, backend)
+    top, _ = largest_logits(x, weight, bias, sequences, backend)
     return vector(top, x.dtype)

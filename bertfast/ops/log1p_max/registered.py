@@ -16,31 +16,28 @@ import torch.nn.functional as F
 
 from ...packing import Sequences
 from ...tracing import is_batched, on_host
-from .. import derivatives, dispatch
+from .. import derivatives
 from ..derivatives import Context
-from . import reference_top
+from .chunks import top_and_token
 
 
-def top_and_token(
+def largest_logits(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     sequences: Sequences,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit, 0 where none is positive, and its token: both (vocabulary, sequences)."""
-    by_kernels = backend != "torch"
-    module = dispatch.backend_module("linear_log1p_max", backend) if by_kernels else reference_top
+    """Of each sequence and word, 0 where none is positive; and their tokens."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        top, token = module.forward(x, weight, sequences)
+        top, token = top_and_token(x, weight, sequences, backend)
         if bias is not None:
-            top += bias[:, None]
+            top += bias
         return top.relu_(), token
 
 
 def vector(top: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The result, (sequences, vocabulary)."""
-    return torch.log1p(top.detach()).to(dtype).t().contiguous()
+    return torch.log1p(top.detach()).to(dtype)
 
 
 class Entries(NamedTuple):
@@ -56,7 +53,7 @@ class Entries(NamedTuple):
 
 
 def entries(token: torch.Tensor, dlogit: torch.Tensor) -> Entries:
-    """Those that aren't 0 where the host can know; else all."""
+    """Of (vocabulary, sequences). Those that aren't 0 where the host can know; else all."""
     sequences = max(1, token.shape[1])
     if on_host(dlogit):
         place = dlogit.flatten().nonzero().squeeze(1)
@@ -86,7 +83,7 @@ class LinearLog1pMax(torch.autograd.Function):
         sequences: Sequences,
         backend: str,
     ) -> torch.Tensor:
-        top, token = top_and_token(x, weight, bias, sequences, backend)
+        top, token = largest_logits(x, weight, bias, sequences, backend)
         # bias is saved for second derivatives alone, which find it by that and are refused.
         ctx.save_for_backward(x, weight, bias, top, token)
         return vector(top, x.dtype)
@@ -104,10 +101,10 @@ class LinearLog1pMax(torch.autograd.Function):
         x, weight, bias, top, token = saved
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         with torch.autocast(x.device.type, enabled=False):
-            dlogit = torch.where(top == 0, 0, dy.t().to(top.dtype) / (1 + top))
+            dlogit = torch.where(top == 0, 0, dy.to(top.dtype) / (1 + top))
             dx = dweight = dbias = None
             if need_x or need_weight:
-                found = entries(token, dlogit)
+                found = entries(token.t(), dlogit.t())
             if need_weight:
                 tokens = x.flatten(0, -2)
                 dweight = sums_of_rows(
@@ -119,5 +116,5 @@ class LinearLog1pMax(torch.autograd.Function):
                 dx = sums_of_rows(weight, found.word, found.dlogit, found.token, tokens)
                 dx = dx.to(x.dtype).view(x.shape)
             if need_bias:
-                dbias = dlogit.sum(1).to(bias.dtype)
+                dbias = dlogit.sum(0).to(bias.dtype)
         return dx, dweight, dbias, None, None
