@@ -117,13 +117,17 @@ DOUBLE = [
 ]
 
 
-def shared_accesses(host_runtime, multiprocessors: int, inputs: dict, capability: int = 80) -> int:
-    """Of the forward."""
+def shared_accesses(
+    host_runtime, multiprocessors: int, inputs: dict, capability: int = 80
+) -> tuple[int, int]:
+    """Of the forward, and of a backward."""
     host_runtime.set_gpu(capability, multiprocessors)
     host_runtime.reset_records()
-    heads = [inputs[name] for name in table.NAMES]
-    attention(*heads, **table.options(inputs), backend="cuda")
-    return sum(accesses for _, _, accesses in host_runtime.bank_conflicts())
+    heads = [inputs[name].clone().requires_grad_() for name in table.NAMES]
+    out = attention(*heads, **table.options(inputs), backend="cuda")
+    forward = sum(accesses for _, _, accesses in host_runtime.bank_conflicts())
+    out.backward(inputs["dout"])
+    return forward, sum(accesses for _, _, accesses in host_runtime.bank_conflicts()) - forward
 
 
 @pytest.mark.parametrize("case", DOUBLE, ids=str)
@@ -139,7 +143,9 @@ def test_tiles_of_128_give_the_bits_of_tiles_of_64(host_runtime, case):
         host_runtime.reset_records()
         same_bits(expected, table.run(inputs, "cuda"))
         assert [record for record in host_runtime.bank_conflicts() if record[1] > 1] == []
-    assert shared_accesses(host_runtime, 1, inputs) < shared_accesses(host_runtime, 1000, inputs)
+    larger, smaller = (shared_accesses(host_runtime, n, inputs) for n in (1, 1000))
+    assert larger[0] < smaller[0]
+    assert (larger[1] < smaller[1]) == (case.head_dim <= 64)  # dq has no registers for wider ones
 
 
 @pytest.mark.parametrize("case", [DOUBLE[2], DOUBLE[-1]], ids=str)
@@ -166,7 +172,8 @@ def test_tiles_of_128_are_within_the_budget(host_runtime, case):
 def test_where_tiles_are_of_128(host_runtime, case, capability, multiprocessors, larger):
     inputs = table.make_inputs(case, BF16)
     counts = [shared_accesses(host_runtime, n, inputs, capability) for n in (multiprocessors, 1000)]
-    assert (counts[0] < counts[1]) == larger
+    assert (counts[0][0] < counts[1][0]) == larger
+    assert (counts[0][1] < counts[1][1]) == (larger and case.head_dim <= 64)
 
 
 def test_wgmma_reads_keys_and_values_itself(host_runtime):

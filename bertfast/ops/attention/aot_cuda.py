@@ -32,19 +32,33 @@ def _forward_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
 
 
 def _forward_double(dtype: str, head_dim: int, dropout: bool) -> Case:
-    """The longest loop is that of its tiles of 64, which some blocks have: only hot paths count."""
-    case = _forward_tiles(dtype, head_dim, dropout)
+    keys = 64 if head_dim <= 64 else 32
+    queries = 2 * head_dim * 2 * ROWS  # bytes: of wider heads more than a stage has room for
+    beyond_stage = {96: queries - 4 * head_dim * keys, 128: queries}.get(head_dim, 0)
+    return _double(_forward_tiles(dtype, head_dim, dropout), beyond_stage)
+
+
+def _dq_double(dtype: str, head_dim: int, dropout: bool) -> Case:
+    keys = 32
+    case = _tiles((dtype, head_dim, dropout), 3, keys, keys)
+    # q and dout, by way of one stage; tiles of 64 ask for less.
+    return _double(case, 2 * 2 * head_dim * 2 * ROWS - 4 * head_dim * keys)
+
+
+def _double(case: Case, beyond_stage: int) -> Case:
+    """A kernel of tiles of 128 rows, of a case in tiles of 64. The longest loop is that of its
+    tiles of 64, which some blocks have: only hot paths count. beyond_stage: more bytes of shared
+    memory."""
     assert case.work is not None
     rows = 2 * ROWS
-    queries = 2 * head_dim * rows  # bytes: of wider heads more than a stage has room for
-    beyond_stage = {96: queries - 4 * head_dim * case.work.streamed, 128: queries}
+    products = tuple((rows, depth) for _, depth in case.work.products)
     return replace(
         case,
         label=case.label.replace(f"{ROWS} x", f"{rows} x"),
         elements=None,
-        dynamic_shared=case.dynamic_shared + beyond_stage.get(head_dim, 0),
+        dynamic_shared=case.dynamic_shared + beyond_stage,
         empty_on=90,
-        work=replace(case.work, rows=rows, products=((rows, head_dim),) * 2, wgmma=False),
+        work=replace(case.work, rows=rows, products=products, wgmma=False),
     )
 
 
@@ -159,6 +173,7 @@ _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_forward_kernel": _forward_tiles,
     "attention_forward_double_kernel": _forward_double,
     "attention_forward_bulk_kernel": _forward_bulk,
+    "attention_backward_dq_double_kernel": _dq_double,
     "attention_backward_dq_kernel": _dq_tiles,
     "attention_backward_dkv_kernel": _dkv_tiles,
     "attention_backward_dq_bulk_kernel": _dq_bulk,

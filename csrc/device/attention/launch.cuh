@@ -3,6 +3,7 @@
 
 #include <type_traits>
 #include "device/attention/many.cuh"
+#include "device/gpu.cuh"
 
 namespace bertfast {
 
@@ -29,6 +30,24 @@ inline dim3 attention_grid(AttentionBatch& p, int before, int rows = kTileRows) 
   p.n_tiles = (p.length + extra + rows - 1) / rows;
   return dim3(p.n_tiles * p.heads * p.batch);
 }
+
+// Whether a call's sequences are long, and enough to fill a GPU whose blocks have tiles of 128.
+inline bool double_tiles_fill(const AttentionBatch& p, const Gpu& gpu) {
+  // On average, as of a packed batch some may be short.
+  const int64_t tokens = p.cu_seqlens ? p.lse_head : int64_t(p.batch) * p.length;
+  const bool are_long = p.tile == kTileRows && tokens > int64_t(p.batch) * kTileRows;
+  if (gpu.capability == 90 || !are_long) return false;
+  const int tiles = p.tiles ? p.plan_size : (p.length - 1) / kTileRows + 1;
+  const int64_t of_head = int64_t(tiles + 1) / 2 * (p.tiles ? 1 : p.batch);
+  return of_head * p.heads >= gpu.multiprocessors;
+}
+
+// Machine code for sm_90a runs on compute capability 9.0 alone, where other kernels are taken.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kDoubleIsUsed = false;
+#else
+constexpr bool kDoubleIsUsed = true;
+#endif
 
 // Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
 inline int attention_bytes(const AttentionBatch& p) {

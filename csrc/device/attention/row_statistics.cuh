@@ -25,6 +25,7 @@ struct RowStatistics {
   uint4 out[2][kDim / 32] = {};
   float lse[2], delta[2], inverse_keep;
 
+  RowStatistics() = default;
   // Reads out, before dout is there.
   __device__ __forceinline__ RowStatistics(const AttentionBackward& p, const TilePlace& at,
                                            int first_row, int thread) {

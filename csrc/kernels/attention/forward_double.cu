@@ -13,7 +13,6 @@
 #include "device/attention/forward_tile.cuh"
 #include "device/attention/launch.cuh"
 #include "device/earlier.cuh"
-#include "device/gpu.cuh"
 #include "kernels/attention/kernels.h"
 
 namespace bertfast {
@@ -39,17 +38,10 @@ template<int kDim, bool kDropout>
 constexpr int kBlocks =
     blocks_that_fit(kTileBytes<kDim> + ManyBits::kBeside, registers_suffice_for<kDim, kDropout>());
 
-// This machine code runs on compute capability 9.0 alone, where other kernels are taken.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kIsUsed = false;
-#else
-constexpr bool kIsUsed = true;
-#endif
-
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim, kDropout>)
     attention_forward_double_kernel(AttentionForward p) {
-  if constexpr (kIsUsed) {
+  if constexpr (kDoubleIsUsed) {
     await_earlier_kernels();
     const TilePlace at = find_double_tile(p.batch, 0, kBefore);
     if (at.tile == 2 * kTileRows) {
@@ -71,16 +63,9 @@ int bytes_of(const AttentionBatch& p) {
 }  // namespace
 
 bool forward_double_takes(const AttentionForward& p, DType dtype, const Gpu& gpu) {
-  const AttentionBatch& batch = p.batch;
-  // On average, as of a packed batch some may be short.
-  const int64_t tokens = batch.cu_seqlens ? batch.lse_head : int64_t(batch.batch) * batch.length;
-  const bool are_long = batch.tile == kTileRows && tokens > int64_t(batch.batch) * kTileRows;
-  if (gpu.capability == 90 || !are_long) return false;
-  const int tiles = batch.tiles ? batch.plan_size : (batch.length - 1) / kTileRows + 1;
-  const int64_t of_head = int64_t(tiles + 1) / 2 * (batch.tiles ? 1 : batch.batch);
-  return of_head * batch.heads >= gpu.multiprocessors &&
-         with_head_dim(dtype, batch.head_dim, [&](auto, auto dim) {
-           return 2 * (bytes_of<decltype(dim)::value>(batch) + 1024) <= gpu.shared_memory;
+  return double_tiles_fill(p.batch, gpu) &&
+         with_head_dim(dtype, p.batch.head_dim, [&](auto, auto dim) {
+           return 2 * (bytes_of<decltype(dim)::value>(p.batch) + 1024) <= gpu.shared_memory;
          });
 }
 

@@ -19,7 +19,9 @@ cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, S
   cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;
   const bool bulk = gpu.capability == 90 && fits_bulk_backward(p);
-  error = bulk ? launch_dq_bulk(p, dtype, stream) : launch_dq_tiles(p, dtype, stream);
+  error = bulk                      ? launch_dq_bulk(p, dtype, stream)
+          : dq_double_takes(p, gpu) ? launch_dq_double(p, dtype, stream)
+                                    : launch_dq_tiles(p, dtype, stream);
   if (error != cudaSuccess) return error;
   return bulk ? launch_dkv_bulk(p, dtype, stream) : launch_dkv_tiles(p, dtype, stream);
 }
