@@ -34,6 +34,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")  # sm_86's runs on 8.9 too
+# Kernels whose code depends on how much shared memory a multiprocessor has. The others take sm_80's
+# code to 8.6 and 8.9, where nothing of it would be different.
+BY_SHARED_MEMORY = "csrc/kernels/attention/"
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 HOW_TO_GET_NVCC = (
     "nvcc was not found in $CUDA_HOME/bin, on PATH or in the default place for the CUDA toolkit; "
@@ -107,6 +110,13 @@ def gencode(archs: list[str]) -> list[str]:
     return [f"-gencode=arch={virtual},code={real}" for virtual, real in pairs]
 
 
+def archs_of(source: str, archs: list[str]) -> list[str]:
+    """Those of `archs` that a kernel source is compiled for."""
+    if source.startswith(BY_SHARED_MEMORY) or "sm_80" not in archs:
+        return archs
+    return [arch for arch in archs if arch not in ("sm_86", "sm_87", "sm_89")]
+
+
 @dataclass
 class Recipe:
     """How one module is compiled: a command for each source, and one to link."""
@@ -136,10 +146,13 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     base = [compiler, *(["-ccbin", *cxx(env)[:1]] if env.get("CXX") else [])]
     common = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     # Compressed, the module is a fifth as large; this form is the one that every driver reads.
-    flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all", *gencode(archs)]
+    flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"]
     threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
     verbose = "-Xptxas=-v"  # or it doesn't say that it made wgmma wait
-    commands = {source: [*base, *flags, threads, verbose] for source in sources("kernels/**/*.cu")}
+    commands = {
+        source: [*base, *flags, *gencode(archs_of(source, archs)), threads, verbose]
+        for source in sources("kernels/**/*.cu")
+    }
     bindings = [*base, *common, *binding_flags("_cuda")]
     commands |= {source: bindings for source in sources("bindings/*.cpp")}
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
