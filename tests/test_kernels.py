@@ -150,11 +150,11 @@ def test_scalars_are_not_row_data():
 def test_template_arguments_are_read_from_the_mangled_name():
     mangled = (
         "_ZN8bertfast46_GLOBAL__N__cc90e94f_13_layer_norm_cu_5745b80a26layer_norm_backward_kernel"
-        "I13__nv_bfloat16fNS0_5SplitILi4ELi3ELi32ELb1ELi128EEELb1EEEvNS_17LayerNormBackwardE"
+        "I13__nv_bfloat16fNS0_5SplitILi4ELi3ELi32ELb1ELi128EEELb1ELb0EEEvNS_17LayerNormBackwardE"
     )
     kernel, arguments = cuda_modules.template(cuda_modules.demangle(mangled))
     assert kernel == "layer_norm_backward_kernel"
-    assert arguments == ["__nv_bfloat16", "float", "Split<4, 3, 32, true, 128>", "true"]
+    assert arguments == ["__nv_bfloat16", "float", "Split<4, 3, 32, true, 128>", "true", "false"]
     case = aot_modules()["layer_norm"].cuda_case(kernel, arguments)
     assert case.label == "384: vec 4 x 3 x 32 threads, dropout"
     assert case.dtypes == "bfloat16->float32"

@@ -17,7 +17,7 @@ from .sass import MissingTool, capability, read_cubin, run_tool
 
 PACKAGE = Path(bertfast.__file__).parent
 SOURCES = PACKAGE.parent / "csrc"
-NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+NVCC_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr"]
 
 
 class LeftOut(Exception):
