@@ -13,6 +13,7 @@ import torch
 from bertfast import packing
 from bertfast.ops import attention, attention_qkv, dropout
 from bertfast.ops.attention import reference
+from bertfast.ops.attention.scores import Scores
 
 NAMES = ("q", "k", "v", "dout")
 SPOILT = (torch.nan, torch.inf, -torch.inf)
@@ -110,7 +111,7 @@ def test_on_torch_where_lengths_cannot_be_looked_at(name, p):
     def results(given):
         leaves = [given[n][inside].clone().requires_grad_() for n in NAMES[:3]]
         drop = dropout.dropout_of(p, torch.tensor([7]), 0, bounds.device)
-        out = reference._through_padding(*leaves, bounds, 17, 0.25, drop)
+        out = reference._through_padding(*leaves, bounds, 17, Scores(0.25), drop)
         return [out.detach(), *torch.autograd.grad(out, leaves, given["dout"][inside])]
 
     for row in range(4):

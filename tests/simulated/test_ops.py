@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bertfast.ops.attention.limits import FEATURES
 from bertfast.testing import attention, bias_gelu, gated, hold_to_budget, layer_norm, linear_gelu
 from bertfast.testing import attention_qkv as attention_qkv_table
 
@@ -23,6 +24,7 @@ CASES = [
         ("triton", torch.float16 if op == "linear_gelu" else torch.float32),
     )
     for case in table.quick_cases()[: 3 if backend == "triton" else None]
+    if set(getattr(case, "features", ())) <= set(FEATURES[backend])
 ]
 
 

@@ -27,7 +27,7 @@ LINES = (
     Line(
         _TRITON_FIRST,
         "machine code: by wgmma 9.1 instructions a score in the forward and 16.4 in the backward, "
-        "12 and 38 bytes of shared memory; CUDA beyond 128 tokens 8.4 and 19.6, 5 and 27, but "
+        "12 and 38 bytes of shared memory; CUDA beyond 128 tokens 8.4 and 17.8, 5 and 27, but "
         "shorter sequences by mma.sync",
         (90,),
         width=64,
