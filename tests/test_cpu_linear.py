@@ -51,7 +51,7 @@ def test_without_a_setting_the_instruction_set_decides(monkeypatch, onednn):
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         cpu_linear.forget()
-        x, weight = torch.ones(128, 8), torch.ones(8, 8)
+        x, weight = torch.ones(128, 256), torch.ones(256, 256)
         assert cpu_linear.serves(x, weight, training=False) == (capability == "AVX512")
 
 
@@ -64,6 +64,20 @@ def test_without_a_setting_few_rows_are_torch_s(monkeypatch, onednn, rows, width
     cpu_linear.forget()
     x, weight = torch.ones(1, rows, 768), torch.ones(width, 768)
     assert cpu_linear.serves(x, weight, training=False) == used
+
+
+@pytest.mark.parametrize(
+    "rows, approximate, used",
+    [(256, "none", True), (255, "none", False), (1024, None, True), (1023, None, False)],
+)
+def test_without_a_setting_little_work_is_torch_s(monkeypatch, onednn, rows, approximate, used):
+    """Of a GELU's product less will do."""
+    monkeypatch.delenv(cpu_linear.VARIABLE)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    cpu_linear.forget()
+    x = torch.ones(rows, 64)
+    weight = torch.ones(128, 64)
+    assert cpu_linear.serves(x, weight, False, approximate) == used
 
 
 def stock(form, x, weight, bias, residual):

@@ -115,7 +115,7 @@ class Composed:
         self, activation: str | None, up: Sequence[Weights | torch.nn.Module], x: torch.Tensor
     ) -> torch.Tensor:
         """activation(gate(x)) * up(x)"""
-        joined, backend = self.call.joined_up, self.call.backend
+        joined = self.call.joined_up
         if len(up) == 1:
             both = self.linear(up[0], x)
         elif activation is None or joined is None or not self._one_product(up, x):
@@ -123,9 +123,12 @@ class Composed:
         else:
             both = joined_product(up, x, joined)
         if activation is not None:
-            return ops.gated(both, activation=activation, backend=backend)
+            return self.glu(both, activation)
         gate, other = both.chunk(2, -1)
         return self.parts.activation(gate) * other
+
+    def glu(self, both: torch.Tensor, activation: str) -> torch.Tensor:
+        return ops.gated(both, activation=activation, backend=self.call.backend)
 
     def linear_norm(
         self,

@@ -9,7 +9,7 @@
 `run_layer` is this for the modules of anybody's layer, given as `Parts`, in the pre-norm order too.
 Each block, the first three lines or the last two, runs in one of two forms: as one autograd node
 where all its modules may be read and kernels run it (attention_block.py, mlp_block.py), else by the
-ops, which autograd composes (composed.py).
+ops, which autograd composes (composed.py), or on a CPU by what these call (on_cpu.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,15 +32,21 @@ from .composed import Composed
 from .eligibility import Facts
 from .joined import same_form
 from .modules import Weights
-from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, Positions, read
+from .on_cpu import OnCpu
+from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, Positions, Read, read
 
 __all__ = ["Call", "Parts", "Positions", "for_layers", "run_layer"]
 
 
 def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     """x is (rows, length, width), or packed (1, tokens, width)."""
-    layer = Composed(parts, read(parts, call.batch.clean), call)
-    place = _place(x, call)
+    now, place = read(parts, call.batch.clean), _place(x, call)
+    if place is not None and place.device.type == "cpu" and call.backend in ("auto", "torch"):
+        simple = _is_simple(parts, now, place)
+        layer = OnCpu(parts, now, call, x) if simple else Composed(parts, now, call)
+        place = None  # torch does the work
+    else:
+        layer = Composed(parts, now, call)
     if parts.norm_first:
         return layer.pre_norm(x) if place is None else _pre_norm(layer, place, x)
     if place is None:
@@ -97,16 +103,29 @@ def _pre_norm(layer: Composed, place: Place, x: torch.Tensor) -> torch.Tensor:
 
 
 def _place(x: torch.Tensor, call: Call) -> Place | None:
-    """None where no block can be a node: something traces or transforms, or torch does the work."""
+    """None where the ops have to compose the layer: something traces or transforms."""
     if tracing.only_reference() or not tracing.plain_call(x) or x.ndim != 3:
         return None
     device, dtype = x.device, x.dtype
-    if device.type == "cpu" and call.backend in ("auto", "torch"):
-        return None
     cast = tracing.autocast(x)
     if cast is not None and dtype != torch.float32:
         return None
     return Place(device, dtype, cast, *x.shape)
+
+
+def _is_simple(parts: Parts, now: Read, place: Place) -> bool:
+    """True if all modules may be read, nothing is dropped, and all tensors are of one kind."""
+    linears = (*now.qkv, now.attention_output, *now.up, now.down)
+    norms = now.attention_norm, now.down_norm
+    drops = now.attention_output_dropout, now.activation_dropout, now.down_dropout
+    return (
+        set(map(type, linears)) == {Weights}
+        and set(map(type, norms)) == {Norm}
+        and drops == (0.0, 0.0, 0.0)
+        and not parts.attention_dropout
+        and place.cast is None
+        and place.holds(_given(x for one in (*linears, *norms) for x in one[:2]))
+    )
 
 
 def _attention_node(layer: Composed, place: Place, given: Given) -> Given | None:

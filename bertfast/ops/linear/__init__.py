@@ -83,7 +83,7 @@ def linear_gelu(
     if chosen != "torch":
         y = F.linear(x, weight)
         bias = None if bias is None else bias.to(y.dtype)
-    elif backend == "auto" and onednn.serves(x, weight, training):
+    elif backend == "auto" and onednn.serves(x, weight, training, approximate):
         return onednn.linear_gelu(x, weight, bias, approximate)
     else:
         y, bias = F.linear(x, weight, bias), None

@@ -25,6 +25,9 @@ WINS = ("AVX512",)
 # With fewer rows than the first it is slower than F.linear, with one row half as fast; up to the
 # second it is so where a width is below the third (an Intel Xeon with AVX-512, one thread).
 LEAST_ROWS, FEW_ROWS, WIDE = 8, 128, 768
+# Multiply-adds: in a smaller product what oneDNN does once a call is more than it saves, and with a
+# GELU, whose pass over the outputs it saves, later (an AMD EPYC, one thread, widths of 64 to 768).
+LEAST_WORK, LEAST_WORK_OF_GELU = 2**23, 2**21
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,13 +47,21 @@ def linear_add(
     return _call(x, weight, bias, residual, None)
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, training: bool) -> bool:
+def serves(
+    x: torch.Tensor, weight: torch.Tensor, training: bool, approximate: str | None = None
+) -> bool:
     """True if these functions are to be used for x now. training: the flag of the layer."""
+    least = LEAST_WORK if approximate is None else LEAST_WORK_OF_GELU
+    rows = x.numel() // max(1, weight.shape[1])
+    return x.device.type == "cpu" and pays(rows, weight, least) and may_serve(x, training)
+
+
+def may_serve(x: torch.Tensor, training: bool) -> bool:
+    """The same, where the product is large enough."""
     return (
         not training
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and (_pays(x, weight) or _forced())
         and x.numel() > 0
         and tracing.plain_call(x)
         and not tracing.only_reference()
@@ -60,10 +71,11 @@ def serves(x: torch.Tensor, weight: torch.Tensor, training: bool) -> bool:
     )
 
 
-def _pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def pays(rows: int, weight: torch.Tensor, least: int = LEAST_WORK) -> bool:
+    """True if a product of so many rows is large enough for these functions."""
     outputs, inputs = weight.shape
-    rows = x.numel() // max(1, inputs)
-    return rows >= FEW_ROWS or (rows >= LEAST_ROWS and min(inputs, outputs) >= WIDE)
+    large = rows >= FEW_ROWS and rows * inputs * outputs >= least
+    return large or (rows >= LEAST_ROWS and min(inputs, outputs) >= WIDE) or _forced()
 
 
 @functools.cache
