@@ -192,7 +192,18 @@ struct HeadRows {
   int token;
 };
 
-// Where attention's sequences lie and which keys count: of forward and backward alike.
+// What makes scores of q and k: bertfast/ops/attention/scores.py.
+struct AttentionScores {
+  const void* bias;  // (heads, 2 * reach + 1), dense, in bias_dtype; null: none
+  float scale;
+  int reach;
+  int left;  // a query sees the keys from `left` before it to `right` behind it
+  int right;
+  DType bias_dtype;
+  bool by_position;  // whether there is a bias, or a window
+};
+
+// Where attention's sequences lie, which keys count and how: of forward and backward alike.
 struct AttentionBatch {
   const uint8_t* key_mask;    // (batch, length), rows mask_batch apart, 0: masked; null: all count
   const int32_t* cu_seqlens;  // first token of each sequence, and the end; null: padded
@@ -208,7 +219,7 @@ struct AttentionBatch {
   int plan_size;  // entries of tiles
   int tile;       // rows of a tile: 32 or 64, and 64 without a plan
   int n_tiles;    // of a head's sequence, or of a head where there is a plan; the launcher fills it
-  float scale;
+  AttentionScores scores;
   float keep_scale;
   uint32_t threshold;  // at most 65535; where nothing is kept keep_scale is 0
   uint32_t site;

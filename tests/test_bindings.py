@@ -8,6 +8,7 @@ import torch
 
 from bertfast import packing
 from bertfast.ops.attention import run as attention
+from bertfast.ops.attention.scores import Scores
 from bertfast.ops.dropout import NO_DROPOUT, Dropout
 from bertfast.ops.layer_norm import run as layer_norm
 from bertfast.packing.sequences import Sequences
@@ -265,6 +266,7 @@ def test_linear_gelus_numbers(host):
 
 HEADS, DIM = 2, 16
 PADDED = Sequences()
+SCORES = Scores(0.25)
 
 
 def heads(*places: int) -> torch.Tensor:
@@ -302,7 +304,7 @@ def test_attention(host, layout):
     arguments = {
         "heads": three,
         "sequences": sequences,
-        "scale": 0.25,
+        "scores": SCORES,
         "dropout": dropout(rows=None),
         "out": out,
         "lse": lse,
@@ -318,7 +320,7 @@ def test_attention(host, layout):
         "heads": three,
         "saved": attention.Saved(out, lse),
         "sequences": sequences,
-        "scale": 0.25,
+        "scores": SCORES,
         "dropout": NO_DROPOUT,
         "grads": attention.Heads(*grads.values()),
         "statistics": new(*lse.shape, 2),
@@ -332,11 +334,11 @@ def test_one_buffer_of_q_k_and_v(host):
     qkv, out = torch.randn(2, 20, 3, HEADS, DIM).bfloat16(), heads(2, 20)
     for wrong in (qkv[:, :, :2], qkv[0], qkv[..., 0, :], qkv[..., ::2]):
         with pytest.raises(AssertionError, match="a kernel reads qkv as"):
-            host.attention_forward(wrong, PADDED, 0.25, NO_DROPOUT, out, None)
-    assert host.attention_forward(qkv, PADDED, 0.25, NO_DROPOUT, out, None)
+            host.attention_forward(wrong, PADDED, SCORES, NO_DROPOUT, out, None)
+    assert host.attention_forward(qkv, PADDED, SCORES, NO_DROPOUT, out, None)
     other = heads(2, 20)
     parts = attention.Heads(*qkv.unbind(-3))
-    assert host.attention_forward(parts, PADDED, 0.25, NO_DROPOUT, other, None)
+    assert host.attention_forward(parts, PADDED, SCORES, NO_DROPOUT, other, None)
     assert torch.equal(out, other)
 
 
@@ -349,7 +351,7 @@ def test_heads_that_are_no_vectors_are_left_alone(host):
     assert not host.attention_in_vectors(far.as_strided((2, 1, DIM), (2**23, DIM, 1)))
     assert host.attention_in_vectors(far.as_strided((2, 1, DIM), (2**23 - 8, DIM, 1)))
     odd = attention.Heads(x, x, x)
-    assert not host.attention_forward(odd, PADDED, 0.25, NO_DROPOUT, out, None)
+    assert not host.attention_forward(odd, PADDED, SCORES, NO_DROPOUT, out, None)
     assert bool((out == 7).all())
 
 
@@ -401,7 +403,7 @@ def test_attentions_numbers(host):
 
     def run(x: torch.Tensor, sequences: Sequences = PADDED, dropout=NO_DROPOUT) -> bool:
         three = attention.Heads(x, x, x)
-        return host.attention_forward(three, sequences, 0.25, dropout, x, None)
+        return host.attention_forward(three, sequences, SCORES, dropout, x, None)
 
     flat = x.flatten(0, 1)
     assert run(x) and run(flat, packed) and run(x, Sequences(mask))
@@ -424,6 +426,29 @@ def test_attentions_numbers(host):
             run(*arguments)
     with pytest.raises(AssertionError, match="a kernel reads q as float16 or bfloat16"):
         run(x.float())
+
+
+def test_attentions_scores(host):
+    x = heads(2, 20)
+
+    def run(scores: tuple) -> bool:
+        return host.attention_forward(attention.Heads(x, x, x), PADDED, scores, NO_DROPOUT, x, None)
+
+    assert run(SCORES)
+    with pytest.raises(TypeError, match="scores must be a tuple of 6"):
+        run((0.25,))
+    for side in ("left", "right"):
+        with pytest.raises(ValueError, match="no less than 0 keys to a side, got -1"):
+            run(SCORES._replace(**{side: -1}))
+    for bias in (
+        new(HEADS, 4),
+        new(HEADS + 1, 3),
+        new(3 * HEADS),
+        new(3, HEADS).t(),
+        new(2, 3).long(),
+    ):
+        with pytest.raises(AssertionError, match="a kernel reads bias as"):
+            run(SCORES._replace(bias=bias))
 
 
 def test_tuples_and_tensors_of_other_kinds(host):

@@ -1,4 +1,5 @@
 // attention's calls: bertfast/ops/attention/cuda.py.
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,8 @@ constexpr int kMostColumns = 128;  // of a head
 constexpr int64_t kMostMaskedKeys = 1 << 17;
 // From one token to the next: a kernel's offsets inside a tile have 32 bits.
 constexpr int64_t kMostTokenStride = 1 << 23;
+// Keys to a side of a query, as many as no sequence has: no window.
+constexpr int64_t kNoLimit = 1 << 30;
 
 // One tensor of heads, (batch, length, heads, head_dim) or packed (tokens, heads, head_dim), or one
 // of three that lie in one buffer, (..., 3, heads, head_dim).
@@ -79,8 +82,8 @@ struct Batch {
   int64_t batch, length, heads, head_dim;  // as q has them
   DType dtype;
 
-  Batch(Operands& operands, const HeadsView& q, const Members& sequences, py::handle dropout,
-        float scale)
+  Batch(Operands& operands, const HeadsView& q, const Members& sequences, py::handle scores,
+        py::handle dropout)
       : batch(q.batch),
         length(q.length),
         heads(q.heads),
@@ -107,7 +110,7 @@ struct Batch {
                                   std::to_string(head_dim));
     }
     p.head_dim = static_cast<int>(head_dim);
-    p.scale = scale;
+    read_scores(operands, scores);
     p.tile = 64;
     if (!tiles.is_none()) {
       if (!p.cu_seqlens) throw std::invalid_argument("tiles need cu_seqlens");
@@ -150,6 +153,43 @@ struct Batch {
   }
 
   int64_t rows_of_heads() const { return batch * heads * length; }
+
+ private:
+  // Of bertfast.ops.attention.scores.Scores.
+  void read_scores(Operands& operands, py::handle tuple) {
+    const Members members(tuple, 6, "scores");
+    AttentionScores& scores = p.scores;
+    scores.scale = static_cast<float>(number(members[0]));
+    scores.left = side(members[4]);
+    scores.right = side(members[5]);
+    const bool windowed = std::min(scores.left, scores.right) < kNoLimit;
+    if (!members[3].is_none()) {
+      const Tensor bias = operands.tensor(members[3], "bias");
+      const int64_t width = bias.dim() == 2 ? bias.size(1) : 0;
+      if (width % 2 == 0) bias.refuse("a number for each head and distance");
+      if (width / 2 >= kNoLimit) bias.refuse("distances below 2**30");
+      scores.bias_dtype = bias.dtype();
+      scores.bias = dense(bias, element(scores.bias_dtype), heads * width);
+      scores.reach = static_cast<int>(width / 2);
+    }
+    scores.by_position = windowed || scores.bias;
+    if (scores.by_position && p.length > kNoLimit) {
+      throw std::invalid_argument("a sequence with a window or a bias has at most 2**30 tokens");
+    }
+    if (scores.by_position || !members[1].is_none() || !members[2].is_none()) {
+      throw std::invalid_argument("the kernels don't have scores by position yet");
+    }
+  }
+
+  // Keys to a side of a query.
+  static int side(py::handle keys) {
+    const int64_t count = integer(keys);
+    if (count < 0) {
+      throw std::invalid_argument("a window must have no less than 0 keys to a side, got " +
+                                  std::to_string(count));
+    }
+    return static_cast<int>(std::min(count, kNoLimit));
+  }
 };
 
 template<class... Views>
@@ -160,14 +200,14 @@ bool look_at_all(const Batch& batch, const Views&... views) {
 
 // Whether the heads lie in vectors, which is how the kernels copy them. If they don't nothing has
 // been done.
-bool forward(py::handle heads, py::handle sequences, float scale, py::handle dropout,
+bool forward(py::handle heads, py::handle sequences, py::handle scores, py::handle dropout,
              py::handle out, py::handle lse) {
   const Members layout(sequences, 6, "sequences");
   const bool packed = !layout[1].is_none();
   Operands operands;
   const ThreeHeads in = ThreeHeads::read(operands, heads, packed, false);
   const HeadsView to(operands.tensor(out, "out"), packed);
-  const Batch batch(operands, in.q, layout, dropout, scale);
+  const Batch batch(operands, in.q, layout, scores, dropout);
   AttentionForward p;
   p.batch = batch.p;
   p.lse = operands.dense_or_none<float>(lse, "lse", batch.rows_of_heads());
@@ -184,7 +224,7 @@ bool forward(py::handle heads, py::handle sequences, float scale, py::handle dro
 
 // The same. statistics: two float32 values for each of lse.
 bool backward(py::handle dout, py::handle heads, py::handle saved, py::handle sequences,
-              float scale, py::handle dropout, py::handle grads, py::handle statistics) {
+              py::handle scores, py::handle dropout, py::handle grads, py::handle statistics) {
   const Members layout(sequences, 6, "sequences"), kept(saved, 2, "saved");
   const bool packed = !layout[1].is_none();
   Operands operands;
@@ -192,7 +232,7 @@ bool backward(py::handle dout, py::handle heads, py::handle saved, py::handle se
   const ThreeHeads to = ThreeHeads::read(operands, grads, packed, true);
   const HeadsView gradient(operands.tensor(dout, "dout"), packed);
   const HeadsView out(operands.tensor(kept[0], "out"), packed);
-  const Batch batch(operands, in.q, layout, dropout, scale);
+  const Batch batch(operands, in.q, layout, scores, dropout);
   const int64_t rows = batch.rows_of_heads();
   AttentionBackward p;
   p.batch = batch.p;
@@ -221,10 +261,10 @@ bool in_vectors(py::handle x) {
 }
 
 const Binding binding([](py::module_& m) {
-  m.def("attention_forward", &forward, py::arg("heads"), py::arg("sequences"), py::arg("scale"),
+  m.def("attention_forward", &forward, py::arg("heads"), py::arg("sequences"), py::arg("scores"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"));
   m.def("attention_backward", &backward, py::arg("dout"), py::arg("heads"), py::arg("saved"),
-        py::arg("sequences"), py::arg("scale"), py::arg("dropout"), py::arg("grads"),
+        py::arg("sequences"), py::arg("scores"), py::arg("dropout"), py::arg("grads"),
         py::arg("statistics"));
   m.def("attention_in_vectors", &in_vectors, py::arg("x"));
 });

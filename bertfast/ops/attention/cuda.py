@@ -36,12 +36,12 @@ def forward(
 ) -> None:
     """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
     module = native.module_for(out)
-    if module.attention_forward(heads, sequences, scores.scale, dropout, out, lse):
+    if module.attention_forward(heads, sequences, scores, dropout, out, lse):
         return
     copies = _Copies(module)
     heads = Heads(*map(copies.read, parts(heads)))
     written = copies.write(out)
-    done = module.attention_forward(heads, sequences, scores.scale, dropout, written, lse)
+    done = module.attention_forward(heads, sequences, scores, dropout, written, lse)
     copies.give_back(done)
 
 
@@ -62,7 +62,7 @@ def backward(
     module = native.module_for(out)
     # lse and delta of each row, from the first kernel to the second.
     statistics = lse.new_empty((*lse.shape, 2))
-    rest = (sequences, scores.scale, dropout)
+    rest = (sequences, scores, dropout)
     if module.attention_backward(dout, heads, saved, *rest, grads, statistics):
         return
     copies = _Copies(module)

@@ -103,7 +103,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   }
 
   // 3. over the queries
-  const float c = p.batch.scale * kLog2E;
+  const float c = p.batch.scores.scale * kLog2E;
   const int key_call = ScoreDropout::key_call(at.first - keys.low + my_key);
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -216,7 +216,8 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   if (spoilt(to, all_finite(dk) && all_finite(dv))) return next_alone(p.batch, to);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
-  const float dk_factor = anew(p.batch.scale) * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
+  const float dk_factor = anew(p.batch.scores.scale) * p.batch.keep_scale,
+              dv_factor = p.batch.keep_scale;
   Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);
   __syncwarp();

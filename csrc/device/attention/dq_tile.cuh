@@ -90,7 +90,7 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   }
 
   // 4. over the keys
-  const float c = p.batch.scale * kLog2E;
+  const float c = p.batch.scores.scale * kLog2E;
   const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * kParts * warp + g);
   float dq[kParts][kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -189,7 +189,7 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   if (kParts == 1 && spoilt(to, all_finite(dq[0]))) return next_alone(p.batch, to);
   if (kParts > 1) __syncthreads();  // two parts need more than a stage
   const Shared<uint4> place = kParts > 1 ? q_tile : stage(blocks, 0);
-  const float factor = anew(p.batch.scale) * p.batch.keep_scale;
+  const float factor = anew(p.batch.scores.scale) * p.batch.keep_scale;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     // As if each part were a warp's.

@@ -82,10 +82,10 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
   }
   cp_async_wait<1>();
   __syncthreads();
-  const Queries<kDim, kParts, Shape::kHeld> q(queries, p.batch.scale < 0.f, thread);
+  const Queries<kDim, kParts, Shape::kHeld> q(queries, p.batch.scores.scale < 0.f, thread);
 
   // 3. over the keys
-  const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
+  const float c = fmaxf(fabsf(p.batch.scores.scale) * kLog2E, 0x1p-126f);
   const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * kParts * warp + g);
   OnlineSoftmax softmax[kParts];
   float sums[kParts][kDim / 8][4] = {};
