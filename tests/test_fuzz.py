@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from support import fuzz, fuzz_log1p_max
+from support import fuzz, fuzz_attention, fuzz_log1p_max
 
 from bertfast.ops import dispatch
 
@@ -74,9 +74,9 @@ def test_what_is_wrong_with_a_call_is_told(call, said, monkeypatch):
 def test_a_wrong_result_is_seen(op, monkeypatch):
     """Outputs a hundredth too large: every valid call of every op must fail."""
     for name in KERNEL_OPS:
-        tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.attention_table, fuzz.loss_table)
-        tables += (fuzz.gated_table, fuzz_log1p_max.max_table)
-        for module in (fuzz, *tables):
+        tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.loss_table, fuzz.gated_table)
+        tables += (fuzz_attention.attention_table, fuzz_log1p_max.max_table)
+        for module in (fuzz, fuzz_attention, *tables):
             if (right := getattr(module, name, None)) is not None:
 
                 def wrong(*args, right=right, **kwargs):

@@ -162,6 +162,10 @@ def cases_by_position() -> list[Case]:
     ]
 
 
+def gpu_cases() -> list[Case]:
+    return cases_by_position()
+
+
 def _key_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     if case.mask == "none":
         return None
@@ -384,9 +388,10 @@ def rounding_model(
     for name in ("dq", "dk"):
         found[name] = positions.rotated(found[name], rotary, back=True)
     found = {name: _packed_again(inputs, tensor) for name, tensor in found.items()}
-    if bias is not None:
-        found["dbias"] = positions.by_distance(exact, bias)
-    return {name: tensor.to(dtype) for name, tensor in found.items()}
+    found = {name: tensor.to(dtype) for name, tensor in found.items()}
+    if bias is not None:  # which may have a dtype of its own
+        found["dbias"] = positions.by_distance(exact, bias).to(bias.dtype)
+    return found
 
 
 def scales(inputs: dict) -> dict:

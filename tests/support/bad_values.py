@@ -89,6 +89,44 @@ def key_mask(rng: random.Random, call: dict) -> object:
     return rng.choice([*choices, right.to_sparse(), torch.ones(x.shape[0], x.shape[1] + 1) > 0])
 
 
+def rotary(rng: random.Random, call: dict) -> object:
+    """Tables of positions. Of an odd head dimension no tables are right."""
+    x = call.get("q", call.get("qkv"))
+    longest = min(x.shape[1] if call["max_seqlen"] is None else call["max_seqlen"], 400)
+    right = torch.ones(longest, x.shape[-1] // 2)
+    if x.shape[-1] % 2:
+        return right, right
+    wide = torch.ones(longest, x.shape[-1] // 2 + 1)
+    leaf = right.clone().requires_grad_()
+    others = [*NO_TENSOR, None, right.half(), right.double(), right.long(), right[None], wide]
+    others += [right.to("meta"), leaf, right.to_sparse(), _spoilt(right, "nested")]
+    others += [right[:-1]] * (longest > 0)
+    other = rng.choice(others)
+    pairs = ((right, other), (other, right), (other, other))
+    wrong = (right, torch.stack((right, right)), (right,), (right,) * 3, {"cos": right}, 1.5, "xy")
+    return rng.choice((*pairs, *pairs, rng.choice(wrong)))
+
+
+_SIDES = (-1, -(2**63), -(10**400), 1.0, NAN, True, None, "1", [1], torch.tensor(1))
+
+
+def window(rng: random.Random, call: dict) -> object:
+    side = rng.choice(_SIDES)
+    pairs = ((side, 3), (3, side), [side, side])
+    wrong = (64, "xy", 1.5, True, (), (1,), (1, 1, 1), {1, 2}, torch.tensor([1, 1]), object())
+    return rng.choice((*pairs, rng.choice(wrong)))
+
+
+def distance_bias(rng: random.Random, call: dict) -> object:
+    x = call.get("q", call.get("qkv"))
+    heads = x.shape[-2]
+    right = torch.ones(heads, 5, dtype=x.dtype)
+    choices = [*NO_TENSOR, *(_spoilt(right, how) for how in _KINDS)]
+    choices += [right[:, :4], right[:, :0], right[0], right[None], right.to("meta")]
+    choices += [torch.cat((right, right)), right[:0]]
+    return rng.choice(choices)
+
+
 def cu_seqlens(rng: random.Random, call: dict) -> object:
     right = call["cu_seqlens"].contiguous()
     more = right.clone()

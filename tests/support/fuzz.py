@@ -15,8 +15,6 @@ import torch
 
 from bertfast import packing
 from bertfast.ops import (
-    attention,
-    attention_qkv,
     bias_gelu,
     dropout,
     dropout_keep_mask,
@@ -27,7 +25,6 @@ from bertfast.ops import (
     rms_norm,
 )
 from bertfast.ops.gated.limits import ACTIVATIONS
-from bertfast.testing import attention as attention_table
 from bertfast.testing import bias_gelu as gelu_table
 from bertfast.testing import gated as gated_table
 from bertfast.testing import layer_norm as norm_table
@@ -35,6 +32,7 @@ from bertfast.testing import linear_cross_entropy as loss_table
 from bertfast.testing import linear_gelu as linear_table
 
 from . import bad_values
+from .fuzz_attention import attention_call
 from .fuzz_calls import (
     INVALID_SHARE,
     TORCH_LEAST_WIDTH,
@@ -47,9 +45,6 @@ from .fuzz_calls import (
 )
 from .fuzz_log1p_max import linear_log1p_max_call
 from .strides import relaid, relaid_alike
-
-# The largest scores to be drawn, about.
-LARGEST_SCORE = 3e4
 
 
 def attempt(op: str, backend: str, seed: int, number: int) -> str | None:
@@ -117,7 +112,7 @@ def _layer_norm(rng: random.Random, backend: str) -> Call:
     bad = {name: bad_values.like_tensor(name, name == "weight") for name in given[1:]}
     bad |= dict(x=bad_values.first_tensor("x"), eps=bad_values.eps, seed=bad_values.seed)
     bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, backend=bad_values.name)
-    bad |= dict(row_index=bad_values.row_index)
+    bad |= dict(row_index=bad_values.row_index, return_sum=bad_values.no_bool)
     norm = rms_norm if case.rms else functools.partial(layer_norm, bias=None)
     return spoil(rng, text, norm, arguments, bad)
 
@@ -275,111 +270,6 @@ def _linear_cross_entropy(rng: random.Random, backend: str) -> Call:
     return spoil(rng, text, linear_cross_entropy, arguments, bad)
 
 
-# attention
-
-
-def _lengths(rng: random.Random, backend: str) -> tuple[int, ...]:
-    longest = rng.choice((8, 8, 40, 70, 140) if backend != "triton" else (8, 40, 70))
-    return tuple(draw_size(rng, longest) for _ in range(rng.randint(1, 3)))
-
-
-def _attention_case(rng: random.Random, backend: str) -> attention_table.Case:
-    packed = rng.random() < 0.5
-    lengths = _lengths(rng, backend)
-    head_dim = rng.choice((8, 16, 32, 64, 64, 96, 128, rng.randint(1, 128)))
-    mask = "none" if packed else rng.choice(("none", "right", "left", "holes", "all"))
-    if not packed and mask == "none":
-        lengths = (max(lengths),) * len(lengths)
-    # A score is a sum of head_dim products of normal values: it rarely is above four deviations.
-    scale = rng.choice((-1, 1)) * LARGEST_SCORE ** rng.random() / 4 / head_dim**0.5
-    return attention_table.Case(
-        lengths=lengths,
-        heads=rng.randint(1, 2),
-        head_dim=head_dim,
-        mask=mask,
-        packed=packed,
-        p=rng.choice((0.0, 0.0, 0.1, 0.5, 1.0)),
-        scale=rng.choice((None, None, scale, scale, 0.0)),
-        values="spoilt" if mask != "none" and rng.random() < 0.3 else "normal",
-        layout=rng.choice(("one buffer", "apart", "heads first")),
-    )
-
-
-def _layout(rng: random.Random, case: attention_table.Case, inputs: dict) -> dict:
-    """Mask or bounds with random strides; max_seqlen exact or generous; a plan or none."""
-    options = attention_table.options(inputs) | {"seed": relaid_alike(rng, inputs["seed"])}
-    if not case.packed:
-        return options | {"key_mask": relaid_alike(rng, options["key_mask"])}
-    longest = max(case.lengths) + rng.choice((0, 0, 1, 70, 10_000, 2**31 - 1 - 10_000))
-    cu = relaid_alike(rng, options["cu_seqlens"])
-    made = rng.choice(("none", "plan", "plan", "lay_out"))
-    plan = None
-    if made == "plan":
-        plan = packing.plan(cu, longest, rng.choice((None, sum(case.lengths))))
-    elif made == "lay_out":
-        cu, plan = packing.lay_out(case.lengths)
-        longest = plan.max_seqlen
-    return options | {"cu_seqlens": cu, "max_seqlen": longest, "plan": plan}
-
-
-def _attention(rng: random.Random, backend: str, one_buffer: bool = False) -> Call:
-    op = "attention_qkv" if one_buffer else "attention"
-    dtype, case = draw_dtype(rng, op, backend), _attention_case(rng, backend)
-    inputs = attention_table.make_inputs(case, dtype, rng.getrandbits(32))
-    options = _layout(rng, case, inputs) | {"backend": backend}
-    tensors = {name: inputs[name] for name in attention_table.NAMES}
-    function = attention
-    if one_buffer:
-        function, tensors = attention_qkv, {"qkv": torch.stack(tuple(tensors.values()), -3)}
-    spoilt = case.values == "spoilt"  # then a slice must not stand for others
-    tensors = {n: (relaid_alike if spoilt else relaid)(rng, t) for n, t in tensors.items()}
-    if one_buffer:
-        parts = tensors["qkv"].unbind(-3)
-        inputs |= dict(zip(attention_table.NAMES, parts, strict=True))
-    else:
-        inputs |= tensors
-    inputs["dout"] = relaid(rng, inputs["dout"])
-    plan = options["plan"] and ("plan of " + ("32" if options["plan"].tile == 32 else "64"))
-    text = f"{op} {dtype} {case} max_seqlen={options['max_seqlen']} {plan or ''}"
-    if rng.random() >= INVALID_SHARE:
-        return Call(text, lambda: _held_attention(function, tensors, options, inputs))
-    return spoil(rng, text, function, tensors | options, _bad_attention(rng, tensors, case))
-
-
-def _held_attention(function: Callable, tensors: dict, options: dict, inputs: dict) -> None:
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    out = function(**leaves, **options)
-    grads = torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
-    if len(grads) == 1:
-        grads = grads[0].unbind(-3)
-    actual = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    if out.numel():
-        hold_within(attention_table, options["backend"], inputs, actual)
-    for name, tensor in actual.items():
-        assert tensor.shape == inputs["q"].shape, name
-
-
-def _bad_attention(rng: random.Random, tensors: dict, case: attention_table.Case) -> dict:
-    first, *others = tensors
-    bad = {name: bad_values.like_tensor(name, required=True) for name in others}
-    bad |= {first: bad_values.first_tensor(first), "scale": bad_values.scale}
-    bad |= dict(site=bad_values.site, dropout_p=bad_values.dropout_p, seed=bad_values.seed)
-    bad |= dict(backend=bad_values.name)
-
-    def plan(rng: random.Random, call: dict) -> object:
-        other, longest = (*case.lengths[:-1], case.lengths[-1] + 1), call["max_seqlen"]
-        return rng.choice([*bad_values.NO_TENSOR, packing.lay_out(other)[1]]) if longest else "x"
-
-    if case.packed:
-        bad |= dict(cu_seqlens=bad_values.cu_seqlens, max_seqlen=bad_values.max_seqlen, plan=plan)
-        bad["key_mask"] = lambda rng, call: torch.ones(2, 2, dtype=torch.bool)
-    else:
-        bad["key_mask"] = bad_values.key_mask
-        bad["cu_seqlens"] = lambda rng, call: torch.tensor([0, 1], dtype=torch.int32)
-        bad |= dict(max_seqlen=lambda rng, call: 3, plan=lambda rng, call: packing.lay_out([1])[1])
-    return bad
-
-
 # plans and masks
 
 
@@ -467,8 +357,8 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "linear_gelu": _linear_gelu,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_log1p_max": linear_log1p_max_call,
-    "attention": _attention,
-    "attention_qkv": lambda rng, backend: _attention(rng, backend, one_buffer=True),
+    "attention": attention_call,
+    "attention_qkv": lambda rng, backend: attention_call(rng, backend, one_buffer=True),
     "plan": _plan,
     "dropout_keep_mask": _dropout_keep_mask,
 }
