@@ -269,7 +269,7 @@ def test_verify_reports_a_wrong_kernel(monkeypatch, capsys, as_json):
     monkeypatch.setattr(
         verify_module.Checker,
         "check",
-        lambda self, op: (verify_module.check(op, self.backend, self.device), None),
+        lambda self, op: (verify_module.check(op, self.backend, self.device), []),
     )
     assert verify_module.verify("layer_norm", "torch", as_json) == 1
     said = capsys.readouterr().out
@@ -290,16 +290,35 @@ def test_a_checker_begins_anew_after_a_fault(monkeypatch):
     try:
         with pytest.raises(RuntimeError, match="no_such_op"):
             checker.check("no_such_op")
-        rows, reason = checker.check("bias_gelu")
-        assert rows and reason is None
+        rows, reasons = checker.check("bias_gelu")
+        assert rows and reasons == []
         first = checker._process.pid
-        assert checker.check("bias_gelu") == (rows, None) and checker._process.pid == first
+        assert checker.check("bias_gelu") == (rows, []) and checker._process.pid == first
         checker._process.kill()
         with pytest.raises(RuntimeError, match="exit status -9"):
             checker.check("bias_gelu")
-        assert checker.check("bias_gelu") == (rows, None)
+        assert checker.check("bias_gelu") == (rows, [])
     finally:
         checker.close()
+
+
+def test_verify_tells_what_a_backend_does_not_have(monkeypatch):
+    """On a CPU the quick cases, on a GPU every case by position, each of them or its reason."""
+    from bertfast.ops.attention import limits
+    from bertfast.testing import attention as table
+
+    by_position = table.cases_by_position()
+    assert set(by_position) <= set(verify_module.cases("attention", "cuda"))
+    assert any(case.features for case in verify_module.cases("attention_qkv", "cpu"))
+    monkeypatch.setattr(verify_module, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(verify_module, "cases", lambda op, device: [by_position[0]])
+    monkeypatch.setitem(limits.FEATURES, "triton", ("window",))
+    if dispatch.unsupported_reason("attention", "triton", "cpu") is None:
+        answer = verify_module._answer("attention", "triton", "cpu")
+        assert answer["rows"] == []
+        assert answer["left_out"] == ["its kernels don't have rotary yet"]
+    answer = verify_module._answer("attention", "torch", "cpu")
+    assert answer["left_out"] == [] and str(by_position[0]) == answer["rows"][0]["case"]
 
 
 def test_verify_prints_each_op_as_soon_as_it_is_done(monkeypatch, capsys):
@@ -310,7 +329,7 @@ def test_verify_prints_each_op_as_soon_as_it_is_done(monkeypatch, capsys):
         values = ("x", 1.0, 2.0, 1.0, 2.0, 0.5, 1.0, True)
         place = verify_module.where(self.backend, self.device)
         row = verify_module.Row(op, self.backend, place, "float32", "dresidual", *values)
-        return [row], None if self.backend != "cuda" else "half [of it]"
+        return [row], [] if self.backend != "cuda" else ["half [of it]"]
 
     monkeypatch.setattr(verify_module.Checker, "check", check)
     assert verify_module.verify() == 0

@@ -7,6 +7,7 @@ Triton kernels run in the interpreter and the CUDA sources in their build for th
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -69,22 +70,33 @@ def _gpus(backend: str, device: str) -> Iterator[str]:
     yield ""
 
 
+def cases(op: str, device: str) -> list[Any]:
+    """The op's quick cases, and on a GPU those that a CPU would take too long for."""
+    module = importlib.import_module(f"bertfast.testing.{op}")
+    found = list(module.quick_cases())
+    if device == "cuda" and hasattr(module, "gpu_cases"):
+        found += module.gpu_cases()
+    return found
+
+
+def why_not(op: str, backend: str, device: str, dtype: torch.dtype, case: Any) -> str | None:
+    """Why the backend can't run a case, or a dtype, or None."""
+    reason = dispatch.unsupported_reason(op, backend, device, dtype)
+    features = getattr(case, "features", ())
+    if reason is not None or not features:
+        return reason
+    form = (dtype, case.head_dim, None, features)
+    return dispatch.unsupported_reason(op, backend, device, *form)
+
+
 def check(op: str, backend: str, device: str) -> list[Row]:
-    """Runs the op's quick cases in this process. A case that raises is a fault, not an end."""
+    """Runs the op's cases in this process. A case that raises is a fault, not an end."""
     module = importlib.import_module(f"bertfast.testing.{op}")
     rows = []
     for dtype in DTYPES:
-        if dispatch.unsupported_reason(op, backend, device, dtype) is not None:
-            continue
         found: dict[str, list[tuple[Finding, str, float]]] = {}
-        cases = list(module.quick_cases())
-        if device == "cuda" and hasattr(module, "gpu_cases"):
-            cases += module.gpu_cases()
-        for case in cases:
-            features = getattr(case, "features", ())
-            if features and dispatch.unsupported_reason(
-                *(op, backend, device, dtype, case.head_dim, None, features)
-            ):
+        for case in cases(op, device):
+            if why_not(op, backend, device, dtype, case) is not None:
                 continue
             inputs = module.make_inputs(case, dtype)
             oracle, stock = module.oracle(inputs), module.plain_torch(inputs)
@@ -127,9 +139,9 @@ class Checker:
         self._process: subprocess.Popen | None = None
         self._said: Any = None  # what the process prints besides
 
-    def check(self, op: str) -> tuple[list[Row], str | None]:
-        """The rows, or why there are none: either the backend isn't here, or it failed (a fault,
-        RuntimeError)."""
+    def check(self, op: str) -> tuple[list[Row], list[str]]:
+        """The rows, and why some or all are left out. A backend that failed is a fault,
+        RuntimeError."""
         process: Any = self._process or self._start()
         try:
             process.stdin.write(f"{op}\n")
@@ -195,13 +207,12 @@ def verify(op: str | None = None, backend: str | None = None, as_json: bool = Fa
                 place = f"{one} ({where(one, device)})"
                 progress.show(f"{name} on {place}")
                 try:
-                    new, reason = checker.check(name)
+                    new, reasons = checker.check(name)
                 except RuntimeError as error:
                     faults.append(f"{name} on {place}: {error}")
                 else:
                     found += new
-                    if reason:
-                        left_out.append((name, place, reason))
+                    left_out += [(name, place, reason) for reason in reasons]
                 progress.step()
             rows += found
             failed += faults
@@ -274,10 +285,13 @@ def _print_end(out: Console, rows: list[Row], left_out: list[tuple[str, str, str
 
 def _answer(op: str, backend: str, device: str) -> dict:
     reason = available(device)[op][backend]
-    rows = [] if reason else [asdict(row) for row in check(op, backend, device)]
-    for dtype in () if reason else DTYPES:
-        reason = reason or dispatch.unsupported_reason(op, backend, device, dtype)
-    return {"rows": rows, "left_out": reason, "error": None}
+    if reason is not None:
+        return {"rows": [], "left_out": [reason], "error": None}
+    forms = itertools.product(DTYPES, cases(op, device))
+    reasons = (why_not(op, backend, device, *form) for form in forms)
+    left_out = list(dict.fromkeys(reason for reason in reasons if reason is not None))
+    rows = [asdict(row) for row in check(op, backend, device)]
+    return {"rows": rows, "left_out": left_out, "error": None}
 
 
 def _main(backend: str, device: str) -> None:

@@ -19,4 +19,5 @@ def quick_cases() -> list[Case]:
         Case((45, 60), mask="right", p=0.1),
         Case((17, 30, 130, 9, 40), packed=True, plan=True, p=0.1),
         Case((140,), head_dim=64),
+        Case((70, 40), heads=2, mask="left", rotary=True, window=(30, 9), reach=12),
     ]
