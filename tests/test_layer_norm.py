@@ -1,5 +1,8 @@
 """layer_norm on every backend: the case table against float64, and properties."""
 
+import inspect
+import sys
+import typing
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.guard import run_guarded
 
-from bertfast.ops import layer_norm
+from bertfast.ops import layer_norm, rms_norm
 from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, worst
 from bertfast.testing import layer_norm as table
 from bertfast.testing.layer_norm import Case
@@ -317,6 +320,15 @@ def test_no_bank_conflicts(host_runtime, dtype, width):
     records = host_runtime.bank_conflicts()
     assert records, "nothing was recorded"
     assert [r for r in records if r[1] > 1] == []
+
+
+@pytest.mark.parametrize("function", [layer_norm, rms_norm])
+def test_options_for_type_checkers_are_the_functions_own(function):
+    """return_sum decides whether the result is a tensor or a pair; overloads say so of the rest."""
+    own = inspect.signature(function).parameters.values()
+    named = {one.name: one.annotation for one in own if one.kind is one.KEYWORD_ONLY}
+    assert named.pop("return_sum") is bool
+    assert named == typing.get_type_hints(sys.modules[layer_norm.__module__]._Options)
 
 
 def test_case_names_are_unique():

@@ -6,7 +6,7 @@ below a float32 stream, which is how a Linear's output arrives under autocast.
 
 import math
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 
@@ -16,9 +16,54 @@ from ..registration import any_requires_grad, distinct
 from . import reference, registered, run
 from .run import Kept, Norm
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["layer_norm"]
 
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
+
+class _Options(TypedDict, total=False):
+    """Keyword arguments on which the kind of result doesn't depend, for type checkers."""
+
+    eps: float
+    residual: torch.Tensor | None
+    x_bias: torch.Tensor | None
+    dropout_p: float
+    seed: torch.Tensor | None
+    site: int
+    row_index: torch.Tensor | None
+    backend: str
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    return_sum: Literal[False] = False,
+    **options: "Unpack[_Options]",
+) -> torch.Tensor: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    return_sum: Literal[True],
+    **options: "Unpack[_Options]",
+) -> _Pair: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    return_sum: bool,
+    **options: "Unpack[_Options]",
+) -> torch.Tensor | _Pair: ...
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -33,7 +78,7 @@ def layer_norm(
     row_index: torch.Tensor | None = None,
     return_sum: bool = False,
     backend: str = "auto",
-) -> Any:
+) -> torch.Tensor | _Pair:
     """LayerNorm(dropout(x + x_bias) + residual) * weight + bias, over the last dimension.
 
     x and residual have any leading shape; x_bias, weight and bias have the shape of a row; bias may
@@ -58,6 +103,30 @@ def layer_norm(
     return _norm(x, norm, residual, x_bias, drops, return_sum, backend)
 
 
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    return_sum: Literal[False] = False,
+    **options: "Unpack[_Options]",
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    return_sum: Literal[True],
+    **options: "Unpack[_Options]",
+) -> _Pair: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    return_sum: bool,
+    **options: "Unpack[_Options]",
+) -> torch.Tensor | _Pair: ...
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -71,7 +140,7 @@ def rms_norm(
     row_index: torch.Tensor | None = None,
     return_sum: bool = False,
     backend: str = "auto",
-) -> Any:
+) -> torch.Tensor | _Pair:
     """z / sqrt(mean(z * z) + eps) * weight with z = dropout(x + x_bias) + residual, over the last
     dimension. Everything else is as in `layer_norm`; under autocast the output has its dtype, too.
     """
@@ -88,7 +157,7 @@ def _norm(
     drops: tuple[float, torch.Tensor | None, int, torch.Tensor | None],
     return_sum: bool,
     backend: str,
-) -> Any:
+) -> torch.Tensor | _Pair:
     """drops: dropout_p, seed, site and row_index."""
     weight, bias, eps, rms = norm
     dropout_p, seed, site, row_index = drops
