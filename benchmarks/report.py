@@ -69,6 +69,11 @@ OP_CASES = [
     ("attention_qkv", "32x512x12x64", "backward", 0.1),
     ("attention_qkv", "squad", "forward", 0.0),
     ("attention_qkv", "queries", "forward", 0.0),
+    ("attention_qkv", "32x512x12x64 rotary", "forward", 0.0),
+    ("attention_qkv", "16x1024x12x64 rotary window 64+64", "forward", 0.0),
+    ("attention_qkv", "16x1024x12x64 rotary window 64+64", "backward", 0.0),
+    ("attention_qkv", "32x512x12x64 bias 128", "forward", 0.0),
+    ("attention_qkv", "32x512x12x64 bias 128", "backward", 0.1),
 ]
 
 
@@ -108,7 +113,8 @@ def find(run: Run | None, op: str, shape: str, pass_: str, dropout=None) -> list
         return []
     for key, found in grouped(run.rows).items():
         if (key[0], key[1]) == (op, pass_) and dropout in (None, key[4]):
-            if key[2] == shape or (shape in MIXES and key[2].startswith(shape + " ")):
+            mix, _, sizes = key[2].partition(" ")
+            if key[2] == shape or (shape in MIXES and mix == shape and " " not in sizes):
                 return [row for row in found if row.median_us is not None]
     return []
 

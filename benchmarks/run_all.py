@@ -7,7 +7,9 @@ and without bertfast installed: builds the extension in place for that GPU, runs
 it, chooses backends and splits (DIR/tuned.json, for all that follows), and measures ceilings,
 ops, layers, models, length mixes and latency. Each of these has a share of the time and takes its
 most important cases first; what was left goes on once all had theirs, and the compilers, which take
-longest, come last. Rows go into DIR/results.csv as they are known, and a run that reaches its time
+longest, come last. An op's cases take turns with the other ops', those of attention by position
+(rotary, a window, a bias) as if they were an op: however long they take, the first of every op come
+before their second. Rows go into DIR/results.csv as they are known, and a run that reaches its time
 limit ends cleanly. Exit status 1 if a step failed or a number is wrong.
 
 --dry-run goes through every step on a CPU in a minute: the build is only looked at, the tests are

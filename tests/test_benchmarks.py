@@ -19,9 +19,9 @@ from bertfast.commands.bench import case as protocol
 from bertfast.commands.bench import cases, ceilings, harness, op_case, record, timing
 from bertfast.commands.bench.cases.bias_gelu import BiasGeluCase
 from bertfast.commands.bench.cases.gated import GatedCase
-from bertfast.commands.bench.cases.layer_norm import LayerNormCase
+from bertfast.commands.bench.cases.layer_norm import LayerNormCase, WithSum
 from bertfast.commands.bench.providers import Provider
-from bertfast.ops import available
+from bertfast.ops import available, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_all.py"
@@ -245,6 +245,28 @@ def test_bytes(pass_, dropout, values, statistics, parameters):
     assert [work.bytes for work in case.work()] == [expected]
 
 
+@pytest.mark.parametrize(
+    "pass_, form, values, statistics, parameters",
+    [
+        ("forward", {}, 4, 0, 3),
+        ("training", {}, 4, 2, 3),
+        ("backward", {}, 4, 2, 4),
+        ("forward", {"bias": False}, 4, 0, 2),
+        ("backward", {"bias": False}, 4, 2, 3),
+        ("backward", {"rms": True}, 4, 1, 3),
+    ],
+)
+def test_bytes_with_the_sum(pass_, form, values, statistics, parameters):
+    case = WithSum(pass_, 10, 32, torch.float16, **form)
+    expected = values * 10 * 32 * 2 + statistics * 10 * 4 + parameters * 32 * 2
+    assert [work.bytes for work in case.work()] == [expected]
+    inputs = case.inputs("cpu", 0)
+    read = case.functions["torch eager"], case.functions["bertfast"]("torch")
+    one, other = (case.step(function, inputs.double())() for function in read)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_bytes_of_bias_gelu():
     def moved(pass_, dtype):
         return [work.bytes for work in BiasGeluCase(pass_, 10, 32, dtype).work()]
@@ -322,7 +344,7 @@ def test_every_op_has_cases_and_its_calls_overhead_is_measured():
     benchmark.pedantic = benchmark
     for case in suite.CASES:
         # Without CUDA kernels there is a reason, and nothing to measure.
-        fused = available("cpu")[case.op]["cuda"] is None
+        fused = dispatch.unsupported_reason(case.op, "cuda", "cpu", *case.form) is None
         for who in ("fused", "stock") if fused else ("stock",):
             suite.test_call(benchmark, case, who)
 

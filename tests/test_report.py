@@ -71,6 +71,9 @@ def test_tables_of_rows(report, tmp_path):
             row("torch compile", "BERT-base", "squad 64x307", None, note="not timed: it failed"),
             row("bertfast triton", "layer_norm", "16384x768", 62.5),
             row("torch eager", "layer_norm", "16384x768", 125.0),
+            row("bertfast triton", "attention_qkv", "squad 64x307x12x64 rotary", 3.0),
+            row("bertfast triton", "attention_qkv", "squad 64x307x12x64", 77.0),
+            row("bertfast cuda", "attention_qkv", "32x512x12x64 rotary", 88.0),
         ],
     )
     write(
@@ -92,6 +95,10 @@ def test_tables_of_rows(report, tmp_path):
     assert cells[6] == "not measured"
     (line,) = (x for x in parts["gpu"].splitlines() if "layer_norm 16384x768, forward" in x)
     assert "62.5 ± 0.6 | 80 | torch eager, 125 ± 1 | 40" in line
+    # A mix is that of BERT's own attention, and positions' cases have lines of their own.
+    for name, time in (("squad", "77.0"), ("32x512x12x64 rotary", "88.0")):
+        (line,) = (x for x in parts["gpu"].splitlines() if f" attention_qkv {name}, forw" in x)
+        assert f"| {time} ±" in line
     heading = "|  | bertfast, us | % of floor | the best other, us | % of floor |"
     assert heading in parts["gpu"]
     (line,) = (x for x in parts["cpu"].splitlines() if "MiniLM-L6 squad" in x)

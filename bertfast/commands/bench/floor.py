@@ -42,8 +42,27 @@ def _product(rows: int, inner: int, columns: int, itemsize: int, more: int = 0) 
     return Work("products", 2 * rows * inner * columns, values * itemsize)
 
 
-def attention(lengths: Sequence[int], width: int, itemsize: int, backward: bool = False) -> Work:
-    """All heads of one layer; lse, a value per row and head, is left out.
+def pairs_of(lengths: Sequence[int], window: tuple[int, int] | None = None) -> int:
+    """A query and a key of one sequence each, the key in the query's window."""
+    if window is None:
+        return sum(length * length for length in lengths)
+    found = sum(lengths)
+    for length in lengths:
+        for side in window:
+            near = min(side, length - 1)  # so many queries have fewer keys to this side
+            found += near * (near + 1) // 2 + (length - 1 - near) * near if length else 0
+    return found
+
+
+def attention(
+    lengths: Sequence[int],
+    width: int,
+    itemsize: int,
+    backward: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Work:
+    """All heads of one layer; lse, a value per row and head, is left out. With a window only the
+    pairs that see each other count.
 
     forward    scores and their product with v: 4 * width operations per pair of tokens; q, k, v
                read, the context written
@@ -51,7 +70,7 @@ def attention(lengths: Sequence[int], width: int, itemsize: int, backward: bool 
                three gradients written
     """
     operations, values = (10, 8) if backward else (4, 4)
-    pairs = sum(length * length for length in lengths)
+    pairs = pairs_of(lengths, window)
     return Work("attention", operations * width * pairs, values * sum(lengths) * width * itemsize)
 
 

@@ -33,7 +33,8 @@ class Inputs:
     leaves: dict[str, torch.Tensor]  # those that get gradients, by the functions' names for them
     dy: torch.Tensor
     more: dict[str, Any] = field(default_factory=dict)  # what else the functions are given
-    packed: "Inputs | None" = None  # the same tokens without padding, for functions marked `packed`
+    # The same for functions marked `packed`: tokens without padding, a bias as a table.
+    packed: "Inputs | None" = None
 
     def of(self, function: Callable) -> "Inputs":
         return self.packed if self.packed and getattr(function, "packed", False) else self

@@ -88,7 +88,9 @@ def onnx_on_a_gpu(case: Any, setting: Setting) -> bool:
 gpu = unless(lambda case, setting: setting.device == "cuda", "it needs a GPU")
 cpu = unless(lambda case, setting: setting.device == "cpu", "on a GPU stock torch stands for it")
 cpu_auto = unless(lambda case, setting: setting.device == "cpu", "on a GPU its choices are listed")
-no_mask = unless(lambda case, setting: not case.packed, "it takes no mask")
+no_mask = unless(lambda case, setting: not case.masked, "it takes no mask")
+no_padding = unless(lambda case, setting: not case.packed, "it is timed without padding")
+no_bias = unless(lambda case, setting: not case.biased, "it takes no bias by distance")
 no_dropout = unless(lambda case, setting: not case.dropout, "it has no dropout")
 
 FLASH = (
@@ -183,8 +185,15 @@ def compiled_op(mode: str | None = None) -> Make:
 def compiled_flex(case: Any, inputs: Any, setting: Setting) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False, backend=setting.compile_backend)
-    return functools.partial(case.functions["torch flex"], attend)
+    function: Any = case.functions["torch flex"]
+
+    def call(**given: Any) -> torch.Tensor:
+        return function(flex_attention, **given)
+
+    torch._functorch.config.donated_buffer = False  # the backward is run many times
+    compiled: Any = torch.compile(call, dynamic=False, backend=setting.compile_backend)
+    compiled.packed = getattr(function, "packed", False)
+    return compiled
 
 
 # Layers and models. The stock module of the inputs stays as it is: other providers copy it, too.
@@ -439,8 +448,8 @@ TABLE = (
     other_op("torch sdpa efficient", "#8f959c", (gpu,)),
     other_op("torch sdpa cudnn", "#9fa5ab", (gpu,)),
     other_op("torch sdpa math", "#cfd3d7", (), SHOWS),
-    Provider("torch flex", "#a58d73", OP, compiled_flex, (gpu, no_mask, no_dropout)),
-    other_op("flash-attn", "#9a76b5", FLASH),
+    Provider("torch flex", "#a58d73", OP, compiled_flex, (gpu, no_padding, no_dropout)),
+    other_op("flash-attn", "#9a76b5", (*FLASH, no_bias)),
     Provider("flash-attn varlen", "#9a76b5", MODEL, flash_varlen, FLASH),
     Provider("nn.TransformerEncoder", "#d9a54a", MODEL, torch_encoder, (bert,)),
     Provider("nn.TransformerEncoderLayer", "#d9a54a", LAYER, torch_layer_alone),

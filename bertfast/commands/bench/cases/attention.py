@@ -76,6 +76,16 @@ class AttentionCase(OpCase):
         return self.tokens.real < self.tokens.padded
 
     @property
+    def masked(self) -> bool:
+        """True where a function that isn't marked `packed` gets a mask."""
+        return self.packed
+
+    @property
+    def biased(self) -> bool:
+        """True where scores have a bias by distance."""
+        return False
+
+    @property
     def shape(self) -> str:
         return f"{self.tokens.name}x{self.heads}x{self.head_dim}"
 

@@ -46,7 +46,7 @@ def _after_torch(norm: Callable) -> Callable:
     return run
 
 
-def _torch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _torch_norm(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.layer_norm(z, weight.shape, weight, bias, EPS)
 
 
@@ -58,10 +58,10 @@ def _liger_norm(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _ours_with_sum(backend: str) -> Callable:
     def run(
-        x: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.0, **more: Any
+        x: Tensor, weight: Tensor, p: float, rms: bool, bias: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, Tensor]:
         more |= dict(eps=EPS, dropout_p=p, return_sum=True, backend=backend)
-        if bias is None:
+        if rms:
             return rms_norm(x, weight, **more)
         return layer_norm(x, weight, bias, **more)
 
@@ -73,12 +73,13 @@ def _torch_with_sum(
     weight: Tensor,
     residual: Tensor,
     x_bias: Tensor,
+    seed: Tensor,
+    p: float,
+    rms: bool,
     bias: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     z = F.dropout(x + x_bias, p, training=p > 0) + residual
-    if bias is None:
+    if rms:
         return F.rms_norm(z, weight.shape, weight, EPS), z
     return _torch_norm(z, weight, bias), z
 
@@ -158,22 +159,28 @@ class WithSum(LayerNormCase):
     """Each part writes, or reads, the sum besides: of a forward in training it is what is saved."""
 
     rms: bool = False
+    bias: bool = True  # of a LayerNorm
 
     functions = {"bertfast": _ours_with_sum, "torch eager": _torch_with_sum}
 
     @property
     def shape(self) -> str:
-        return f"{self.rows}x{self.width} with sum" + (" rms" if self.rms else "")
+        name = f"{self.rows}x{self.width} with sum"
+        return name + (" rms" if self.rms else "" if self.bias else " without bias")
+
+    def options(self) -> dict[str, Any]:
+        return {"p": self.dropout, "rms": self.rms}
 
     def work(self) -> list[Work]:
         """One value an element more than without the sum, but in training, where z is the sum.
-        RMSNorm has no bias and no mean."""
+        Without a bias there is neither that nor its gradient, and RMSNorm has no mean either."""
         (work,) = super().work()
         tensor = self.rows * self.width * self.dtype.itemsize
         more = 0 if self.pass_ == "training" else tensor
-        if self.rms:
+        if self.rms or not self.bias:
             more -= self.width * self.dtype.itemsize
-            more -= 0 if self.pass_ == "forward" else 4 * self.rows
+        if self.rms and self.pass_ != "forward":
+            more -= 4 * self.rows
         return [Work("memory", 0, work.bytes + more)]
 
     def moves(self) -> dict[str, tuple[int, float]]:
@@ -181,12 +188,13 @@ class WithSum(LayerNormCase):
 
     def inputs(self, device: str, seed: int) -> Inputs:
         made = super().inputs(device, seed)
-        if self.rms:
+        if self.rms or not self.bias:
             del made.leaves["bias"]
         return made
 
     def for_budget(self) -> testing.Case:
-        return testing.Case((67, self.width), p=self.dropout, rms=self.rms, return_sum=True)
+        form = {"bias": self.bias, "rms": self.rms, "return_sum": True}
+        return testing.Case((67, self.width), p=self.dropout, **form)
 
 
 _PASSES = (
@@ -213,11 +221,13 @@ def gpu_cases() -> list[LayerNormCase]:
         for rows, width, dtype in order
         for pass_, p in _PASSES
     ]
-    return usual + [
+    sums = [
         WithSum(pass_, 16384, 768, bf16, p, rms=rms)
         for rms in (False, True)
         for pass_, p in _PASSES
     ]
+    without = [pass_ for pass_, p in _PASSES if p == 0]  # ModernBERT, which has no dropout either
+    return usual + sums + [WithSum(pass_, 16384, 768, bf16, bias=False) for pass_ in without]
 
 
 def cpu_cases() -> list[LayerNormCase]:
@@ -235,7 +245,8 @@ def dry_cases() -> list[LayerNormCase]:
         for (pass_, p, alone), dtype in zip(forms, dtypes, strict=False)
     ]
     sums = ((*_PASSES[0], False), (*_PASSES[2], True))
-    return usual + [
+    made = [
         WithSum(pass_, 6, 64, dtype, p, rms=rms)
         for (pass_, p, rms), dtype in zip(sums, dtypes, strict=False)
     ]
+    return [*usual, *made, WithSum("backward", 6, 64, torch.float16, bias=False)]
