@@ -13,6 +13,7 @@ from bertfast.commands.bench.case import Setting, Wrong
 from bertfast.commands.bench.cases import attention_positions as cases
 from bertfast.commands.bench.cases.attention_positions import PositionsCase
 from bertfast.commands.bench.models import Tokens, full_batch
+from bertfast.ops.triton_launch import Launch
 from bertfast.testing import positions
 
 HERE = Setting("cpu")
@@ -55,6 +56,35 @@ def test_work():
     back = made("backward", dtype=torch.float16)
     (biased,) = dataclasses.replace(back, reach=4).work()
     assert biased.bytes == back.work()[0].bytes + 2 * 2 * 9 * 2  # read, and its gradient written
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("form", FORMS[:2] + [{}], ids=str)
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_counts_are_those_of_the_launches(pass_, form, monkeypatch, need):
+    """Kernels, and the units of q that their launches name, of sequences of two tiles."""
+    need("attention_qkv", ("triton", "cpu"))
+    tokens = full_batch(2, 200)
+    case = made(pass_, tokens, torch.bfloat16, **form)
+    unit = tokens.real * 32
+    inputs = case.inputs("cpu", 0)
+    launches = []
+
+    def launch(self, grid, pointers, *rest, **options):
+        tensors = [getattr(p, "base", p) for p in pointers if p is not None]
+        launches.append(sum(t.numel() == unit for t in tensors))
+
+    step = case.step(case.functions["bertfast"]("triton"), inputs)
+    monkeypatch.setattr(Launch, "__call__", launch)
+    step()
+    counts = case.counts(named(case, "bertfast triton"))
+    assert counts.kernels == len(launches)
+    ((work, _),) = counts.attention
+    least = 8 if pass_ == "backward" else 4
+    # The second kernel of a backward is told of dq, and doesn't touch it.
+    assert counts.bytes == (sum(launches) - least - (pass_ == "backward")) * unit * 2
+    assert work == case.work()[0]
+    assert case.counts(named(case, "torch sdpa")) is None
 
 
 @batches

@@ -199,6 +199,13 @@ def encoder(
     return found
 
 
+def flash_share(tokens: int, pairs: int, backward: bool) -> float:
+    """Of the rate of products, what attention reaches that keeps its scores. pairs: of tokens that
+    see each other."""
+    most, half = FLASH[backward]
+    return most / (1 + half * tokens / max(1, pairs))
+
+
 def _pass(layer: Layer, sizes: "Model", lengths: Sequence[int], number: int) -> Counts:
     """number: of the pass, as in Layer."""
     tokens, width, inner = sum(lengths), sizes.width, sizes.inner
@@ -220,6 +227,5 @@ def _pass(layer: Layer, sizes: "Model", lengths: Sequence[int], number: int) -> 
         work = Work("attention", (8 if backward else 4) * width * pairs, work.bytes)
         share = IN_MEMORY
     else:
-        most, half = FLASH[backward]
-        share = most / (1 + half * tokens / pairs)
+        share = flash_share(tokens, pairs, backward)
     return Counts(layer.kernels[number], moved, 2, tuple(products), ((work, share),))

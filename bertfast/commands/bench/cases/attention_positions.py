@@ -19,16 +19,19 @@ from ....ops import attention_qkv
 from ....testing import attention as testing
 from ....testing import positions
 from ..case import normal
-from ..floor import Work
+from ..floor import Work, pairs_of
 from ..floor import attention as attention_work
 from ..models import full_batch, mixed_batch
 from ..op_case import Inputs
+from ..predicted import Counts, flash_share
+from ..providers import Provider
 from .attention import BASE, SDPA, sdpa
 from .attention_qkv import AttentionQKVCase
 
 Tensor = torch.Tensor
 Tables = tuple[Tensor, Tensor]
 Window = tuple[int, int]
+Form = dict[str, Any]  # of a case
 
 
 class Positions(NamedTuple):
@@ -54,8 +57,8 @@ class _ours:
         self.backend = backend
 
     def __call__(self, qkv: Tensor, how: Positions, p: float, **more: Any) -> Tensor:
-        by_position = {"rotary": how.rotary, "window": how.window}
-        return attention_qkv(qkv, dropout_p=p, backend=self.backend, **by_position, **more)
+        more |= {"rotary": how.rotary, "window": how.window}
+        return attention_qkv(qkv, dropout_p=p, backend=self.backend, **more)
 
 
 # Stock torch.
@@ -94,7 +97,8 @@ class _sdpa:
         mask = how.mask
         if matrix is not None:
             mask = matrix[None] if mask is None else torch.where(mask, matrix, -torch.inf)
-        return sdpa(*_rotated(qkv, how), seed, p, mask, self.kernel)
+        q, k, v = _rotated(qkv, how)
+        return sdpa(q, k, v, seed, p, mask, self.kernel)
 
 
 def _flex(
@@ -181,7 +185,7 @@ def _flash_attn(
         from flash_attn.layers.rotary import apply_rotary_emb
 
         heads = apply_rotary_emb(qkv[..., :2, :, :].flatten(-3, -2), *how.halves, **layout)
-        q, k, v = *heads.chunk(2, -2), qkv[..., 2, :, :]
+        (q, k), v = heads.chunk(2, -2), qkv[..., 2, :, :]
         if cu_seqlens is None:
             return flash_attn.flash_attn_func(q, k, v, p, window_size=window)
         bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -242,6 +246,30 @@ class PositionsCase(AttentionQKVCase):
             tables += table * (2 if backward else 1)
         return [Work("attention", seen.flops, whole.bytes + tables)]
 
+    def counts(self, provider: Provider) -> Counts | None:
+        """In units of q, beside what attention reads and writes at least:
+
+        rotation         q and k read and written, in a kernel; by stock torch in five: two products
+                         read and write both, of one half the sign is changed, halves are put
+                         beside each other, and a sum reads both twice
+        our backward     q, k, v and the output's gradient read by its second kernel too
+        A bias isn't counted: what gathering it takes isn't in the model's share. Of the others'
+        backward, and of a mask, the kernels' own traffic isn't known.
+        """
+        backward, ours = self.pass_ == "backward", provider.name == "bertfast triton"
+        stock = provider.name == "torch sdpa flash"
+        known = ours or ((stock or provider.name == "flash-attn") and not backward)
+        if self.biased or self.dtype.itemsize != 2 or not known:
+            return None
+        (work,) = self.work()
+        pairs = pairs_of(self.tokens.lengths, self.window)
+        share = flash_share(self.tokens.real, pairs, backward)
+        units, kernels = (4, 2) if backward else (0, 1)
+        if self.rotary:
+            units, kernels = units + (20 if stock else 4), kernels + (5 if stock else 1)
+        moved = units * self.tokens.real * self.heads * self.head_dim * self.dtype.itemsize
+        return Counts(kernels, moved, attention=((work, share),))
+
     def inputs(self, device: str, seed: int) -> Inputs:
         made = super().inputs(device, seed)
         more = {name: value for name, value in made.more.items() if name != "mask"}
@@ -278,14 +306,14 @@ class PositionsCase(AttentionQKVCase):
         return how._replace(mask=mask, in_place=self.pass_ == "backward")
 
     def for_budget(self) -> testing.Case:
-        by_position = {"rotary": self.rotary, "window": self.window, "reach": self.reach}
-        layout = {"packed": self.packed, "plan": self.packed, "p": self.dropout}
+        by_position: Form = {"rotary": self.rotary, "window": self.window, "reach": self.reach}
+        layout: Form = {"packed": self.packed, "plan": self.packed, "p": self.dropout}
         return testing.Case((40, 150), self.heads, self.head_dim, **layout, **by_position)
 
 
-NOMIC: dict[str, Any] = {"rotary": True}  # and ModernBERT's other layers
-LOCAL: dict[str, Any] = {"rotary": True, "window": (64, 64)}
-MPNET: dict[str, Any] = {"reach": 128}
+NOMIC: Form = {"rotary": True}  # and ModernBERT's other layers
+LOCAL: Form = {"rotary": True, "window": (64, 64)}
+MPNET: Form = {"reach": 128}
 _PASSES = ("forward", "backward", "training")
 
 
@@ -313,7 +341,7 @@ def cpu_cases() -> list[PositionsCase]:
 def dry_cases() -> list[PositionsCase]:
     full, mixed = full_batch(2, 20), mixed_batch("queries", 2)
     fp16, bf16 = torch.float16, torch.bfloat16
-    local = {"rotary": True, "window": (3, 5)}
+    local: Form = {"rotary": True, "window": (3, 5)}
     return [
         PositionsCase("forward", *(mixed, 1, 16, fp16), **local),
         PositionsCase("training", *(full, 1, 16, bf16, 0.1), rotary=True),

@@ -193,8 +193,8 @@ class WithSum(LayerNormCase):
         return made
 
     def for_budget(self) -> testing.Case:
-        form = {"bias": self.bias, "rms": self.rms, "return_sum": True}
-        return testing.Case((67, self.width), p=self.dropout, **form)
+        rest: dict[str, Any] = {"bias": self.bias, "rms": self.rms, "return_sum": True}
+        return testing.Case((67, self.width), p=self.dropout, **rest)
 
 
 _PASSES = (
