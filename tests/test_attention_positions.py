@@ -107,6 +107,14 @@ def test_a_window_of_whole_sequences_is_none():
     assert torch.equal(attention(q, q, q, window=(32, 40)), attention(q, q, q))
 
 
+def test_a_window_to_one_side_is_a_causal_mask():
+    q, k, v = torch.randn(3, 2, 37, 2, 16, dtype=torch.float64)
+    out = attention(q, k, v, window=(2**30, 0))
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads, is_causal=True)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_nothing_to_do(bias):
     q = torch.zeros(0, 2, 16, requires_grad=True)

@@ -11,23 +11,29 @@ from bertfast.nn.bert import bert_parts
 from bertfast.nn.layer import Call, run_layer
 from bertfast.nn.parts import Positions
 from bertfast.ops import dispatch
+from bertfast.ops.attention import limits
 from bertfast.packing.batch import Batch
 from bertfast.testing.budget import UNIT_ROUNDOFF
 
 REACH = 4
-FORMS = {"rotary and a window": ("rotary", "window"), "a bias": ("distance_bias",)}
+FORMS = {
+    "rotary and a window": ("rotary", "window"),
+    "a bias": ("distance_bias",),
+    "a window": ("window",),
+}
 
 
 class Placed(EncoderLayer):
     """With rotary tables and a window, or with a bias by distance, which is a parameter."""
 
     names: tuple[str, ...]
+    window = (2, 3)
 
     def positions(self) -> Positions:
         angles = torch.arange(LENGTH)[:, None] / 10.0 ** torch.linspace(0, 1, WIDTH // HEADS // 2)
         known = dict(
             rotary=tuple(t.to(self.device) for t in (angles.cos(), angles.sin())),
-            window=(2, 3),
+            window=self.window,
             distance_bias=getattr(self, "bias", None),
         )
         return Positions(**{name: known[name] for name in self.names})
@@ -103,3 +109,19 @@ def test_frozen_but_for_the_bias():
         parameter.requires_grad_(name == "bias")
     _, alone = gradients(module, make_input(backend).detach())
     assert torch.equal(alone, everything["bias"])
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_a_window_of_whole_sequences_is_none(monkeypatch, nodes, kind):
+    """So kernels that have no window serve it."""
+    monkeypatch.setitem(limits.FEATURES, "cuda", ())
+    backend = ("cuda", "cpu")
+    module, batch = placed(backend, "a window"), make_batch(backend, kind)
+    module.window = LENGTH - 1, LENGTH
+    x = make_input(backend, batch)
+    found = gradients(module, x, batch)
+    assert nodes == ["attention", "mlp"]
+    module.names = ()
+    for one, other in zip(found, gradients(module, x, batch), strict=True):
+        assert torch.equal(one, other)

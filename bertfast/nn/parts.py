@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..ops.attention.scores import narrows
 from ..ops.dropout import NO_DROPOUT, Dropout, draw_seed, dropout_of
 from ..ops.layer_norm.run import Norm
 from ..packing.batch import Batch
@@ -94,6 +95,13 @@ class Positions(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def features(self, longest: int) -> tuple[str, ...]:
+        """Those that change the scores of sequences of up to so many tokens."""
+        given = self.arguments()
+        if self.window is not None and not narrows(self.window, longest):
+            del given["window"]
+        return tuple(given)
 
 
 NO_POSITIONS = Positions()

@@ -159,6 +159,7 @@ def cases_by_position() -> list[Case]:
         Case((17, 30, 9, 80), packed=True, plan=True, reach=12, p=0.1),
         Case((20, 9, 14, 3), packed=True, plan=True, rotary=True, reach=40, window=(5, 8)),
         Case((70,), scale=-0.1, reach=0, head_dim=96, rotary=True),
+        Case((80, 33), mask="right", window=(2**30, 0), rotary=True, p=0.1),  # a causal mask
     ]
 
 

@@ -55,7 +55,8 @@ def attention(
     rotary, (cos, sin), float32 (positions, head_dim / 2) each, rotates q and k first: the halves of
     a head, x1 and x2, become x1 cos - x2 sin and x2 cos + x1 sin, in float32, rounded once. No
     gradient is computed for the tables.
-    window, (left, right): a query sees the keys from `left` before it to `right` behind it.
+    window, (left, right): a query sees the keys from `left` before it to `right` behind it. So
+    (2**30, 0) is a causal mask, and one that holds whole sequences is none.
     distance_bias, (heads, 2 * reach + 1), of finite numbers, is added to scale * q k^T, and has a
     gradient: the bias of a distance, key - query, is at distance + reach; greater distances have
     the first one or the last. T5's buckets become one by `bucket_bias`; ALiBi's is slope *

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import checks, packing, tracing
-from .scores import NO_LIMIT, Scores
+from .scores import NO_LIMIT, Scores, narrows
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -105,10 +105,8 @@ def check_scores(
         sides = checks.check_ints("window", window, 0)
         if len(sides) != 2:
             raise ValueError(f"window must be (left, right), got {len(sides)} ints")
-        left, right = (min(side, NO_LIMIT) for side in sides)
-        # One that holds whole sequences is none. A size that is looked at can't change, if traced.
-        if not tracing.is_compiling() and min(left, right) >= longest - 1:
-            left = right = NO_LIMIT
+        if narrows(sides, longest):
+            left, right = (min(side, NO_LIMIT) for side in sides)
     if distance_bias is not None:
         checks.check_float("distance_bias", distance_bias)
         shape = distance_bias.shape

@@ -10,6 +10,7 @@ bias: for each head and distance key - query, distances beyond `reach` counting 
 Positions are counted from a sequence's first token, or in a padded batch from the row's.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,11 @@ class Scores(NamedTuple):
         """All but scale, one by one, for a registered op; nothing where that is its default."""
         plain = self.cos is None and self.bias is None and not self.windowed
         return () if plain else (self.cos, self.sin, self.bias, self.left, self.right)
+
+
+def narrows(window: Sequence[int], longest: int) -> bool:
+    """False for a window that holds whole sequences, which is none."""
+    return tracing.is_compiling() or min(window) < longest - 1  # a size that is compared is fixed
 
 
 def restored(scale: float, parts: tuple) -> Scores:
