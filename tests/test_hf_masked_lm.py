@@ -11,6 +11,7 @@ from support.masked_lm import (
     labelled_batch,
     loss_and_gradients,
     makes_logits,
+    mean_of_losses,
     same,
     stock_head,
 )
@@ -32,6 +33,7 @@ def test_float64(name, exact_rotation):
     inputs = labelled_batch(stock)
     model = fused(stock)
     assert not makes_logits(model, inputs) and makes_logits(stock, inputs)
+    stock.loss_function = mean_of_losses  # of heads that have it
     # A million roundings, and far below what a wrong term would be.
     same(loss_and_gradients(model, inputs), loss_and_gradients(stock, inputs), rtol=1e-10)
 
@@ -57,7 +59,7 @@ def test_float32_stays_within_the_budget(name, exact_rotation):
         lambda model: bertfast.optimize(model, masked_lm_loss="fused"),
         {name: value[None] for name, value in inputs.items()},
     )
-    assert len(findings) > 20
+    assert len(findings) > 15
     for finding, _ in findings:
         assert finding.ok, finding
 
@@ -66,8 +68,8 @@ def test_a_wrong_row_breaks_the_budget(monkeypatch):
     stock = stock_head()
     inputs = labelled_batch(stock)
 
-    def shifted(hidden, labels):
-        rows, labels, count = labelled(hidden, labels)
+    def shifted(*arguments):
+        rows, labels, count = labelled(*arguments)
         return rows.roll(1, 0), labels, count
 
     labelled = heads._labelled

@@ -420,7 +420,12 @@ def test_no_gradients_in_training():
 
 @pytest.mark.parametrize(
     "name, bf16",
-    [("BertForMaskedLM", False), ("BertForPreTraining", False), ("RobertaForMaskedLM", True)],
+    [
+        ("BertForMaskedLM", False),
+        ("BertForPreTraining", False),
+        ("RobertaForMaskedLM", True),
+        ("ModernBertForMaskedLM", False),
+    ],
 )
 def test_trainer(tmp_path, name, bf16):
     """With accumulation, of which it tells the head (num_items_in_batch); evaluation has logits. By

@@ -71,7 +71,7 @@ def head_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     if isinstance(module, heads.Head):
         return kind
     known = _HEADS.get(kind.__name__)
-    if known is None or kind.__module__ != known[0] or not heads.is_known(kind):
+    if known is None or kind.__module__ != known[0] or not known[1].is_known(kind):
         return None
     return __getattr__(kind.__name__)
 

@@ -35,6 +35,10 @@ from .model import keep_recording
 IGNORED = -100  # CrossEntropyLoss's
 
 
+# Names by which forwards make their losses.
+_LOSSES = frozenset(("CrossEntropyLoss", "mlm_loss_fct", "loss_function"))
+
+
 class Head(Swapped):
     """Stands in front of the original class (BertForMaskedLM, ...). A subclass names its parts."""
 
@@ -44,6 +48,7 @@ class Head(Swapped):
     _targets: tuple[str, ...] = ("labels",)  # arguments that the model under the head isn't given
     _moves_labels = False  # the original moves them to the logits' device
     _cuts_by_config = True  # the original cuts logits by config.vocab_size
+    _losses = frozenset(("CrossEntropyLoss",))  # of these names the original calls
 
     @classmethod
     def subclass(cls, original: Any, module: str) -> type[nn.Module]:
@@ -69,11 +74,20 @@ class Head(Swapped):
         """The attributes that depend on the family's module."""
         raise NotImplementedError
 
+    @classmethod
+    def is_known(cls, original: Any) -> bool:
+        """True if the original makes its loss as this does: by what its forward calls."""
+        if not has_own_forward(original):
+            return True  # somebody replaced it, which why_original tells
+        called = _LOSSES.intersection(inspect.unwrap(original.forward).__code__.co_names)
+        return bool(called) and called <= cls._losses
+
     def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
         """All that comes before the decoder, one after another."""
         raise NotImplementedError
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
+        """The Linear that makes the logits."""
         raise NotImplementedError
 
     def encode(self, input_ids: Any, arguments: dict) -> Any:
@@ -102,7 +116,7 @@ class Head(Swapped):
             if isinstance(part, nn.Module):
                 if (reason := why_rows_are_seen(part, self._own)) is not None:
                     return f"in its transform {reason}"
-        decoder = self.decoder()
+        decoder = self.vocabulary()
         if not isinstance(read_linear(decoder), Weights):
             if type(decoder) is not nn.Linear:
                 return f"its decoder is a {type(decoder).__name__}, which has to be called"
@@ -123,7 +137,7 @@ class Head(Swapped):
             return ""
         if labels.dtype != torch.int64:
             return f"labels are {labels.dtype}, not torch.int64"
-        weight = self.decoder().weight
+        weight = self.vocabulary().weight
         if labels.device != weight.device and not self._moves_labels:
             return ""  # the original has an error for it, and for the next
         if _tokens(arguments) != labels.numel():
@@ -132,24 +146,39 @@ class Head(Swapped):
             return f"its decoder has {weight.shape[0]} outputs, not config.vocab_size"
         return None
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def reduction(self, options: dict) -> tuple[int, Any]:
+        """The label that is ignored, and by what the sum of the losses is divided; None: by their
+        number. options: a call's arguments that the original's forward doesn't name."""
+        return IGNORED, None
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, options: dict) -> torch.Tensor:
         """Of the labelled tokens. hidden: of all."""
-        decoder = read_linear(self.decoder())
-        if not (isinstance(decoder, Weights) and plain(decoder.weight)):
-            raise RuntimeError("the decoder's weight changed its kind during the call")
-        rows, labels, count = _labelled(hidden, labels)
+        decoder = self.weights_now()
+        ignored, divisor = self.reduction(options)
+        rows, labels, count = _labelled(hidden, labels, ignored)
         for part in self.transform():
             rows = part(rows)
         backend = self.__dict__[ATTRIBUTE].backend
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             rows,
             decoder.weight,
             labels,
             bias=decoder.bias,
-            ignore_index=IGNORED,
+            ignore_index=ignored,
+            reduction="mean" if divisor is None else "sum",
             labelled=count,
             backend=backend if backend in ("auto", "torch", "triton") else "auto",
         )
+        if isinstance(divisor, torch.Tensor):
+            divisor = divisor.to(loss.device)
+        return loss if divisor is None else loss / divisor
+
+    def weights_now(self) -> Weights:
+        """The decoder's, in the midst of a call that has found them plain."""
+        decoder = read_linear(self.vocabulary())
+        if not (isinstance(decoder, Weights) and plain(decoder.weight)):
+            raise RuntimeError("the decoder's weight changed its kind during the call")
+        return decoder
 
     def told(self) -> str:
         """For reports, after the head's name."""
@@ -172,16 +201,6 @@ def _why_called(module: nn.Module, kind: type) -> str | None:
     return None if has_own_forward(kind) else f"the forward of {kind.__name__} was replaced"
 
 
-def is_known(kind: Any) -> bool:
-    """True if a head's forward makes its loss by CrossEntropyLoss, as all do up to 5.23."""
-    if not has_own_forward(kind):
-        return True  # somebody replaced it, which why_original tells
-    names = inspect.unwrap(kind.forward).__code__.co_names
-    return "loss_function" not in names and not {"CrossEntropyLoss", "mlm_loss_fct"}.isdisjoint(
-        names
-    )
-
-
 def _tokens(arguments: dict) -> int | None:
     for name, dims in (("input_ids", None), ("inputs_embeds", -1)):
         given = arguments.get(name)
@@ -190,12 +209,14 @@ def _tokens(arguments: dict) -> int | None:
     return None
 
 
-def _labelled(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _labelled(
+    hidden: torch.Tensor, labels: torch.Tensor, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The rows of labelled tokens, their labels, and how many there are at most."""
     rows, labels = hidden.flatten(0, -2), labels.reshape(-1)
     device = hidden.device
     if tracing.can_look_at(labels):
-        index = (labels != IGNORED).nonzero().squeeze(1)
+        index = (labels != ignored).nonzero().squeeze(1)
         labels = labels.index_select(0, index)
         rows = rows.index_select(0, index.to(device, non_blocking=True))
     return rows, labels.to(device, non_blocking=True), labels.numel()
@@ -228,9 +249,45 @@ def _forward(original: Any) -> Callable:
         arguments["return_dict"] = True
         targets = [arguments.pop(name) for name in self._targets]
         encoded = self.encode(arguments.pop("input_ids"), arguments)
-        return self.outputs(self.loss(encoded[0], targets[0]), encoded, *targets[1:])
+        return self.outputs(self.loss(encoded[0], targets[0], options), encoded, *targets[1:])
 
     return forward
+
+
+class ByLossFunction(Head):
+    """In front of a head that hands the arguments that it doesn't name to `loss_function`, which is
+    transformers' ForMaskedLMLoss unless somebody has set another."""
+
+    _moves_labels = True
+    _losses = frozenset(("loss_function",))
+
+    def why_original_now(self, arguments: dict, options: dict) -> str | None:
+        if (reason := super().why_original_now(arguments, options)) is not None:
+            return reason
+        if not _is_masked_lm_loss(self.loss_function):
+            return "its loss_function isn't ForMaskedLMLoss as it was"
+        ignored, _ = self.reduction(options)
+        if type(ignored) is not int:
+            return f"ignore_index is {ignored!r}, not an int"
+        if getattr(self, "sparse_prediction", False):  # it cuts what has no label too
+            if (cut := self.sparse_pred_ignore_index) != ignored:
+                return f"sparse_prediction leaves out labels {cut}, and the loss {ignored}"
+        return None
+
+    def reduction(self, options: dict) -> tuple[int, Any]:
+        return options.get("ignore_index", IGNORED), options.get("num_items_in_batch")
+
+
+def _is_masked_lm_loss(function: Any) -> bool:
+    """True for transformers' own, whose mean is its own too."""
+    mean = getattr(function, "__globals__", {}).get("fixed_cross_entropy")
+    names = [
+        (getattr(f, "__module__", None), getattr(f, "__qualname__", None)) for f in (function, mean)
+    ]
+    return names == [(_LOSS_MODULE, "ForMaskedLMLoss"), (_LOSS_MODULE, "fixed_cross_entropy")]
+
+
+_LOSS_MODULE = "transformers.loss.loss_utils"
 
 
 class Bert(Head):
@@ -247,7 +304,7 @@ class Bert(Head):
     def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
         return (self.cls.predictions.transform,)
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         return self.cls.predictions.decoder
 
 
@@ -313,5 +370,21 @@ class Roberta(Head):
         head = self.lm_head
         return head.dense, gelu, head.layer_norm
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         return self.lm_head.decoder
+
+
+class ModernBert(ByLossFunction):
+    """ModernBERT's, whose decoder stands beside it."""
+
+    _own = ()
+
+    @classmethod
+    def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
+        return {"_containers": (("head", getattr(family, prefix + "PredictionHead")),)}
+
+    def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+        return self.head.dense, self.head.act, self.head.norm
+
+    def vocabulary(self) -> Any:
+        return self.decoder

@@ -22,7 +22,16 @@ def stock_head(name: str = "BertForMaskedLM", **config) -> torch.nn.Module:
         off = dict.fromkeys(("dropout", "attention_dropout"), 0.0)
     if name.startswith("Albert"):
         off["classifier_dropout_prob"] = 0.0
+    if name.startswith("ModernBert"):
+        off["attention_dropout"] = 0.0
     return tiny(name, **(off | config)).train()
+
+
+def mean_of_losses(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **options: object
+) -> torch.Tensor:
+    """transformers' ForMaskedLMLoss, which makes float32 of any logits, in the dtype they have."""
+    return torch.nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
 
 
 def fused(stock: torch.nn.Module, **options) -> torch.nn.Module:

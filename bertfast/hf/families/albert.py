@@ -96,7 +96,7 @@ class Head(heads.Head):
         head = self.predictions
         return head.dense, head.activation, head.LayerNorm
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         return self.predictions.decoder
 
 

@@ -77,6 +77,7 @@ class Head(heads.Head):
     _containers = ()
     _own = ()
     _cuts_by_config = False
+    _losses = frozenset(("mlm_loss_fct",))
 
     @classmethod
     def of_family(cls, family: Any, prefix: str) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Head(heads.Head):
     def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
         return self.vocab_transform, self.activation, self.vocab_layer_norm
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         return self.vocab_projector
 
     def why_original(self) -> str | None:

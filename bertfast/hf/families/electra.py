@@ -20,7 +20,7 @@ class Head(heads.Head):
     def transform(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
         return (self.generator_predictions,)
 
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         return self.generator_lm_head
 
 

@@ -59,7 +59,7 @@ class Model(rotary.Model, bert.Model):
 
 
 class Head(heads.Roberta):
-    def decoder(self) -> Any:
+    def vocabulary(self) -> Any:
         """With the bias, which lies beside it."""
         read = read_linear(self.lm_head.decoder)
         if not isinstance(read, Weights):

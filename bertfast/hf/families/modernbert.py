@@ -14,7 +14,7 @@ from ...nn.joined import JoinedWeights
 from ...nn.modules import untouched
 from ...nn.parts import Gated, Parts, Positions
 from ...packing.batch import Batch
-from .. import looping, model, rotary
+from .. import heads, looping, model, rotary
 from ..family import Family
 
 SLIDING = "sliding_attention"
@@ -106,7 +106,7 @@ FAMILY = Family(
     "ModernBert",
     "transformers.models.modernbert.modeling_modernbert",
     {"ModernBertEncoderLayer": Layer, "ModernBertModel": Model},
-    {},
+    {"ModernBertForMaskedLM": heads.ModernBert},
     layer="pre-norm, rotary, window, gated",
     original="transformers 5.0; " + rotary.ORIGINAL,
 )
