@@ -1,5 +1,6 @@
 """optimize, revert and report: a model's classes swapped, and the outcome told for each layer."""
 
+import dataclasses
 import functools
 import html
 import types
@@ -65,6 +66,10 @@ def optimize(
     labels; under torch.compile and in CUDA graphs all tokens take part. ValueError if the model
     has no such head. None leaves heads as they are.
 
+    A SparseEncoder of sentence-transformers makes SPLADE's vectors without logits, in inference and
+    in training, where its SpladePooling takes the largest: what a call returns has no
+    `token_embeddings` then. `report` says so, or why the logits are made.
+
     strict: raise ValueError if the model has no encoder that bertfast knows, or one of a known
     family that it can't convert. Otherwise such a model is left as it is.
 
@@ -88,17 +93,26 @@ def optimize(
         raise ValueError(_why_no_head(model))
     found = False
     readers = {} if packed == "always" else _readers_of_padding(model)
+    pooled = _swap_sparse_encoders(model)
     module: Any  # a swapped class has methods that nn.Module lacks
     for module in model.modules():
         keep_padding = readers.get(id(module)) if packed else "packed=False"
         settings = Settings(backend, keep_padding, packed == "always", recompute)
-        if (head := _head_class(module)) is not None:
+        if _is_sparse_encoder(module):
+            module.__dict__.pop(KEPT, None)
+            module.__dict__[ATTRIBUTE] = settings
+            continue
+        vectors = id(module) in pooled or _makes_vectors(module)
+        if (head := _head_class(module, loss=False)) is not None:
+            loss = masked_lm_loss is not None and _head_class(module) is not None
             module.__dict__.pop(KEPT, None)
             module.__dict__.pop(ATTRIBUTE, None)
-            if masked_lm_loss:
+            if loss or vectors:
                 if not is_swapped(module):
                     _swap(module, head)
-                module.__dict__[ATTRIBUTE] = settings
+                module.__dict__[ATTRIBUTE] = dataclasses.replace(
+                    settings, loss=loss, vectors=vectors
+                )
             continue
         if is_swapped(module):
             if not is_converted(module):  # made by `type(model)(config)`
@@ -217,12 +231,36 @@ def _swapped_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _head_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of a masked language model's head that makes its loss without logits."""
+def _head_class(module: nn.Module, loss: bool = True) -> type[nn.Module] | None:
+    """The class of a masked language model's head that makes its loss or vectors without logits."""
     if not (is_swapped(module) or _is_of_transformers(type(module))):
         return None
     hf = _hf()
-    return None if isinstance(hf, str) else hf.head_class(module)
+    return None if isinstance(hf, str) else hf.head_class(module, loss)
+
+
+def _makes_vectors(module: nn.Module) -> bool:
+    """True for a head that was converted inside a sparse encoder, though that isn't given now."""
+    return is_converted(module) and module.__dict__[ATTRIBUTE].vectors
+
+
+def _is_sparse_encoder(module: nn.Module) -> bool:
+    return is_swapped(module) and type(module).__name__ == "SparseEncoder"
+
+
+def _swap_sparse_encoders(model: nn.Module) -> set[int]:
+    """Those of sentence-transformers; returns the heads whose logits they pool, by id."""
+    found: set[int] = set()
+    for module in model.modules():
+        if type(module).__name__ != "SparseEncoder" or isinstance(hf := _hf(), str):
+            continue
+        kind = hf.sparse_encoder_class(module)
+        if kind is not None:
+            if not is_swapped(module):
+                _swap(module, kind)
+            encoder: Any = module
+            found.update(map(id, encoder.heads()))
+    return found
 
 
 def _why_no_head(model: nn.Module) -> str:
@@ -326,8 +364,8 @@ def report(model: nn.Module) -> Report:
                 if reason is None and unknown.get(id(module)) is not None:
                     reason = f"fused only where there is no mask: {unknown[id(module)]}"
                 rows.append(Row(name, kind, reason))
-            if _head_class(module) is not None:
-                rows.notes.append(f"{name or kind} {module.told()}")
+            if hasattr(module, "note") and (note := module.note()) is not None:
+                rows.notes.append(f"{name or kind} {note}")
             if hasattr(module, "why_padded"):
                 if (reason := module.why_padded()) is not None:
                     rows.notes.append(f"{name or kind} keeps padding: {reason}")

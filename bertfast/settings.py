@@ -22,6 +22,8 @@ class Settings:
     keep_padding: str | None = None  # the reason; None: it is taken out
     always: bool = False  # the caller says that all that is masked is padding
     recompute: bool = False  # layers save less for the backward, and make it again there
+    loss: bool = False  # a head makes its loss without logits
+    vectors: bool = False  # and SPLADE's vectors, where it is asked for them
 
     @property
     def packed(self) -> bool:

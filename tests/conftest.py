@@ -173,3 +173,15 @@ def exact_rotation(monkeypatch):
         module = importlib.import_module(family.module)
         if hasattr(module, "apply_rotary_pos_emb"):
             monkeypatch.setattr(module, "apply_rotary_pos_emb", hf_models.rotated)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone: its mesh of CPUs."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    where = f"file://{tmp_path}/group"
+    distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()

@@ -16,9 +16,7 @@ from support.masked_lm import (
     same,
     stock_head,
 )
-from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import bertfast
@@ -359,14 +357,6 @@ def test_compiled_whole(backend):
 
 
 WEIGHT = "cls.predictions.decoder.weight"
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """Of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp, the decoder apart"])

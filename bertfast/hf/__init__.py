@@ -22,13 +22,14 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     )
 
 from ..settings import is_converted  # noqa: E402
-from . import attention, heads, model  # noqa: E402
+from . import attention, heads, model, sparse_encoder  # noqa: E402
 from .families import FAMILIES  # noqa: E402
 
 __all__ = [
     "attention",
     "head_class",
     "heads_known",
+    "sparse_encoder_class",
     "swapped_class",
     "why_model_unknown",
     "why_unknown",
@@ -40,11 +41,14 @@ _TABLE: dict[str, tuple[str, Any]] = {
 _HEADS: dict[str, tuple[str, Any]] = {
     name: (family.module, front) for family in FAMILIES for name, front in family.heads.items()
 }
+_LIBRARYS: dict[str, tuple[str, Any]] = {
+    "SparseEncoder": ("sentence_transformers.sparse_encoder.model", sparse_encoder.SparseEncoder)
+}
 _classes: dict[str, type] = {}
 
 
 def __getattr__(name: str) -> type:
-    known = _TABLE.get(name) or _HEADS.get(name)
+    known = _TABLE.get(name) or _HEADS.get(name) or _LIBRARYS.get(name)
     if known is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _classes:
@@ -64,16 +68,29 @@ def swapped_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     return __getattr__(kind.__name__)
 
 
-def head_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+def head_class(module: torch.nn.Module, loss: bool = True) -> type[torch.nn.Module] | None:
     """The class for a masked language model's head: the module's own if it was swapped already;
-    None if it is no such head."""
+    None if it is no such head. loss: it shall make its loss, and be known to make it as ours do."""
     kind = type(module)
     if isinstance(module, heads.Head):
-        return kind
+        return kind if module.is_known(module._original) or not loss else None
     known = _HEADS.get(kind.__name__)
-    if known is None or kind.__module__ != known[0] or not known[1].is_known(kind):
+    if known is None or kind.__module__ != known[0]:
         return None
-    return __getattr__(kind.__name__)
+    return __getattr__(kind.__name__) if known[1].is_known(kind) or not loss else None
+
+
+def sparse_encoder_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class for a SparseEncoder of sentence-transformers that pools the logits of a masked
+    language model; the module's own if it was swapped already."""
+    kind = type(module)
+    if isinstance(module, sparse_encoder.SparseEncoder):
+        return kind
+    known = _LIBRARYS.get(kind.__name__)
+    if known is None or kind.__module__ != known[0]:
+        return None
+    pools = any(map(sparse_encoder.is_splade, sparse_encoder.chains(module)))
+    return __getattr__(kind.__name__) if pools else None
 
 
 def heads_known() -> str:

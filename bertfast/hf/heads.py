@@ -8,6 +8,11 @@ labelled tokens alone, and there are no logits.
 Any other call runs the original code: eval, calls without labels, and heads of which a part has to
 be called with all tokens. Where the host can't look at the labels, as under torch.compile, all
 tokens take part in the three lines.
+
+A sparse encoder (sparse_encoder.py) asks by `Wanted` for its vectors in place of logits:
+
+    h = the encoder's output at the attended tokens
+    vector = max over a text's tokens of log1p(relu(t decoder^T + bias))    ops.linear_log1p_max
 """
 
 import functools
@@ -27,7 +32,8 @@ from ..nn.hooks import has_global_hooks, has_user_hooks, is_replaced
 from ..nn.modules import Weights, has_own_forward, is_spread, plain, read_linear
 from ..nn.per_token import why_rows_are_seen
 from ..notice import warn_once
-from ..ops import linear_cross_entropy
+from ..ops import linear_cross_entropy, linear_log1p_max
+from ..packing.batch import Batch, layout, packed_by_caller
 from ..settings import ATTRIBUTE, KEPT, is_converted, is_disabled
 from .layer import Swapped
 from .model import keep_recording
@@ -37,6 +43,12 @@ IGNORED = -100  # CrossEntropyLoss's
 
 # Names by which forwards make their losses.
 _LOSSES = frozenset(("CrossEntropyLoss", "mlm_loss_fct", "loss_function"))
+
+
+class Wanted:
+    """Stands in the place of labels: logits shall be SPLADE's vectors, (sequences, vocabulary)."""
+
+    refused: str | None = None  # why they are logits after all
 
 
 class Head(Swapped):
@@ -126,7 +138,7 @@ class Head(Swapped):
     def why_original_now(self, arguments: dict, options: dict) -> str | None:
         """Why this call runs the original head, "" if that needs no telling; None if it needn't."""
         labels = arguments["labels"]
-        if not self.training or labels is None:
+        if not self.training or labels is None or not self.__dict__[ATTRIBUTE].loss:
             return ""
         as_dict = options.get("return_dict", arguments.get("return_dict"))
         if not (self.config.return_dict if as_dict is None else as_dict):
@@ -173,6 +185,40 @@ class Head(Swapped):
             divisor = divisor.to(loss.device)
         return loss if divisor is None else loss / divisor
 
+    def vectors(self, input_ids: Any, arguments: dict) -> MaskedLMOutput:
+        """SPLADE's, as logits. On a GPU the host has looked at the mask before the encoder runs."""
+        mask, bounds = arguments["attention_mask"], arguments.get("cu_seq_lens_q")
+        given: torch.Tensor = input_ids if mask is None else mask
+        settings, device = self.__dict__[ATTRIBUTE], self.vocabulary().weight.device
+        if bounds is not None:
+            tokens, longest = given.shape[1], arguments.get("max_length_q")
+            batch = packed_by_caller(bounds, longest, tokens, device)
+        else:
+            batch = layout(mask, settings.packed, device, settings.backend)
+        encoded = self.encode(input_ids, arguments)
+        rows = encoded[0] if batch.padded_shape is None else batch.pack(encoded[0])
+        for part in self.transform():
+            rows = part(rows)
+        return MaskedLMOutput(
+            logits=self._vectors_of(rows, batch),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _vectors_of(self, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """rows: (texts, length, width), or packed (1, tokens, width)."""
+        decoder = self.weights_now()
+        lies: dict[str, Any] = {"key_mask": batch.key_mask}
+        if batch.packed:
+            rows = rows[0]
+            lies = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+        backend = self.__dict__[ATTRIBUTE].backend
+        backend = backend if backend in ("auto", "torch", "triton") else "auto"
+        made = linear_log1p_max(rows, decoder.weight, decoder.bias, **lies, backend=backend)
+        # In training the original calls log1p, which autocast may give a dtype of its own; in eval
+        # log1p_, which it leaves alone.
+        return made.to(torch.log1p(made.new_empty(0)).dtype) if self.training else made
+
     def weights_now(self) -> Weights:
         """The decoder's, in the midst of a call that has found them plain."""
         decoder = read_linear(self.vocabulary())
@@ -180,8 +226,10 @@ class Head(Swapped):
             raise RuntimeError("the decoder's weight changed its kind during the call")
         return decoder
 
-    def told(self) -> str:
+    def note(self) -> str | None:
         """For reports, after the head's name."""
+        if not self.__dict__[ATTRIBUTE].loss:
+            return None
         if (reason := self.why_original()) is not None:
             return f"runs its original head: {reason}"
         text = "makes its loss in training without logits"
@@ -239,6 +287,13 @@ def _forward(original: Any) -> Callable:
         arguments = dict(zip(names, args, strict=False))
         options = {name: value for name, value in kwargs.items() if name not in defaults}
         arguments = {**defaults, **kwargs, **arguments}
+        if isinstance(wanted := arguments["labels"], Wanted):
+            del arguments["labels"]
+            wanted.refused = self.why_original()
+            if wanted.refused is not None:
+                return original.forward(self, **arguments)
+            arguments["return_dict"] = True
+            return self.vectors(arguments.pop("input_ids"), arguments)
         reason = self.why_original_now(arguments, options)
         if reason and not tracing.is_compiling():
             warn_once(f"runs the original head of a {original.__name__}: {reason}")

@@ -32,10 +32,17 @@ def save(folder: Path, kind: str = "BertModel", length: int = 32, **more: object
         **{"pad_token_id": 0, **more},
     )
     getattr(transformers, kind)(config).save_pretrained(folder)
+    save_tokenizer(folder, length)
+    return folder
+
+
+def save_tokenizer(folder: Path, length: int = 32) -> None:
+    """Beside a model whose padding token has the number 0."""
+    import transformers
+
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=length)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def sentence_encoder(folder: Path, *, pooling: str = "mean", dense: bool = False, **more) -> Path:

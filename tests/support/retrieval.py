@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from . import encoders
+from .hf_models import tiny
 
 QUERIES = [" ".join("abcdefgh"[n : n + 1 + n % 3]) for n in range(8)]
 PASSAGES = [f"{query} {'xyz ' * (n * 3 % 7)}." for n, query in enumerate(QUERIES)]
@@ -25,6 +26,15 @@ def reranker(folder: Path, **config: object) -> Any:
 
     kind = "BertForSequenceClassification"
     return CrossEncoder(str(encoders.save(folder, kind, num_labels=1, **config)), device="cpu")
+
+
+def splade(folder: Path, name: str = "BertForMaskedLM", **config: object) -> Any:
+    """A sparse encoder by a head of a masked language model."""
+    from sentence_transformers import SparseEncoder
+
+    tiny(name, pad_token_id=0, **config).save_pretrained(folder)
+    encoders.save_tokenizer(folder)
+    return SparseEncoder(str(folder), device="cpu")
 
 
 def features(model: Any, *columns: list[str]) -> list[dict[str, torch.Tensor]]:
