@@ -320,7 +320,7 @@ _PASSES = ("forward", "backward", "training")
 def gpu_cases() -> list[PositionsCase]:
     """NomicBERT, ModernBERT and MPNet, each base in bf16; then a long batch and a packed one."""
     bf16 = torch.bfloat16
-    long, packed = full_batch(4, 4096), mixed_batch("wikipedia", 64)
+    long, packed = full_batch(2, 4096), mixed_batch("wikipedia", 64)
     first = ((full_batch(32, 512), NOMIC), (full_batch(16, 1024), LOCAL))
     mpnet = full_batch(32, 512)
     found = []
