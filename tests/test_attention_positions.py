@@ -200,13 +200,30 @@ def test_tables_may_lie_anyhow(target, need):
     for tables in (
         (cos, sin, bias),
         (torch.cat((t, t), -1)[:, : t.shape[1]] for t in (cos, sin, bias)),
+        (torch._neg_view(-t) for t in (cos, sin, bias)),
     ):
         call = (Sequences(), Scores(0.25, *tables), NO_DROPOUT, target[0])
         saved = run.forward(heads, *call, True)
         grads, dbias = run.backward(saved.out, heads, saved, *call, True)
         found.append((saved.out, *grads, dbias))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("which", ["cos", "sin", "bias"])
+def test_lazily_negated_tables(which, target, need):
+    """Whose memory holds -x, as the imaginary part of what was conjugated; in the backward too."""
+    case = Case((20,), rotary=True, reach=2)
+    need_features(case, target, torch.float16, need)
+    inputs = table.make_inputs(case, torch.float16)
+    tables = dict(zip(("cos", "sin"), inputs["rotary"], strict=True))
+    tables["bias"] = inputs["distance_bias"]
+    tables[which] = torch._neg_view(-tables[which])
+    other = inputs | {"rotary": (tables["cos"], tables["sin"]), "distance_bias": tables["bias"]}
+    for run_one in (table.run, table.run_qkv):
+        want = run_one(inputs, *target)
+        for name, value in run_one(other, *target).items():
+            assert torch.equal(value, want[name]), name
 
 
 def test_registered_ops(target, need, finest):

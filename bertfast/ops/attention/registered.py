@@ -176,7 +176,7 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        plain = plain_backward(dout, *saved[:3])
+        plain = plain_backward(dout, *saved[:3], *saved[9:])
         grads = backward.call(plain)(dout, *saved[:8], *_kept(ctx, saved[8:]))
         return _wanted(ctx, grads)
 
@@ -205,7 +205,7 @@ class AttentionQKV(torch.autograd.Function):
     def backward(
         ctx: Context, saved: list[torch.Tensor | None], dout: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        plain = plain_backward(dout, saved[0])
+        plain = plain_backward(dout, saved[0], *saved[7:])
         grads = backward_qkv.call(plain)(dout, *saved[:6], *_kept(ctx, saved[6:]))
         return _wanted(ctx, grads)
 

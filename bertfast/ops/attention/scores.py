@@ -65,11 +65,16 @@ def restored(scale: float, parts: tuple) -> Scores:
 
 
 def dense(scores: Scores) -> Scores:
-    """The scores with dense tables, as kernels read them."""
+    """The scores with dense tables, as kernels read them: one that is lazily negated is negated,
+    as a layer's node calls a backend without torch's dispatcher, which would see to it."""
     if scores.cos is None and scores.bias is None:
         return scores
-    cos, sin, bias = (None if table is None else table.contiguous() for table in scores[1:4])
+    cos, sin, bias = map(_dense, scores[1:4])
     return scores._replace(cos=cos, sin=sin, bias=bias)
+
+
+def _dense(table: torch.Tensor | None) -> torch.Tensor | None:
+    return None if table is None else table.contiguous().resolve_neg()
 
 
 class Block(NamedTuple):
