@@ -12,8 +12,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.triton
 KERNELS = {
-    "80": ("linear_gelu_kernel", "linear_gelu_backward_kernel"),
-    "90": ("linear_gelu_tma_kernel", "linear_gelu_tma_backward_kernel"),
+    "80": ("linear_act_kernel", "linear_act_backward_kernel"),
+    "90": ("linear_act_tma_kernel", "linear_act_tma_backward_kernel"),
 }
 archs = pytest.mark.parametrize("arch", KERNELS)
 
@@ -64,7 +64,7 @@ def test_a_capture_compiles_nothing(arch, seen):
 def test_a_kernel_that_does_not_fit_is_an_error(seen):
     said = seen["unfit"]
     assert said["fits"] is None
-    assert said["spills"] == "linear_gelu_tma_kernel: 24 registers spill"
+    assert said["spills"] == "linear_act_tma_kernel: 24 registers spill"
     assert "can't be compiled: PassManager::run failed" in said["compiler"]
     assert "out of resource: threads" in said["threads"]
     assert "out of resource: shared memory" in said["shared memory"]
@@ -72,7 +72,7 @@ def test_a_kernel_that_does_not_fit_is_an_error(seen):
 
 def test_a_trial_launches_its_candidate(seen):
     for names in seen["trials"]:
-        assert sorted(names) == ["column_sum_kernel", "linear_gelu_tma_backward_kernel"]
+        assert sorted(names) == ["column_sum_kernel", "linear_act_tma_backward_kernel"]
 
 
 @pytest.mark.parametrize("begin, apart", [(1, 24), (0, 12)], ids=["begin", "apart"])

@@ -116,6 +116,8 @@ class Composed:
     ) -> torch.Tensor:
         """activation(gate(x)) * up(x)"""
         joined = self.call.joined_up
+        if len(up) == 1 and activation is not None and type(up[0]) is Weights:
+            return self.linear_gated(up[0], x, activation)
         if len(up) == 1:
             both = self.linear(up[0], x)
         elif activation is None or joined is None or not self._one_product(up, x):
@@ -126,6 +128,10 @@ class Composed:
             return self.glu(both, activation)
         gate, other = both.chunk(2, -1)
         return self.parts.activation(gate) * other
+
+    def linear_gated(self, up: Weights, x: torch.Tensor, activation: str) -> torch.Tensor:
+        options: dict[str, Any] = dict(training=self.call.training, backend=self.call.backend)
+        return ops.linear_gated(x, *up, activation=activation, **options)
 
     def glu(self, both: torch.Tensor, activation: str) -> torch.Tensor:
         return ops.gated(both, activation=activation, backend=self.call.backend)

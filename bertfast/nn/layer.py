@@ -25,6 +25,7 @@ from ..ops.attention import limits
 from ..ops.dropout import draw_seed
 from ..ops.layer_norm.run import Norm
 from ..ops.linear import run as linear_gelu
+from ..ops.linear_gated import run as linear_gated
 from ..packing.batch import Batch, Copies, Shared
 from . import attention_block, mlp_block
 from .attention_block import Given
@@ -203,21 +204,19 @@ def _mlp_node(layer: Composed, place: Place, given: Given) -> Given | None:
     if not place.holds(_given((*p[:4], *p.up, *biases))):
         return None
     case = (place.device, place.products)
-    if activation is None:
-        inner, width = p.up[0].shape
-        sizes = (width, inner, place.rows * place.length)
-        gelu = linear_gelu.choose(call.backend, *case, sizes, (width, inner))
-    else:
-        gelu = linear_gelu.Choice(dispatch.choose("gated", call.backend, *case))
+    width, inner = p.down.shape
+    choose = linear_gelu.choose if activation is None else linear_gated.choose
+    sizes = (width, inner, place.rows * place.length)
+    choice = choose(call.backend, *case, sizes, (width, inner))
     norms = dispatch.choose("layer_norm", call.backend, *case, place.width)
-    if gelu.gelu == "torch" or norms == "torch":
+    if choice.after == "torch" or norms == "torch":
         return None
     before = norm if given.z is None or parts.norm_first else now.attention_norm
     node = mlp_block.Call(
         None if parts.norm_first else norm.eps,
         parts.approximate == "tanh",
         layer.dropouts.of(given.y, drop, AFTER_MLP, call.batch.index),
-        *(place.cast, call.recompute, gelu, norms, before.eps, activation, joined),
+        *(place.cast, call.recompute, choice, norms, before.eps, activation, joined),
     )
     return mlp_block.mlp_block(node, given, before[:2], p)
 

@@ -23,13 +23,14 @@ from ..ops import derivatives
 from ..ops.bias_gelu import run as bias_gelu
 from ..ops.derivatives import Context
 from ..ops.dropout import NO_DROPOUT, Dropout
-from ..ops.gated import registered as gated_op
 from ..ops.gated import run as gated
 from ..ops.layer_norm import registered as layer_norm_op
 from ..ops.layer_norm import run as layer_norm
 from ..ops.layer_norm.run import NOTHING_SAVED, Kept, Norm, Saved, Wanted
 from ..ops.linear import registered as linear_gelu_op
 from ..ops.linear import run as linear_gelu
+from ..ops.linear_gated import registered as linear_gated_op
+from ..ops.linear_gated import run as linear_gated
 from ..ops.registration import any_requires_grad, fast_apply
 from ..tracing import plain_backward
 from . import products
@@ -45,7 +46,7 @@ class Call(NamedTuple):
     dropout: Dropout
     cast: torch.dtype | None  # of the products, under autocast
     recompute: bool
-    gelu: linear_gelu.Choice
+    choice: linear_gelu.Choice  # of `up` and its activation, and of the gradient of both
     norm_backend: str
     eps_before: float  # of the LayerNorm before
     gated: str | None  # the activation of a gated MLP
@@ -89,10 +90,9 @@ def _forward(
     up, up_bias = products.rounded(up, call.cast), products.rounded(up_bias, call.cast)
     rows = products.rows(x, copy, call.cast)
     if call.gated is None:
-        h, u = linear_gelu.forward(rows, up, up_bias, call.tanh, call.gelu, save)
+        h, u = linear_gelu.forward(rows, up, up_bias, call.tanh, call.choice, save)
     else:
-        u = products.product(rows, up, None)
-        h = gated.forward(u, up_bias, call.gated, False, call.gelu.gelu)
+        h, u = linear_gated.forward(rows, up, up_bias, call.gated, call.choice, save)
 
     # 2. down, and what follows it
     down = products.rounded(p.down, call.cast)
@@ -159,11 +159,11 @@ class _MlpBlock(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         call, (weights, biases) = ctx.call, ctx.counts
         norm_backward, gelu_backward, gated_backward = (
-            (layer_norm.backward, linear_gelu.backward, gated.backward)
+            (layer_norm.backward, linear_gelu.backward, linear_gated.backward)
             if plain_backward(dy, *saved)
             else (
                 *(layer_norm_op.backward_as_op, linear_gelu_op.backward_as_op),
-                gated_op.backward_as_op,
+                linear_gated_op.backward_as_op,
             )
         )
         rows, u, h, up, up_bias, down, z, mean, rstd, norm, norm_bias, *more = saved
@@ -217,10 +217,10 @@ class _MlpBlock(torch.autograd.Function):
             # 3. the activation and its bias
             wanted = need_x or need_up, need_up_bias
             if call.gated is None:
-                du, dup_bias = gelu_backward(dd, down, u, up_bias, call.tanh, wanted, call.gelu)
+                du, dup_bias = gelu_backward(dd, down, u, up_bias, call.tanh, wanted, call.choice)
             else:
-                constants = call.gated, False, need_up_bias, call.gelu.gelu
-                du, dup_bias = gated_backward(dd @ down, u, up_bias, *constants)
+                constants = call.gated, need_up_bias, call.choice
+                du, dup_bias = gated_backward(dd, down, u, up_bias, *constants)
             del dd, u
 
             # 4. the product up, and the sum of x's gradients
@@ -254,8 +254,8 @@ _apply = fast_apply(_MlpBlock)
 
 def _activated_again(call: Call, u: torch.Tensor, up_bias: torch.Tensor | None) -> torch.Tensor:
     if call.gated is None:
-        return bias_gelu.forward(u, up_bias, call.tanh, call.gelu.gelu)
-    return gated.forward(u, up_bias, call.gated, False, call.gelu.gelu)
+        return bias_gelu.forward(u, up_bias, call.tanh, call.choice.after)
+    return gated.forward(u, up_bias, call.gated, False, call.choice.after)
 
 
 def _made_again(call: Call, made_of: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:

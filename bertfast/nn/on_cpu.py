@@ -64,6 +64,9 @@ class OnCpu(Composed):
             return onednn.linear_gelu(x, *up, approximate)
         return bias_gelu.forward(F.linear(x, *up), None, approximate == "tanh")
 
+    def linear_gated(self, up: Weights, x: torch.Tensor, activation: str) -> torch.Tensor:
+        return self.glu(self.linear(up, x), activation)
+
     def glu(self, both: torch.Tensor, activation: str) -> torch.Tensor:
         return gated.forward(both, None, activation, False)
 

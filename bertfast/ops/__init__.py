@@ -9,6 +9,7 @@ from .dropout import dropout_keep_mask
 from .gated import gated
 from .layer_norm import layer_norm, rms_norm
 from .linear import linear, linear_gelu, linear_norm
+from .linear_gated import linear_gated
 from .log1p_max import linear_log1p_max
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_gated",
     "linear_gelu",
     "linear_log1p_max",
     "linear_norm",

@@ -39,7 +39,7 @@ class Work:
     # Of a product whose sums, rows x columns, are written when the loop over its inner dimension is
     # done; head_dim is then what a turn takes of that dimension, and streamed what it loads of
     # rows and columns, on average.
-    outputs: int = 0  # tensors of rows x columns values of 16 bits that are written then
+    outputs: float = 0  # tensors of rows x columns values of 16 bits that are written then
     most_outside: float | None = None  # instructions outside the main loop for each of these sums
 
 

@@ -34,10 +34,12 @@ class Unfit(RuntimeError):
     """The error of a kernel that, as it was compiled, can't run here, or not well."""
 
 
-def describe(rows: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+def describe(rows: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """A descriptor of rows, by tiles. Its own checks, of what is the same at each call, take longer
     than all the rest of a launch: here they are left out."""
-    if rows.data_ptr() % 16 or rows.stride(1) != 1 or rows.stride(0) % (16 // rows.itemsize):
+    *apart, step = rows.stride()
+    multiple = 16 // rows.itemsize
+    if rows.data_ptr() % 16 or step != 1 or any([stride % multiple for stride in apart]):
         return TensorDescriptor.from_tensor(rows, list(block))  # says what is wrong
     made = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = rows, rows.shape, rows.stride()

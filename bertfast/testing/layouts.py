@@ -16,3 +16,14 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         return tensor
     view.copy_(tensor)
     return view
+
+
+def rows_apart(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """A product's operand. rows apart: a gap of 16 bytes between rows, which kernels may read;
+    shifted: one of 2 bytes before and between them, which they may not."""
+    gap = {"contiguous": 0, "rows apart": 8, "shifted": 1}[layout]
+    rows, width = values.shape
+    wide = torch.full((rows, width + gap), torch.nan, dtype=values.dtype)
+    view = wide[:, gap % 8 : gap % 8 + width]
+    view.copy_(values)
+    return view

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..ops.linear import reference
 from ..ops.linear.run import Choice, backward, forward
 from .budget import UNIT_ROUNDOFF
+from .layouts import rows_apart
 
 FLOATS = ("x", "weight", "bias", "dy", "down", "u")
 
@@ -76,17 +77,6 @@ def cases() -> list[Case]:
     return [*rows, *inputs, *outputs, *features, *values, *layouts, *split, Case(200, 128, 392)]
 
 
-def _lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """rows apart: a gap of 16 bytes between rows, which kernels may read; shifted: one of 2 bytes
-    before and between them, which they may not."""
-    gap = {"contiguous": 0, "rows apart": 8, "shifted": 1}[layout]
-    rows, width = values.shape
-    wide = torch.full((rows, width + gap), torch.nan, dtype=values.dtype)
-    view = wide[:, gap % 8 : gap % 8 + width]
-    view.copy_(values)
-    return view
-
-
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
 
@@ -107,11 +97,11 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         down[1::2] = down[::2] + down[1::2] / 100
     apart = case.layout
     return {
-        "x": _lay_out(x.to(dtype), apart),
-        "weight": _lay_out(weight.to(dtype), apart),
+        "x": rows_apart(x.to(dtype), apart),
+        "weight": rows_apart(weight.to(dtype), apart),
         "bias": bias.to(dtype) if case.bias else None,
-        "dy": _lay_out(dy.to(dtype), apart),
-        "down": _lay_out(down.to(dtype), apart),
+        "dy": rows_apart(dy.to(dtype), apart),
+        "down": rows_apart(down.to(dtype), apart),
         "u": u.to(dtype),
         "approximate": case.approximate,
         "kernels": case.kernels,

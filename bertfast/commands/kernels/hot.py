@@ -18,6 +18,7 @@ the cheapest path through the kernel that passes the loop and writes all outputs
 """
 
 import functools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -124,7 +125,8 @@ def _outside(flow: Flow, start: int | None, work: Work, warps: int, tcgen05: boo
     their descriptors only: one for each output is asked for.
     """
     bulk = any(one.base == "UTMASTG" for one in flow.code)
-    stored = work.outputs if bulk else 2 * work.outputs * work.rows * work.columns // warps
+    per_warp = work.rows * work.columns // warps
+    stored = math.ceil(work.outputs) if bulk else int(2 * work.outputs * per_warp)
     passes = int(start is not None and not tcgen05)
 
     @functools.cache

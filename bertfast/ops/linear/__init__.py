@@ -18,7 +18,8 @@ from .. import dispatch
 from ..bias_gelu import APPROXIMATE, bias_gelu
 from ..layer_norm import layer_norm
 from ..registration import any_requires_grad, distinct
-from . import limits, onednn, registered, run
+from . import fused as fused_kernel
+from . import onednn, registered, run
 
 __all__ = ["linear_gelu"]
 
@@ -69,7 +70,9 @@ def linear_gelu(
     checks.check_choice("approximate", approximate, APPROXIMATE)
     dtype = tracing.autocast(x) or x.dtype
     tanh = approximate == "tanh"
-    chosen = _fused(x, weight, dtype, fused, backend)
+    chosen = fused_kernel.backend_of(
+        *(run.GELU, x, weight, weight.shape[0], dtype, fused, backend),
+    )
     if chosen is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -88,36 +91,6 @@ def linear_gelu(
     else:
         y, bias = F.linear(x, weight, bias), None
     return bias_gelu(y, bias, approximate=approximate, backend=chosen)
-
-
-def _fused(
-    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, fused: bool | None, backend: str
-) -> str | None:
-    """The backend of the one kernel; None for two."""
-    checks.check_choice("backend", backend, dispatch.CHOICES)
-    if fused is None:
-        if not tracing.plain_call(x, weight) or tracing.only_reference():
-            return None
-        outputs, inputs = weight.shape
-        rows = x.numel() // inputs if inputs else 0
-        return run.choose(backend, x.device, dtype, (inputs, outputs, rows)).forward
-    checks.check_bool("fused", fused)
-    if not fused:
-        return None
-    outputs, inputs = weight.shape
-    # While something is traced a number of rows may stand for all.
-    known = tracing.plain_call(x)
-    most = limits.rows_class(x.numel() // max(1, inputs)) if known else None
-    case = (x.device, dtype, inputs, outputs, most)
-    reasons = []
-    for name in dispatch.BACKENDS[1:] if backend == "auto" else (backend,):
-        reason = dispatch.unsupported_reason("linear_gelu", name, *case)
-        if name == "torch":
-            reason = "its product and its GELU are two"
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise ValueError(f"fused=True can't be had here: {'; '.join(reasons)}")
 
 
 def linear_norm(

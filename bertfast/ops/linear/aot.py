@@ -15,6 +15,9 @@ from . import config, run
 # Instructions outside the main loop for each sum. A bare product has 5.6 to 6.8, GELU adds 12 and
 # its derivative with the sums for the bias's gradient 20.
 MOST_OUTSIDE = {"forward": 20.0, "backward": 30.0}
+# Of a gated activation the forward has one value for two sums, half of that GELU; the backward's
+# derivatives are 28, and it loads, stores and sums two values for each.
+MOST_OUTSIDE_GATED = {"forward": 17.0, "backward": 50.0}
 
 
 # A form serves all sizes, so one of each suffices: those of a base model, and inputs that aren't a
@@ -47,23 +50,35 @@ def _call(
     run.backward(x, down, u, bias, tanh, (True, True), choice)
 
 
+_WORDS = {"gelu": "", "gelu_tanh": ", tanh", "silu": ", silu"}
+
+
 def triton_case(launch: Launch) -> Case | None:
+    """Of a gated activation too, whose tile in the forward has the columns of both halves."""
     if launch.name == "column_sum_kernel":
         return None  # layer_norm's is the same
     values = launch.values
     block = tuple(values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     backward = "backward" in launch.name
     label = " x ".join(map(str, block))
-    label += ", walking" * values.get("WALK", False) + ", tanh" * values["TANH"]
+    gated = values["HALVES"] == 2
+    label += ", walking" * values.get("WALK", False) + ", gated" * gated
+    label += _WORDS[values["ACTIVATION"]]
     saves = not backward and any(launch.has(name) for name in ("u_ptr", "u_desc") if name in values)
     label += ", u" * saves + ", K tail" * (not values.get("EVEN_K", True))
     rows, columns, depth = block
+    outputs: float = 1 + saves
+    if gated and backward:
+        outputs = 2
+    elif gated:
+        columns, outputs = 2 * columns, 0.5 + saves
+    most = MOST_OUTSIDE_GATED if gated else MOST_OUTSIDE
     work = Work(
         *(rows, columns, depth, ((rows, depth),)),
         streamed=(rows + columns) // 2,
         wgmma=True,
-        outputs=1 + saves,
-        most_outside=MOST_OUTSIDE["backward" if backward else "forward"],
+        outputs=outputs,
+        most_outside=most["backward" if backward else "forward"],
     )
     matrix = values.get("a_ptr", getattr(values.get("a_desc"), "base", None))
     dtype = str(matrix.dtype).removeprefix("torch.")

@@ -1,14 +1,18 @@
-"""The tiles of Triton's kernels that make a product and its GELU: a table by architecture and pass.
+"""The tiles of Triton's kernels that make a product and its activation: a table by architecture and
+pass.
 
-Every line was chosen by compilation: no spill, and at most 20 instructions for each element of the
-output outside the main loop in the forward, 30 in the backward. None was measured on a GPU yet. The
-first of a pass serves it; `bertfast tune` tries the others too. What else the code showed:
+Every line was chosen by compilation: no spill, and of instructions outside the main loop for each
+sum at most 20 in the forward, 30 in the backward; of a gated activation 17 and 50. None was
+measured on a GPU yet. The first of a pass serves it; `bertfast tune` tries the others too. What
+else the code showed:
   - On sm_90 the products of one tile and the epilogue of another overlap only where two blocks are
     on a multiprocessor: a loop over tiles waits for the products before their epilogue. So tiles
     of 128 x 128 come first, though they read a third more of the second-level cache than those of
     128 x 256.
   - An epilogue that takes a tile by parts of its columns needs fewer registers at once: the
     backward spills with one part.
+  - A gated activation's backward has two values beside each sum: with two parts of 128 columns it
+    spills on sm_90, with four it has 255 registers.
   - On sm_100 a thread has a row of the sums, as they lie in tensor memory. Sums over rows take ten
     instructions for each element there, by shuffles; where u and dv are accessed by addresses the
     tile is laid out anew in any case, and they take one or two.
@@ -29,6 +33,8 @@ from . import limits
 ARCHITECTURES = (80, 90, 100, 120)
 # y alone; y and u, for a backward; the backward.
 PASSES = ("forward", "saving", "backward")
+# The same of a gated activation, where a tile's columns are those of each half.
+GATED = ("gated forward", "gated saving", "gated backward")
 
 # "pointers": a tile for each program, by addresses. The others by tensor descriptors: a tile for
 # each program; the same with descriptors of the operands alone; programs that walk over the tiles;
@@ -72,13 +78,18 @@ def _by_tiles(form: str, parts: int) -> Config:
     return Config(form, 128, 128, 64, 4, 3, parts)
 
 
-def _walking(block_m: int, block_n: int) -> Config:
-    return Config("persistent", block_m, block_n, 64, 8, 3, 2)
+def _walking(block_m: int, block_n: int, parts: int = 2) -> Config:
+    return Config("persistent", block_m, block_n, 64, 8, 3, parts)
 
 
 def _small(parts: int) -> Config:
     """For little shared memory."""
     return Config("descriptors", 128, 128, 32, 4, 3, parts)
+
+
+def _gated(form: str, block_k: int, parts: int) -> Config:
+    """128 x 128 sums: 64 columns of each half."""
+    return Config(form, 128, 64, block_k, 4, 4 if form == "pointers" else 3, parts)
 
 
 _TABLE: dict[tuple[int, str], tuple[Config, ...]] = {
@@ -97,6 +108,18 @@ _TABLE: dict[tuple[int, str], tuple[Config, ...]] = {
     (120, "forward"): (_small(4),),
     (120, "saving"): (_small(4),),
     (120, "backward"): (_small(4),),
+    (80, "gated forward"): (_gated("pointers", 32, 1),),
+    (80, "gated saving"): (_gated("pointers", 32, 1),),
+    (80, "gated backward"): (_pointers(4),),
+    (90, "gated forward"): (_gated("descriptors", 64, 1), _walking(128, 128)),
+    (90, "gated saving"): (_gated("descriptors", 64, 1), _walking(128, 128)),
+    (90, "gated backward"): (_by_tiles("descriptors", 4), _walking(256, 128, 4)),
+    (100, "gated forward"): (_gated("descriptors", 64, 1),),
+    (100, "gated saving"): (_gated("descriptors", 64, 1),),
+    (100, "gated backward"): (_by_tiles("operands", 4),),
+    (120, "gated forward"): (_gated("descriptors", 32, 2),),
+    (120, "gated saving"): (_gated("descriptors", 32, 2),),
+    (120, "gated backward"): (_small(4),),
 }
 
 
@@ -114,7 +137,10 @@ def candidates(arch: int, pass_: str, itemsize: int = 2) -> list[Config]:
 def key(pass_: str, inputs: int, outputs: int, rows: int) -> str:
     """The name of a case in a file of measurements. inputs, outputs: of the pass's own product."""
     sizes = (inputs, outputs, limits.rows_class(rows))
-    return tuned.key("linear_gelu", *sizes, None if pass_ == "forward" else pass_)
+    op, name = "linear_gelu", pass_
+    if pass_ in GATED:
+        op, name = "linear_gated", pass_.removeprefix("gated ")
+    return tuned.key(op, *sizes, None if name == "forward" else name)
 
 
 @functools.lru_cache(None)

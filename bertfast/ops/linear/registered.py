@@ -86,7 +86,7 @@ def backward_as_op(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """run.backward by torch's dispatcher, for gradients that it alone can read, such as batches."""
     if choice.backward is None:
-        return bias_gelu.backward_as_op(dy @ weight, u, bias, tanh, *wanted, choice.gelu)
+        return bias_gelu.backward_as_op(dy @ weight, u, bias, tanh, *wanted, choice.after)
     dv, dbias = backward.dispatched(dy, weight, u, bias, tanh, wanted[1], choice.backward)
     return dv, dbias if wanted[1] else None
 

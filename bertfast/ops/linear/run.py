@@ -24,11 +24,21 @@ from . import limits
 
 
 class Choice(NamedTuple):
-    """The backends of a product and its GELU."""
+    """The backends of a product and its activation."""
 
-    gelu: str  # of bias_gelu, after a product of cuBLAS
+    after: str  # of the activation's op, after a product of cuBLAS
     forward: str | None = None  # of the kernel that does both; None: there are two
     backward: str | None = None
+
+
+class Ops(NamedTuple):
+    """An activation's op, and the one that makes the product too."""
+
+    after: str
+    both: str
+
+
+GELU = Ops("bias_gelu", "linear_gelu")
 
 
 def choose(
@@ -37,6 +47,7 @@ def choose(
     dtype: torch.dtype,
     sizes: tuple[int, int, int | None],
     product: tuple[int, int] | None = None,
+    ops: Ops = GELU,
 ) -> Choice:
     """sizes: inputs, outputs and rows (None where they can't be known) of the forward's product.
     product: inputs and outputs of the backward's, if there is to be one.
@@ -46,7 +57,7 @@ def choose(
     """
     inputs, outputs, rows = sizes
     most = None if rows is None else limits.rows_class(rows)
-    key = (backend, device, dtype, inputs, outputs, most, product)
+    key = (ops, backend, device, dtype, inputs, outputs, most, product)
     found = _choices.get(key)
     if found is None:
         found = _choices[key] = _choose(*key)
@@ -58,6 +69,7 @@ tuned.depending.append(_choices.clear)
 
 
 def _choose(
+    ops: Ops,
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -66,17 +78,17 @@ def _choose(
     rows: int | None,
     product: tuple[int, int] | None,
 ) -> Choice:
-    gelu = dispatch.choose("bias_gelu", backend, device, dtype)
-    if gelu == "torch" or rows is None:
-        return Choice(gelu)
+    after = dispatch.choose(ops.after, backend, device, dtype)
+    if after == "torch" or rows is None:
+        return Choice(after)
 
     def measured(*case: Any) -> str | None:
-        chosen = dispatch.choose("linear_gelu", "auto", device, dtype, *case)
+        chosen = dispatch.choose(ops.both, "auto", device, dtype, *case)
         allowed = chosen != "torch" and backend in ("auto", chosen)
         return chosen if allowed else None
 
     forward = measured(inputs, outputs, rows)
-    return Choice(gelu, forward, measured(*product, rows, "backward") if product else None)
+    return Choice(after, forward, measured(*product, rows, "backward") if product else None)
 
 
 def forward(
@@ -90,7 +102,7 @@ def forward(
     """y and, to be saved, u. x is (rows, inputs)."""
     if choice.forward is None:
         made = torch.mm(x, weight.t())
-        return bias_gelu.forward(made, bias, tanh, choice.gelu), made if save else None
+        return bias_gelu.forward(made, bias, tanh, choice.after), made if save else None
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     u = empty(y) if save else None
     if y.numel():
@@ -112,7 +124,7 @@ def backward(
     """dv and dbias, where they are wanted."""
     if choice.backward is None:
         dh = dy @ weight
-        return bias_gelu.backward(dh, u, bias, tanh, *wanted, choice.gelu, in_place=True)
+        return bias_gelu.backward(dh, u, bias, tanh, *wanted, choice.after, in_place=True)
     dv = empty(u)
     dbias = empty(bias) if bias is not None and wanted[1] else None
     if dv.numel():

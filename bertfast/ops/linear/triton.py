@@ -17,7 +17,7 @@ K (1 / BLOCK_M + 1 / BLOCK_N) values.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,8 +28,8 @@ from ..triton_column_sum import column_sums
 from ..triton_launch import Launch, describe
 from . import limits
 from .config import Config, architecture, choose
-from .triton_descriptors import linear_gelu_tma_backward_kernel, linear_gelu_tma_kernel
-from .triton_pointers import linear_gelu_backward_kernel, linear_gelu_kernel
+from .triton_descriptors import linear_act_tma_backward_kernel, linear_act_tma_kernel
+from .triton_pointers import linear_act_backward_kernel, linear_act_kernel
 
 
 def unsupported_reason(device: str | torch.device, *case: Any) -> str | None:
@@ -38,10 +38,21 @@ def unsupported_reason(device: str | torch.device, *case: Any) -> str | None:
 
 
 _class_of = functools.cache(architecture)
-_by_pointers = Launch(linear_gelu_kernel, strict=True)
-_by_pointers_backward = Launch(linear_gelu_backward_kernel, strict=True)
-_by_descriptors = Launch(linear_gelu_tma_kernel, strict=True)
-_by_descriptors_backward = Launch(linear_gelu_tma_backward_kernel, strict=True)
+_by_pointers = Launch(linear_act_kernel, strict=True)
+_by_pointers_backward = Launch(linear_act_backward_kernel, strict=True)
+_by_descriptors = Launch(linear_act_tma_kernel, strict=True)
+_by_descriptors_backward = Launch(linear_act_tma_backward_kernel, strict=True)
+
+
+class Activation(NamedTuple):
+    """The epilogue of a product."""
+
+    name: str  # as gated's are named
+    halves: int = 1  # 2 where it is gated: of u, its gradient, the bias, and the forward's weight
+
+    def pass_(self, name: str) -> str:
+        """Its name in config.py."""
+        return f"gated {name}" if self.halves == 2 else name
 
 
 def forward(
@@ -53,24 +64,36 @@ def forward(
     u: torch.Tensor | None,
 ) -> None:
     """Fills y, and u if it is given."""
-    call = _Call("forward" if u is None else "saving", x, y)
+    activate(x, weight, bias, Activation("gelu_tanh" if tanh else "gelu"), y, u)
+
+
+def activate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation,
+    y: torch.Tensor,
+    u: torch.Tensor | None,
+) -> None:
+    """Fills y, and u if it is given, of any activation."""
+    call = _Call(activation.pass_("forward" if u is None else "saving"), x, y)
     with triton_lib.on_device(x):
         if call.config.form == "pointers":
             call.launch(
                 _by_pointers,
                 (x, weight, dense(bias), dense(y), dense(u)),
                 (_eighths(x), _eighths(weight)),
-                (tanh, call.inputs % call.config.block_k == 0),
+                (*activation, call.inputs % call.config.block_k == 0),
             )
         else:
             config = call.config
             descriptors = (
                 _tiles(x, config.block_m, config.block_k),
-                _tiles(weight, config.block_n, config.block_k),
+                _tiles(weight, config.block_n, config.block_k, activation.halves),
                 call.parts(y),
-                None if u is None else call.parts(u),
+                None if u is None else call.parts(u, activation.halves),
             )
-            call.launch_descriptors(_by_descriptors, (*descriptors, dense(bias)), (tanh,))
+            call.launch_descriptors(_by_descriptors, (*descriptors, dense(bias)), activation)
 
 
 def backward(
@@ -83,18 +106,31 @@ def backward(
     dbias: torch.Tensor | None,
 ) -> None:
     """Fills dv, and dbias if it is given."""
-    call = _Call("backward", dy, dv)
+    derive(dy, weight, u, bias, Activation("gelu_tanh" if tanh else "gelu"), dv, dbias)
+
+
+def derive(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: Activation,
+    du: torch.Tensor,
+    dbias: torch.Tensor | None,
+) -> None:
+    """Fills du, the gradient of u + bias, and dbias if it is given, of any activation."""
+    call = _Call(activation.pass_("backward"), dy, weight)
     partial = None
     if dbias is not None:
-        shape = (1, call.row_tiles, call.outputs)
-        partial = torch.empty(shape, dtype=torch.float32, device=dv.device)
+        shape = (1, call.row_tiles, du.shape[1])
+        partial = torch.empty(shape, dtype=torch.float32, device=du.device)
     with triton_lib.on_device(dy):
         if call.config.form == "pointers":
             call.launch(
                 _by_pointers_backward,
-                (dy, weight, dense(u), dense(bias), dense(dv), partial),
+                (dy, weight, dense(u), dense(bias), dense(du), partial),
                 (_eighths(dy), _eighths(weight)),
-                (tanh, call.inputs % call.config.block_k == 0),
+                (*activation, call.inputs % call.config.block_k == 0),
             )
         else:
             config = call.config
@@ -103,9 +139,12 @@ def backward(
                 _tiles(weight, config.block_k, config.block_n),
             )
             by_address = config.form == "operands"
-            whole = (dense(u), dense(dv)) if by_address else (call.parts(u), call.parts(dv))
+            whole: tuple = (dense(u), dense(du))
+            if not by_address:
+                whole = tuple(call.parts(matrix, activation.halves) for matrix in (u, du))
             pointers = (*operands, *whole, dense(bias), partial)
-            call.launch_descriptors(_by_descriptors_backward, pointers, (tanh, by_address))
+            constants = (*activation, by_address)
+            call.launch_descriptors(_by_descriptors_backward, pointers, constants)
         if dbias is not None and partial is not None:
             column_sums(partial, [dbias])
 
@@ -113,9 +152,10 @@ def backward(
 class _Call:
     """A product's sizes, and the tiles that serve it."""
 
-    def __init__(self, pass_: str, a: torch.Tensor, out: torch.Tensor) -> None:
+    def __init__(self, pass_: str, a: torch.Tensor, wide: torch.Tensor) -> None:
+        """wide: a matrix as wide as y, or as the gradient of y."""
         self.rows, self.inputs = a.shape
-        self.outputs = out.shape[1]
+        self.outputs = wide.shape[1]
         arch = _class_of(triton_lib.capability(a))
         sizes = (self.inputs, self.outputs, limits.rows_class(self.rows))
         self.device = a.device if a.is_cuda else None
@@ -129,10 +169,13 @@ class _Call:
         size = (config.block_m, config.block_n, config.block_k)
         return (*size, config.num_stages, config.parts)
 
-    def parts(self, matrix: torch.Tensor) -> TensorDescriptor:
-        """Of a dense matrix of the output's size, by what the epilogue takes at once."""
-        columns = self.config.block_n // self.config.parts
-        return describe(dense(matrix), (self.config.block_m, columns))
+    def parts(self, matrix: torch.Tensor, halves: int = 1) -> TensorDescriptor:
+        """Of a dense matrix of the output's size, or one of two halves, by what the epilogue takes
+        at once."""
+        rows, columns = self.config.block_m, self.config.block_n // self.config.parts
+        if halves == 1:
+            return describe(dense(matrix), (rows, columns))
+        return describe(dense(matrix).view(-1, halves, self.outputs), (rows, 1, columns))
 
     def launch(
         self, kernel: Launch, pointers: tuple, strides: tuple[int, int], constants: tuple
@@ -169,10 +212,16 @@ def _eighths(rows: torch.Tensor) -> int:
     return _checked(rows).stride(0) // 8
 
 
-def _tiles(rows: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+def _tiles(
+    rows: torch.Tensor, block_rows: int, block_columns: int, halves: int = 1
+) -> TensorDescriptor:
+    """halves: a tile has the same rows of each."""
     rows = _checked(rows)
     if rows.stride(0) < rows.shape[1]:  # rows that share memory
         rows = rows.contiguous()
+    if halves > 1:
+        rows = rows.unflatten(0, (halves, -1))
+        return describe(rows, (halves, block_rows, block_columns))
     return describe(rows, (block_rows, block_columns))
 
 

@@ -1,10 +1,15 @@
-"""Products with a GELU by addresses, a tile a program: for GPUs without tensor descriptors.
+"""Products with an activation by addresses, a tile a program: for GPUs without tensor descriptors.
 
     y = gelu(u + bias), u = x weight^T          a = x (M, K), b = weight (N, K)
     dv = (dy weight) * gelu'(u + bias)          a = dy (M, K), b = weight (K, N)
 
-Saved, shapes and bytes: triton.py. A program makes BLOCK_M x BLOCK_N of the output in steps of
-BLOCK_K along K, which are copied to shared memory STAGES - 1 steps ahead.
+and, of a gated activation, whose halves have N columns each (HALVES = 2, else 1),
+
+    y = act(g) * v, [g, v] = u + bias, u = x weight^T       b = weight (2 N, K)
+    dv = (dy weight) * [v * act'(g), act(g)]                b = weight (K, N)
+
+Saved, shapes and bytes: triton.py. A program makes BLOCK_M x BLOCK_N of y, or of dy weight, in
+steps of BLOCK_K along K, which are copied to shared memory STAGES - 1 steps ahead.
 """
 
 import triton
@@ -15,6 +20,8 @@ from .triton_tiles import (
     activation,
     add_product,
     derivative,
+    gated_activation,
+    gated_derivatives,
     part_of,
     places,
     store_sums,
@@ -43,7 +50,8 @@ def product_tile(
     b_stride_8,
     first_row,
     first_col,
-    B_ROWS: tl.constexpr,  # b is (N, K)
+    B_ROWS: tl.constexpr,  # b is (N, K), or (2 N, K) where HALVES is 2
+    HALVES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,8 +60,13 @@ def product_tile(
 ):
     # Rows and columns outside load others, inside: so the loop needs no masks for them.
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), M - 1)
-    cols = tl.arange(0, BLOCK_N)
-    cols = tl.where(cols < N - first_col, cols, cols % 8)
+    cols = tl.arange(0, HALVES * BLOCK_N)
+    if HALVES == 2:  # the same columns of both
+        within = cols % BLOCK_N
+        within = tl.where(within < N - first_col, within, within % 8)
+        cols = within + cols // BLOCK_N * N
+    else:
+        cols = tl.where(cols < N - first_col, cols, cols % 8)
     ks = tl.arange(0, BLOCK_K)
     a_at = a_ptr + offsets(rows, a_stride_8)[:, None] + ks[None, :]
     if B_ROWS:
@@ -63,7 +76,7 @@ def product_tile(
         cols = tl.max_contiguous(tl.multiple_of(cols, 8), 8)
         b_at = b_ptr + first_col + cols[None, :] + offsets(ks, b_stride_8)[:, None]
         step = b_stride_8.to(tl.int64) * (8 * BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, HALVES * BLOCK_N), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             a, b = tl.load(a_at), tl.load(b_at)
@@ -77,18 +90,19 @@ def product_tile(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def linear_gelu_kernel(
+def linear_act_kernel(
     a_ptr,  # (M, K), rows apart
-    b_ptr,  # (N, K), rows apart
-    bias_ptr,  # N, or None
+    b_ptr,  # (HALVES N, K), rows apart
+    bias_ptr,  # HALVES N, or None
     y_ptr,  # (M, N)
-    u_ptr,  # (M, N); None: not wanted
+    u_ptr,  # (M, HALVES N); None: not wanted
     M,
     N_8,
     K_8,
     a_stride_8,
     b_stride_8,
-    TANH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HALVES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,36 +117,46 @@ def linear_gelu_kernel(
 
     # 2. the products
     acc = product_tile(
-        *(a_ptr, b_ptr, M, N, K, a_stride_8, b_stride_8, first_row, first_col, True, EVEN_K),
-        *(BLOCK_M, BLOCK_N, BLOCK_K, STAGES),
+        *(a_ptr, b_ptr, M, N, K, a_stride_8, b_stride_8, first_row, first_col),
+        *(True, HALVES, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES),
     )
 
     # 3. u, and y of what it was rounded to
     COLS: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
         col = first_col + part * COLS
-        at, inside = places(first_row, col, M, N, BLOCK_M, COLS)
-        u = round_to(part_of(acc, part, PARTS), y_ptr.dtype.element_ty)
-        if u_ptr is not None:
-            tl.store(u_ptr + at, u, mask=inside)
-        y = activation(u, bias_ptr, col, N, TANH)
+        at, inside = places(first_row, col, M, N, N, BLOCK_M, COLS)
+        if HALVES == 2:
+            g = round_to(part_of(acc, part, 2 * PARTS), y_ptr.dtype.element_ty)
+            v = round_to(part_of(acc, PARTS + part, 2 * PARTS), y_ptr.dtype.element_ty)
+            if u_ptr is not None:
+                both, _ = places(first_row, col, M, N, 2 * N, BLOCK_M, COLS)
+                tl.store(u_ptr + both, g, mask=inside)
+                tl.store(u_ptr + both + N, v, mask=inside)
+            y = gated_activation(g, v, bias_ptr, col, N, ACTIVATION)
+        else:
+            u = round_to(part_of(acc, part, PARTS), y_ptr.dtype.element_ty)
+            if u_ptr is not None:
+                tl.store(u_ptr + at, u, mask=inside)
+            y = activation(u, bias_ptr, col, N, ACTIVATION)
         tl.store(y_ptr + at, round_to(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def linear_gelu_backward_kernel(
+def linear_act_backward_kernel(
     a_ptr,  # (M, K), rows apart
     b_ptr,  # (K, N), rows apart
-    u_ptr,  # (M, N)
-    bias_ptr,  # N, or None
-    dv_ptr,  # (M, N)
-    partial_ptr,  # (row tiles, N) float32; None: not wanted
+    u_ptr,  # (M, HALVES N)
+    bias_ptr,  # HALVES N, or None
+    dv_ptr,  # (M, HALVES N)
+    partial_ptr,  # (row tiles, HALVES N) float32; None: not wanted
     M,
     N_8,
     K_8,
     a_stride_8,
     b_stride_8,
-    TANH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HALVES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,17 +171,29 @@ def linear_gelu_backward_kernel(
 
     # 2. the products
     acc = product_tile(
-        *(a_ptr, b_ptr, M, N, K, a_stride_8, b_stride_8, first_row, first_col, False, EVEN_K),
-        *(BLOCK_M, BLOCK_N, BLOCK_K, STAGES),
+        *(a_ptr, b_ptr, M, N, K, a_stride_8, b_stride_8, first_row, first_col),
+        *(False, 1, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES),
     )
 
     # 3. dv, and its share of the bias's gradient
     COLS: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
         col = first_col + part * COLS
-        at, inside = places(first_row, col, M, N, BLOCK_M, COLS)
-        u = tl.load(u_ptr + at, mask=inside, other=0.0)
-        dv = derivative(part_of(acc, part, PARTS), u, bias_ptr, col, N, TANH)
-        tl.store(dv_ptr + at, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)
-        if partial_ptr is not None:
-            store_sums(dv, partial_ptr, row_tile, first_row, col, M, N)
+        at, inside = places(first_row, col, M, N, HALVES * N, BLOCK_M, COLS)
+        if HALVES == 2:
+            g = tl.load(u_ptr + at, mask=inside, other=0.0)
+            v = tl.load(u_ptr + at + N, mask=inside, other=0.0)
+            dg, dv = gated_derivatives(
+                *(part_of(acc, part, PARTS), g, v, bias_ptr, col, N, ACTIVATION)
+            )
+            tl.store(dv_ptr + at, round_to(dg, dv_ptr.dtype.element_ty), mask=inside)
+            tl.store(dv_ptr + at + N, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)
+            if partial_ptr is not None:
+                store_sums(dg, partial_ptr, row_tile, first_row, col, M, N, 2 * N)
+                store_sums(dv, partial_ptr + N, row_tile, first_row, col, M, N, 2 * N)
+        else:
+            u = tl.load(u_ptr + at, mask=inside, other=0.0)
+            dv = derivative(part_of(acc, part, PARTS), u, bias_ptr, col, N, ACTIVATION)
+            tl.store(dv_ptr + at, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)
+            if partial_ptr is not None:
+                store_sums(dv, partial_ptr, row_tile, first_row, col, M, N, N)

@@ -1,4 +1,4 @@
-"""Functions of the kernels of products with a GELU: a tile's place, its products, its epilogue.
+"""Functions of the kernels of products with an activation: a tile's place, products and epilogue.
 
 Widths and strides come in units of 8 elements, which are 16 bytes: so the compiler knows that each
 access of 8 is aligned, whatever the width, and compiles one form for all.
@@ -7,7 +7,8 @@ access of 8 is aligned, whatever the width, and compiles one form for all.
 import triton
 import triton.language as tl
 
-from ..bias_gelu.triton import gelu, gelu_derivative
+from ..bias_gelu.triton import gelu_derivative
+from ..gated.triton import activate, activate_with_slope
 from ..triton_lib import INTERPRETED, to_float
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -30,11 +31,11 @@ def tile_at(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def places(first_row, first_col, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Offsets of a part's elements in a dense (M, N), and which of them lie inside."""
+def places(first_row, first_col, M, N, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Offsets of a part's elements in dense rows of `width`, and which lie inside (M, N)."""
     rows, cols = tl.arange(0, ROWS), first_col + tl.max_contiguous(tl.arange(0, COLS), 8)
     # 128 rows of 2^24 elements fit into 32 bits.
-    at = first_row.to(tl.int64) * N + (rows[:, None] * N + cols[None, :])
+    at = first_row.to(tl.int64) * width + (rows[:, None] * width + cols[None, :])
     return at, (rows < M - first_row)[:, None] & (cols < N)[None, :]
 
 
@@ -67,29 +68,58 @@ def load_bias(bias_ptr, first_col, N, COLS: tl.constexpr):
 
 
 @triton.jit
-def activation(u, bias_ptr, first_col, N, TANH: tl.constexpr):
-    """gelu(u + bias) of a part of a tile, in float32. u is rounded, as it is saved."""
+def biased(u, bias_ptr, first_col, N):
+    """u + bias of a part of a tile, in float32. u is rounded, as it is saved."""
     v = to_float(u)
     if bias_ptr is not None:
         v += load_bias(bias_ptr, first_col, N, u.shape[1])
-    return gelu(v, TANH, False)
+    return v
 
 
 @triton.jit
-def derivative(acc, u, bias_ptr, first_col, N, TANH: tl.constexpr):
+def biased_values(u, bias_ptr, first_col, N):
+    """The same of a gated activation's second half, whose biases follow those of the first."""
+    v = to_float(u)
+    if bias_ptr is not None:
+        v += load_bias(bias_ptr + N, first_col, N, u.shape[1])
+    return v
+
+
+@triton.jit
+def activation(u, bias_ptr, first_col, N, ACTIVATION: tl.constexpr):
+    """act(u + bias) of a part of a tile, in float32."""
+    return activate(biased(u, bias_ptr, first_col, N), ACTIVATION, False)
+
+
+@triton.jit
+def gated_activation(gates, values, bias_ptr, first_col, N, ACTIVATION: tl.constexpr):
+    """act(gates + bias) * (values + bias) of a part of a tile, in float32."""
+    return activation(gates, bias_ptr, first_col, N, ACTIVATION) * biased_values(
+        values, bias_ptr, first_col, N
+    )
+
+
+@triton.jit
+def derivative(acc, u, bias_ptr, first_col, N, ACTIVATION: tl.constexpr):
     """acc * gelu'(u + bias) of a part of a tile, in float32."""
-    v = to_float(u)
-    if bias_ptr is not None:
-        v += load_bias(bias_ptr, first_col, N, u.shape[1])
-    return acc * gelu_derivative(v, TANH, False)
+    v = biased(u, bias_ptr, first_col, N)
+    return acc * gelu_derivative(v, ACTIVATION == "gelu_tanh", False)
 
 
 @triton.jit
-def store_sums(dv, partial_ptr, row_tile, first_row, first_col, M, N):
-    """A row tile's share of the bias's gradient. Rows outside hold the derivative at what was
-    loaded for them, times the products of other rows: they count for nothing."""
+def gated_derivatives(acc, gates, values, bias_ptr, first_col, N, ACTIVATION: tl.constexpr):
+    """acc times the derivatives of gated_activation by gates and by values."""
+    a, slope = activate_with_slope(biased(gates, bias_ptr, first_col, N), ACTIVATION, False)
+    return acc * biased_values(values, bias_ptr, first_col, N) * slope, acc * a
+
+
+@triton.jit
+def store_sums(dv, partial_ptr, row_tile, first_row, first_col, M, N, width):
+    """A row tile's share of the bias's gradient, in rows of `width`. Rows outside hold the
+    derivative at what was loaded for them, times the products of other rows: they count for
+    nothing."""
     rows: tl.constexpr = dv.shape[0]
     cols = first_col + tl.max_contiguous(tl.arange(0, dv.shape[1]), 8)
     dv = tl.where((tl.arange(0, rows) < M - first_row)[:, None], dv, 0.0)
-    at = partial_ptr + row_tile.to(tl.int64) * N + cols
+    at = partial_ptr + row_tile.to(tl.int64) * width + cols
     tl.store(at, tl.sum(dv, axis=0), mask=cols < N)

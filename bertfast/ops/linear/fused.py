@@ -1,0 +1,44 @@
+"""One kernel or two: the choice of the public functions of products with an activation."""
+
+import torch
+
+from ... import checks, tracing
+from .. import dispatch
+from . import limits, run
+
+
+def backend_of(
+    ops: run.Ops,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    outputs: int,
+    dtype: torch.dtype,
+    fused: bool | None,
+    backend: str,
+) -> str | None:
+    """The backend of the one kernel; None for two. outputs: of the kernel, which may be half of the
+    product's."""
+    checks.check_choice("backend", backend, dispatch.CHOICES)
+    inputs = weight.shape[1]
+    if fused is None:
+        if not tracing.plain_call(x, weight) or tracing.only_reference():
+            return None
+        rows = x.numel() // inputs if inputs else 0
+        sizes = (inputs, outputs, rows)
+        return run.choose(backend, x.device, dtype, sizes, ops=ops).forward
+    checks.check_bool("fused", fused)
+    if not fused:
+        return None
+    # While something is traced a number of rows may stand for all.
+    known = tracing.plain_call(x)
+    most = limits.rows_class(x.numel() // max(1, inputs)) if known else None
+    case = (x.device, dtype, inputs, outputs, most)
+    reasons = []
+    for name in dispatch.BACKENDS[1:] if backend == "auto" else (backend,):
+        reason = dispatch.unsupported_reason(ops.both, name, *case)
+        if name == "torch":
+            reason = "its product and its activation are two"
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"fused=True can't be had here: {'; '.join(reasons)}")
