@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from support import fuzz, fuzz_attention, fuzz_log1p_max
+from support import fuzz, fuzz_attention, fuzz_linear_gated, fuzz_log1p_max
 
 from bertfast.ops import dispatch
 
@@ -18,7 +18,7 @@ CALLS = {"torch": 200, "cuda": 200, "triton": 25}
 TOLD = 5  # failures
 
 KERNEL_OPS = ("layer_norm", "bias_gelu", "gated", "linear_gelu", "attention", "attention_qkv")
-KERNEL_OPS += ("linear_cross_entropy", "linear_log1p_max")
+KERNEL_OPS += ("linear_gated", "linear_cross_entropy", "linear_log1p_max")
 CASES = [pytest.param(op, "torch", id=f"{op}-torch") for op in fuzz.CALLS]
 for _backend, _mark in (("cuda", pytest.mark.host), ("triton", pytest.mark.triton)):
     CASES += [pytest.param(op, _backend, id=f"{op}-{_mark.name}", marks=_mark) for op in KERNEL_OPS]
@@ -76,7 +76,7 @@ def test_a_wrong_result_is_seen(op, monkeypatch):
     for name in KERNEL_OPS:
         tables = (fuzz.norm_table, fuzz.gelu_table, fuzz.loss_table, fuzz.gated_table)
         tables += (fuzz_attention.attention_table, fuzz_log1p_max.max_table)
-        for module in (fuzz, fuzz_attention, *tables):
+        for module in (fuzz, fuzz_attention, fuzz_linear_gated, *tables):
             if (right := getattr(module, name, None)) is not None:
 
                 def wrong(*args, right=right, **kwargs):

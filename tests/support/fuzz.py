@@ -43,6 +43,7 @@ from .fuzz_calls import (
     hold_within,
     spoil,
 )
+from .fuzz_linear_gated import linear_gated_call
 from .fuzz_log1p_max import linear_log1p_max_call
 from .strides import relaid, relaid_alike
 
@@ -355,6 +356,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "bias_gelu": _bias_gelu,
     "gated": _gated,
     "linear_gelu": _linear_gelu,
+    "linear_gated": linear_gated_call,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_log1p_max": linear_log1p_max_call,
     "attention": attention_call,
