@@ -100,12 +100,12 @@ def test_two_kernels_are_held_to_the_budget(pass_, monkeypatch):
     case = made(pass_, torch.float16)
     provider = named(case, "bertfast two kernels")
     inputs = case.inputs("cpu", 0)
-    monkeypatch.setattr(cases, "_gelu", lambda device, dtype: "triton")
+    monkeypatch.setattr(cases, "after", lambda *case: "triton")
     few = dataclasses.replace(case.for_budget(), kernels=2)
     assert case.budget_of(provider, "cuda") == ("triton", few)
     case.check(provider, case.functions["exact"], inputs)
     assert asked == [("linear_gelu", "triton", few)]
-    monkeypatch.setattr(cases, "_gelu", lambda device, dtype: "torch")
+    monkeypatch.setattr(cases, "after", lambda *case: "torch")
     case.check(provider, case.functions["exact"], inputs)
     assert len(asked) == 1
 

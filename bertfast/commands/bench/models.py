@@ -24,6 +24,7 @@ class Model:
     directory: str | None = None  # None: random weights
     positions: int = 512  # the longest sequence
     model_type: str = "bert"  # in Hugging Face's configurations
+    gated: str | None = None  # the activation of a gated MLP, `inner` wide; None: a GELU
 
     def build(self, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
         """The stock Hugging Face model with SDPA attention, in eval."""
@@ -55,6 +56,15 @@ MODELS = {
         Model("MiniLM-L6", 384, 1536, 6, 12),
     )
 }
+# Sizes of models with gated MLPs, which are tuned for and not built.
+GATED = {
+    model.name: model
+    for model in (
+        Model("ModernBERT-base", 768, 1152, 22, 12, model_type="modernbert", gated="gelu"),
+        Model("ModernBERT-large", 1024, 2624, 28, 16, model_type="modernbert", gated="gelu"),
+        Model("NomicBERT", 768, 3072, 12, 12, model_type="nomic_bert", gated="silu"),
+    )
+}
 
 
 def saved(directory: str, layer: bool = False) -> Model:
@@ -74,6 +84,7 @@ def saved(directory: str, layer: bool = False) -> Model:
         directory,
         saved_model.positions(config),
         config.model_type,
+        saved_model.gating(config),
     )
 
 

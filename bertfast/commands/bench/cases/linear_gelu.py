@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def _ours_backward(backend: str) -> Callable:
 
 
 def _two_kernels_backward(dy: Tensor, down: Tensor, u: Tensor, bias: Tensor, v: Tensor) -> Any:
-    gelu = _gelu(dy.device, dy.dtype)
+    gelu = after("bias_gelu", dy.device, dy.dtype)
     if gelu == "torch":
         return _stock_backward(dy, down, u, bias, v)
     return run.backward(dy, down, u, bias, False, (True, True), run.Choice(gelu))
@@ -121,8 +121,9 @@ def _quack_backward(
     return dv, dv.sum(0)
 
 
-def _gelu(device: torch.device | str, dtype: torch.dtype) -> str:
-    return dispatch.choose("bias_gelu", "auto", torch.device(device), dtype)
+def after(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend of the op that follows a product, as "auto" takes it."""
+    return dispatch.choose(op, "auto", torch.device(device), dtype)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class LinearGeluCase(OpCase):
     dtype: torch.dtype
 
     op = "linear_gelu"
+    after: ClassVar[str] = "bias_gelu"  # the op after a product of its own
+    halves: ClassVar[int] = 1  # of u, for one of y
     exact = "exact"
     dropout = 0.0
     functions = {
@@ -164,11 +167,12 @@ class LinearGeluCase(OpCase):
         backward   dy, down, u and bias read, dv and dbias written
         The partial sums of dbias are not counted.
         """
-        wide = {"forward": 1, "training": 2, "backward": 2}[self.pass_] * self.rows
-        wide += 2 if self.pass_ == "backward" else 1
-        values = self.rows * self.width + self.width * self.inner + wide * self.inner
-        flops = 2 * self.rows * self.width * self.inner
-        return [Work("products", flops, values * self.dtype.itemsize)]
+        halves, backward = self.halves, self.pass_ == "backward"
+        wide = {"forward": 1, "training": 1 + halves, "backward": 2 * halves}[self.pass_]
+        wide = wide * self.rows + halves * (2 if backward else 1)
+        weight = (1 if backward else halves) * self.width * self.inner
+        values = self.rows * self.width + weight + wide * self.inner
+        return [Work("products", 2 * self.rows * weight, values * self.dtype.itemsize)]
 
     def counts(self, provider: Provider) -> Counts | None:
         """A product whose epilogue does the rest, or a product, and what is read and written
@@ -210,7 +214,7 @@ class LinearGeluCase(OpCase):
         few = self.for_budget()
         if provider.backend not in (TWO_KERNELS, "auto"):
             return provider.backend, few
-        return _gelu(device, self.dtype), dataclasses.replace(few, kernels=2)
+        return after(self.after, device, self.dtype), dataclasses.replace(few, kernels=2)
 
 
 @dataclass(frozen=True)
