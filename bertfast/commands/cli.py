@@ -165,7 +165,8 @@ def tune(
         str | None,
         typer.Option(
             metavar=f"[{'|'.join(MODELS)}|DIR]",
-            help="Widths and heads of one of these, or of a saved model; default: all three.",
+            help="Widths and heads of one of these, or of a saved model; default: all three, and "
+            "gated MLPs of ModernBERT's and NomicBERT's sizes.",
         ),
     ] = None,
     shapes: Annotated[

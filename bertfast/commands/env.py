@@ -19,7 +19,7 @@ HOW = {
     ("cuda", "cpu"): ", as a build for the host: an emulation, for proofs and not for speed",
 }
 # A choice that its backend's name doesn't tell: of a folder of ops.
-WORDS = {("linear", "torch"): "two kernels"}
+WORDS = {("linear", "torch"): "two kernels", ("linear_gated", "torch"): "two kernels"}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "flash-attn")
 
 

@@ -78,6 +78,22 @@ def positions(config: Any) -> int:
     return config.max_position_embeddings - (config.pad_token_id + 1 if skips else 0)
 
 
+def gating(config: Any) -> str | None:
+    """The activation of its gated MLP, by its name in ops.gated; None where there is none, or its
+    activation is another function."""
+    from transformers.activations import ACT2FN
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    from ..hf.families import FAMILIES
+    from ..nn.bert import gating_form
+
+    kind = MODEL_MAPPING_NAMES[config.model_type]
+    if not any(kind in one.swapped and "gated" in one.layer.split(", ") for one in FAMILIES):
+        return None
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    return gating_form(ACT2FN[name])
+
+
 def name(directory: str) -> str:
     """The name by which people know the model: what its configuration says that it was made from,
     or the directory's, or, where that is called "model", the one above."""

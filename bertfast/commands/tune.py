@@ -1,6 +1,6 @@
 """`bertfast tune`: the fastest backends, and splits of Triton's kernels, on this GPU.
 
-Of a product with its GELU that is also whether one kernel makes both.
+Of a product with its activation, a GELU or a gated one, that is also whether one kernel makes both.
 
 A decision has candidates and the calls that it is about, in inference and in training. Each
 candidate's numbers are checked as `bertfast bench` checks them; then all take turns. The one that
@@ -24,12 +24,13 @@ from ..ops.linear import config as linear_config
 from ..ops.linear import limits as linear_limits
 from .bench import models, op_case, providers
 from .bench.case import Case, Setting, Step
-from .bench.cases import linear_gelu
+from .bench.cases import linear_gated, linear_gelu
 from .bench.cases.attention_qkv import AttentionQKVCase
 from .bench.cases.bias_gelu import BiasGeluCase
+from .bench.cases.gated import GatedCase
 from .bench.cases.layer_norm import LayerNormCase
 from .bench.harness import quiet
-from .bench.models import MODELS, Model
+from .bench.models import GATED, MODELS, Model
 from .bench.record import DTYPES
 from .bench.timing import Timer, graph_timer, input_sets, turns
 from .env import in_words
@@ -51,7 +52,7 @@ class Candidate:
 
     @property
     def provider(self) -> providers.Provider:
-        if self.backend == "torch":  # of a product with its GELU: the kernels that "auto" takes
+        if self.backend == "torch":  # of a product and its activation: those that "auto" takes
             return providers.other_op(f"bertfast {linear_gelu.TWO_KERNELS}", "")
         return providers.our_op(self.backend, "", ())
 
@@ -91,12 +92,12 @@ def decisions(
     for dtype, tokens, model in sizes:
         rows, width = tokens.real, model.width
         norms = [LayerNormCase(pass_, rows, width, dtype, p) for pass_, p in PASSES]
-        gelus = [BiasGeluCase(pass_, rows, model.inner, dtype) for pass_, _ in PASSES[::2]]
         _add(found, _backend_decision("layer_norm", (dtype, width), norms, device))
-        _add(found, _backend_decision("bias_gelu", (dtype,), gelus, device))
+        _add(found, _activation_decision(model, rows, dtype, device))
     for dtype, tokens, model in sizes:
-        for decision in _linear_decisions(model, tokens.real, dtype, dtypes, device):
-            _add(found, decision)
+        if model.gated is None:
+            for decision in _linear_decisions(model, tokens.real, dtype, dtypes, device):
+                _add(found, decision)
     for dtype, tokens, model in sizes:
         heads = (model.heads, model.width // model.heads)
         if dtype == dtypes[0]:  # those of all 16-bit types are the same
@@ -105,6 +106,10 @@ def decisions(
         calls = [AttentionQKVCase(pass_, tokens, *heads, dtype, p) for pass_, p in PASSES]
         case = (dtype, heads[1], limits.length_class(tokens.longest))
         _add(found, _backend_decision("attention_qkv", case, calls, device))
+    for dtype, tokens, model in sizes:
+        if model.gated is not None:
+            for decision in _linear_decisions(model, tokens.real, dtype, dtypes, device):
+                _add(found, decision)
     known = {linear_limits.rows_class(tokens.real) for tokens in shapes}
     for rows in reversed([rows for rows in linear_limits.ROWS if rows not in known]):
         for dtype, model in itertools.product(dtypes, measured):
@@ -118,12 +123,22 @@ def _add(found: dict[tuple[str, str], Decision], decision: Decision) -> None:
     known.cases += [case for case in decision.cases if case not in known.cases]
 
 
+def _activation_decision(model: Model, rows: int, dtype: torch.dtype, device: str) -> Decision:
+    """Of the op that follows a product."""
+    passes, sizes = [pass_ for pass_, _ in PASSES[::2]], (rows, model.inner, dtype)
+    if model.gated is None:
+        gelus = [BiasGeluCase(pass_, *sizes) for pass_ in passes]
+        return _backend_decision("bias_gelu", (dtype,), gelus, device)
+    gated = [GatedCase(pass_, *sizes, model.gated) for pass_ in passes]
+    return _backend_decision("gated", (dtype,), gated, device)
+
+
 def _backend_decision(op: str, case: tuple, calls: Sequence[Any], device: str) -> Decision:
     shipped = dispatch.shipped_order(op, torch.device(device), case)
     order = [
         name
         for name in dict.fromkeys((*shipped, *dispatch.AUTO_ORDER["cuda"]))
-        if (name != "torch" or op == "linear_gelu")
+        if (name != "torch" or op in ("linear_gelu", "linear_gated"))
         and dispatch.unsupported_reason(op, name, device, *case) is None
     ]
     key = tuned.key(dispatch.ops()[op], *case)
@@ -134,21 +149,21 @@ def _backend_decision(op: str, case: tuple, calls: Sequence[Any], device: str) -
 def _linear_decisions(
     model: Model, rows: int, dtype: torch.dtype, dtypes: Sequence[torch.dtype], device: str
 ) -> Iterator[Decision]:
-    """Of the product in front of the GELU, and of the one whose gradient GELU's takes."""
+    """Of the product in front of the activation, and of the one whose gradient that takes."""
     if dtype not in linear_limits.DTYPES:
         return
     sizes = (model.width, model.inner)
-    calls = {
-        "forward": linear_gelu.case("forward", rows, *sizes, dtype),
-        "saving": linear_gelu.case("training", rows, *sizes, dtype),
-        "backward": linear_gelu.case("backward", rows, *sizes, dtype),
-    }
+    op, passes, made = "linear_gelu", linear_config.PASSES, linear_gelu.case
+    if model.gated is not None:
+        op, passes = "linear_gated", linear_config.GATED
+        made = functools.partial(linear_gated.case, activation=model.gated)
+    calls = [made(pass_, rows, *sizes, dtype) for pass_ in linear_gelu.PASSES]
+    forward, _, backward = calls
     first = [one for one in dtypes if one in linear_limits.DTYPES][0]
-    case = calls["forward"].form
-    triton = dispatch.unsupported_reason("linear_gelu", "triton", device, *case) is None
+    triton = dispatch.unsupported_reason(op, "triton", device, *forward.form) is None
     if triton and dtype == first:  # those of all 16-bit types are the same
         arch = linear_config.architecture(_capability(device))
-        for pass_ in linear_config.PASSES:
+        for pass_, call in zip(passes, calls, strict=True):
             candidates = {
                 str(one): Candidate(
                     "triton", one.numbers, functools.partial(linear_config.trial, pass_, one)
@@ -156,11 +171,9 @@ def _linear_decisions(
                 for one in linear_config.candidates(arch, pass_)
             }
             key = linear_config.key(pass_, *sizes, rows)
-            yield Decision("splits", key, candidates, [calls[pass_]])
-    both = [calls["forward"], calls["saving"]]
-    yield _backend_decision("linear_gelu", case, both, device)
-    case = calls["backward"].form
-    yield _backend_decision("linear_gelu", case, [calls["backward"]], device)
+            yield Decision("splits", key, candidates, [call])
+    yield _backend_decision(op, forward.form, calls[:2], device)
+    yield _backend_decision(op, backward.form, [backward], device)
 
 
 def _split_decisions(
@@ -383,7 +396,7 @@ def _name_of(chosen: Sequence[int]) -> str:
 
 def _models(given: str | None) -> list[Model]:
     if given is None:
-        return list(MODELS.values())
+        return [*MODELS.values(), *GATED.values()]
     if Path(given).is_dir():
         return [models.saved(given)]
     return [MODELS[one_of("--model, where it is no directory,", given, MODELS)]]
