@@ -50,7 +50,7 @@ def test_dry_run_goes_through_every_step(dry_run):
     for step in ("build", "tests", "ceilings", "measurements"):
         assert f"== {step}" in result.stdout
     ops = {"copy", "matmul", "layer_norm", "bias_gelu", "attention_qkv", "linear_gelu"}
-    ops |= {"linear_cross_entropy", "linear_log1p_max", "gated"}
+    ops |= {"linear_cross_entropy", "linear_log1p_max", "gated", "linear_gated"}
     assert ops | {"tiny", "tiny layer", "tiny layer attention"} <= {row["op"] for row in rows}
     for phase in ("ops", "layers", "models", "mixes", "latency", "compilers", "autotune"):
         done, total = re.search(rf"^{phase}: (\d+) of (\d+) cases", result.stdout, re.M).groups()
@@ -64,7 +64,7 @@ def test_dry_run_times_every_provider_in_every_pass(dry_run):
         providers = {"bertfast torch", "bertfast triton"}
         if available("cpu")[op]["cuda"] is None:
             providers.add("bertfast cuda")
-        if op == "linear_gelu" and pass_ != "backward":
+        if op in ("linear_gelu", "linear_gated") and pass_ != "backward":
             providers.add("bertfast auto")
         if op.startswith("attention"):
             providers |= {"torch sdpa", "torch sdpa math"}
