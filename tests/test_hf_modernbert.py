@@ -7,6 +7,7 @@ import torch
 from support.hf_models import KNOWN, batch, packs, tiny
 
 import bertfast
+from bertfast.hf import layer
 from bertfast.hf.families import modernbert
 from bertfast.testing.model import HIDDEN_ATOL
 
@@ -51,13 +52,13 @@ def test_windows_and_frequencies_are_those_of_the_kind(monkeypatch):
     }
     stock, model = both(rope_parameters=rope)
     close(model, stock, batch())
-    attention, seen = bertfast.ops.attention_qkv, []
+    run_layer, seen = layer.run_layer, []
 
-    def spy(*args, **options):
-        seen.append((options.get("window"), options["rotary"]))
-        return attention(*args, **options)
+    def spy(parts, x, call):
+        seen.append((call.positions.window, call.positions.rotary))
+        return run_layer(parts, x, call)
 
-    monkeypatch.setattr(bertfast.ops, "attention_qkv", spy)
+    monkeypatch.setattr(layer, "run_layer", spy)
     model(**batch())
     windows = [window for window, _ in seen]
     assert windows == [None, (4, 4), (4, 4), None]
