@@ -73,6 +73,22 @@ def test_gradients_of_the_reference_in_float64():
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("form", [{}, dict(rotary=True), dict(reach=20), ALL], ids=str)
+def test_scores_keep_float32_under_autocast(form, p):
+    """Rounded to 16 bits, a score of 30 would be off by a tenth, and so would its weight."""
+    inputs = table.make_inputs(Case((70,), head_dim=64, p=p, scale=1.0, **form), torch.bfloat16)
+    if inputs["distance_bias"] is not None:  # a parameter in float32
+        inputs["distance_bias"] = 30 * torch.randn(inputs["distance_bias"].shape)
+    wide = [inputs[name].float() for name in table.NAMES]
+    options = table.options(inputs) | {"distance_bias": inputs["distance_bias"]}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*wide, **options, backend="torch")
+    tables = (f(inputs) for f in (table.oracle, table.rounding_model, table.scales))
+    oracle, model, scales = ({"out": found["out"]} for found in tables)
+    assert worst(compare({"out": out}, oracle, model, scales)).ok
+
+
 def test_a_bias_by_buckets_is_a_gather_with_an_ordered_gradient():
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     buckets = torch.tensor([4, 4, 0, 1, 2, 3, 4])

@@ -30,6 +30,10 @@ def forward(
     drop: Dropout,
 ) -> torch.Tensor:
     """Padded (B, S, H, D) or packed (T, H, D)."""
+    if (scores.bias is not None or drop.seed is not None) and tracing.autocast(q) is not None:
+        # It would round scores, or their bias, to 16 bits: exp makes of that a large error.
+        with torch.autocast(q.device.type, enabled=False):
+            return forward(q, k, v, sequences, scores, drop)
     key_mask, cu_seqlens, max_seqlen = sequences[:3]
     dtype = q.dtype
     compute = dtype if dtype == torch.float64 else torch.float32
