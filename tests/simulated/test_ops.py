@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from bertfast.ops.attention.limits import FEATURES
-from bertfast.testing import attention, bias_gelu, gated, hold_to_budget, layer_norm, linear_gelu
+from bertfast.testing import (
+    attention,
+    bias_gelu,
+    gated,
+    hold_to_budget,
+    layer_norm,
+    linear_gated,
+    linear_gelu,
+)
 from bertfast.testing import attention_qkv as attention_qkv_table
 
 TABLES = {
@@ -14,6 +22,7 @@ TABLES = {
     "attention": attention,
     "attention_qkv": attention_qkv_table,
     "linear_gelu": linear_gelu,
+    "linear_gated": linear_gated,
 }
 # Of Triton, whose interpreter is slow, the first few: what matters here is where tensors lie.
 CASES = [
@@ -21,8 +30,9 @@ CASES = [
     for op, table in TABLES.items()
     for backend, dtype in (
         ("cuda", torch.bfloat16),
-        ("triton", torch.float16 if op == "linear_gelu" else torch.float32),
+        ("triton", torch.float16 if op.startswith("linear_") else torch.float32),
     )
+    if (op, backend) != ("linear_gated", "cuda")  # which there is none of
     for case in table.quick_cases()[: 3 if backend == "triton" else None]
     if set(getattr(case, "features", ())) <= set(FEATURES[backend])
 ]

@@ -13,6 +13,9 @@ from bertfast.ops.linear import limits
 
 TINY = models.Model("tiny", 32, 64, 1, 2, gated="silu")
 BF16 = torch.bfloat16
+# Of a step in which Triton's kernels were called; of others 2.
+TIMES = {"gated forward": 1.5, "gated backward": 1.5}
+TIMES |= {"linear_gated forward": 1.0, "linear_gated backward": 2.0}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def triton_calls(monkeypatch):
 
 
 def test_it_decides_and_a_layer_follows(tmp_path, monkeypatch, triton_calls):
-    """By a clock by which Triton is twice as fast, but for linear_gated's backward."""
+    """One kernel is the fastest forward, and two are the faster backward, both in Triton."""
     file = tmp_path / "tuned.json"
     monkeypatch.setenv(tuned.VARIABLE, str(file))
     tuned.forget()
@@ -50,21 +53,19 @@ def test_it_decides_and_a_layer_follows(tmp_path, monkeypatch, triton_calls):
         triton_calls.clear()
         for step in steps:
             step()
-        fast = {"gated forward", "gated backward", "linear_gated forward"} & set(triton_calls)
-        time = 1.0 if fast else 2.0
+        time = min(map(TIMES.get, triton_calls), default=2.0)
         return lambda: time
 
     monkeypatch.setattr(tuning, "graph_timer", clock)
     monkeypatch.setattr(tuning, "input_sets", lambda size: (1, "warm"))
-    with pytest.warns(UserWarning, match="finds no file"):
-        assert tuning.tune(shapes="2x20", dtype=["bf16"], minutes=5) == 0
+    assert tuning.tune(shapes="2x20", dtype=["bf16"], minutes=5) == 0
     kept = json.loads(file.read_text())["backends"]
     assert {key: found["chosen"] for key, found in kept.items()} == {
         "gated bfloat16": "triton",
         "linear_gated bfloat16 32 64 64": "triton",
         "linear_gated bfloat16 32 64 64 backward": "torch",
     }
-    assert kept["linear_gated bfloat16 32 64 64"]["us"] == {"two kernels": 4.0, "triton": 2.0}
+    assert kept["linear_gated bfloat16 32 64 64"]["us"] == {"two kernels": 3.0, "triton": 2.0}
 
     device = torch.device("cuda", 0)
     assert dispatch.choose("gated", "auto", device, BF16) == "triton"
