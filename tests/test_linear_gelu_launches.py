@@ -1,4 +1,5 @@
-"""Launches of linear_gelu's Triton kernels as a GPU would see them. Nothing runs."""
+"""Launches of Triton's kernels of products with an activation as a GPU would see them. Nothing
+runs."""
 
 import json
 import os
@@ -38,6 +39,15 @@ def test_a_hundred_batches_of_two_models_compile_one_form_of_each_pass(arch, see
         "fs": [forward, forward],  # without u and with it
         "b": ["column_sum_kernel", backward],
     }
+
+
+@archs
+def test_and_so_do_those_of_two_models_with_gated_mlps(arch, seen):
+    forward, backward = KERNELS[arch]
+    row = seen["gated"][arch]
+    assert row["names"] == ["column_sum_kernel", backward, forward, forward]
+    assert row["launches"] == 100 * 4
+    assert seen["gated maps"] == 4 + 4  # of a, b, y and u; of a, b, u and du
 
 
 @archs

@@ -1,4 +1,5 @@
-"""Launches of linear_gelu by the mock driver, as JSON for test_linear_gelu_launches.py."""
+"""Launches of linear_gelu and linear_gated by the mock driver, as JSON for
+test_linear_gelu_launches.py."""
 
 import json
 import sys
@@ -13,6 +14,7 @@ from support.mock_driver import mocked
 
 from bertfast.ops import triton_launch
 from bertfast.ops.linear import config, run
+from bertfast.ops.linear_gated import run as gated
 
 BF16 = torch.bfloat16
 BY_TRITON = run.Choice("triton", "triton", "triton")
@@ -42,6 +44,33 @@ def variants(capability: int, passes: str) -> list[str]:
         for rows in (1, 16, 128):
             call(rows, *WIDTHS[0], passes)
         return sorted(each.name for each in driver.compiled)
+
+
+def call_gated(rows: int, inputs: int, width: int, saves: tuple[bool, ...] = (False, True)) -> None:
+    """linear_gated's forwards, without u and with it, and its backward."""
+    x, up = (torch.zeros(size, inputs, dtype=BF16) for size in (rows, 2 * width))
+    u, bias = torch.zeros(rows, 2 * width, dtype=BF16), torch.zeros(2 * width, dtype=BF16)
+    down = torch.zeros(inputs, width, dtype=BF16)
+    for save in saves:
+        gated.forward(x, up, bias, "gelu", BY_TRITON, save)
+    gated.backward(x, down, u, bias, "gelu", True, BY_TRITON)
+
+
+def gated_variants(capability: int) -> dict:
+    """The kernels of linear_gated that a hundred batches of two models compile, and launches."""
+    torch.manual_seed(0)
+    with mocked(capability, compiling=False) as driver:
+        for number, rows in enumerate(torch.randint(1, 3000, (BATCHES,)).tolist()):
+            call_gated(rows, *((768, 1152), (1024, 2624))[number % 2])
+        names = sorted(each.name for each in driver.compiled)
+        return dict(names=names, launches=len(driver.started))
+
+
+def gated_maps() -> int:
+    """Tensor maps that Triton makes of linear_gated's descriptors, on sm_90."""
+    with mocked(90) as driver:
+        call_gated(300, 768, 1152, saves=(True,))
+        return len(driver.described)
 
 
 def compiled(capability: int) -> dict:
@@ -123,6 +152,8 @@ def main() -> None:
             arch: {passes: variants(arch, passes) for passes in ("f", "fs", "b")}
             for arch in capabilities
         },
+        "gated": {arch: gated_variants(arch) for arch in capabilities},
+        "gated maps": gated_maps(),
         "compiled": {arch: compiled(arch) for arch in capabilities},
         "captured": {arch: captured(arch) for arch in capabilities},
         "unfit": unfit(),
