@@ -60,7 +60,7 @@ def _taken(one_kernel):
 
 def test_the_op_that_a_composed_layer_calls_takes_it(backend, composed, monkeypatch, one_kernel):  # noqa: F811
     """The gradient of its own product is autograd's, and the activation's is gated's."""
-    monkeypatch.setattr(linear_run, "choose", lambda *case, **ops: run.Choice(*3 * ["triton"]))
+    monkeypatch.setattr(linear_run, "choose", lambda *case: run.Choice(*3 * ["triton"]))
     module = make(backend, "one")
     x = torch.randn(2, 5, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     composed(module, x).sum().backward()

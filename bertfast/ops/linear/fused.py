@@ -25,7 +25,7 @@ def backend_of(
             return None
         rows = x.numel() // inputs if inputs else 0
         sizes = (inputs, outputs, rows)
-        return run.choose(backend, x.device, dtype, sizes, ops=ops).forward
+        return run.choose(backend, x.device, dtype, sizes, None, ops).forward
     checks.check_bool("fused", fused)
     if not fused:
         return None
