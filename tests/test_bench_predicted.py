@@ -14,6 +14,7 @@ from bertfast.commands.bench.cases import (
     bias_gelu,
     layer_norm,
     linear_cross_entropy,
+    linear_gated,
     linear_gelu,
     linear_log1p_max,
 )
@@ -173,11 +174,38 @@ def test_what_is_not_known_is_not_modelled():
         *("torch compile", "torch compile max"),
     }
     assert counts(layer(dtype=torch.float32), "bertfast") is None
-    other = dataclasses.replace(BASE, inner=2048)
-    assert counts(layer(sizes=other), "bertfast") is None
+    for change in (dict(inner=2048), dict(gated="silu")):
+        other = dataclasses.replace(BASE, **change)
+        assert counts(layer(sizes=other), "bertfast") is None
 
 
 # Ops
+
+
+@pytest.mark.parametrize(
+    ("pass_", "name", "kernels", "after", "extra"),
+    [
+        ("forward", "bertfast triton", 1, 0, -1),
+        ("training", "bertfast triton", 1, 0, 1),
+        ("backward", "bertfast triton", 2, 0, 3),
+        ("forward", "bertfast two kernels", 2, 3, 0),
+        ("backward", "bertfast two kernels", 3, 5, 0),
+        ("training", "torch eager", 3, 5, 0),
+    ],
+)
+def test_linear_gated(pass_, name, kernels, after, extra):
+    """after, extra: tensors of y's size, beside the product's own, of which u is two."""
+    found = counts(linear_gated.case(pass_, 100, 32, 64, BF16), name)
+    assert found.kernels == kernels and found.bytes == after * 100 * 64 * 2
+    columns = 64 if pass_ == "backward" else 128
+    assert found.products == ((100, columns, 32, extra * 100 * 64),)
+    case = linear_gated.case(pass_, 100, 32, 64, BF16)
+    (work,) = case.work()
+    assert work.flops == 2 * 100 * columns * 32
+    wide = {"forward": 1, "training": 3, "backward": 4}[pass_] * 100
+    bias = 2 * (2 if pass_ == "backward" else 1)
+    assert work.bytes == 2 * (100 * 32 + columns * 32 + (wide + bias) * 64)
+    assert counts(linear_gated.case("backward", 100, 32, 64, BF16), "torch eager") is None
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ that means none. It holds
 
     about      the GPU, the versions and the kernels that it was measured with
     backends   an op and a case -> the backend, and the microseconds of each that was tried
-    splits     a pass of Triton's attention, or of its products with a GELU, and a case -> the
-               numbers of its split, likewise
+    splits     a pass of Triton's attention, or of its products with an activation, and a case ->
+               the numbers of its split, likewise
 
 It is read once. One that is broken, or was measured with anything else, is passed over with one
 warning.

@@ -181,7 +181,8 @@ def encoder(
 ) -> Counts | None:
     """A layer alone or a model; None where the provider's counts aren't known."""
     layer = LAYERS.get(provider)
-    if layer is None or sizes.inner != 4 * sizes.width or dtype.itemsize != 2:
+    counted = sizes.inner == 4 * sizes.width and sizes.gated is None
+    if layer is None or not counted or dtype.itemsize != 2:
         return None
     packed = layer.packed and provider not in ("bertfast padded", "bertfast graph")
     lengths = tokens.lengths if packed else (tokens.longest,) * len(tokens.lengths)
