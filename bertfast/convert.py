@@ -68,7 +68,8 @@ def optimize(
 
     A SparseEncoder of sentence-transformers makes SPLADE's vectors without logits, in inference and
     in training, where its SpladePooling takes the largest: what a call returns has no
-    `token_embeddings` then. `report` says so, or why the logits are made.
+    `token_embeddings` then. `report` says so, or why the logits are made. The head too has no
+    padding, for which the host waits for a GPU once more, before the encoder runs.
 
     strict: raise ValueError if the model has no encoder that bertfast knows, or one of a known
     family that it can't convert. Otherwise such a model is left as it is.
