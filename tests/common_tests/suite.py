@@ -53,7 +53,7 @@ COMMON = load_tests_module()
 
 
 class Asked:
-    """What the tests ask a family for: a tiny configuration, a batch, and their sizes."""
+    """The tests' questions to a family: a tiny configuration, a batch, and their sizes."""
 
     is_training = True
     batch_size, seq_length = len(LENGTHS), max(LENGTHS)
