@@ -83,9 +83,15 @@ def _two_kernels_backward(
 def _stock_backward(
     dy: Tensor, down: Tensor, u: Tensor, bias: Tensor, v: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = v.detach().requires_grad_()
-        (du,) = torch.autograd.grad(_gated(leaf, activation), leaf, dy @ down)
+    dh = dy @ down
+    gate, value = v.chunk(2, -1)
+    dgate = dh * value
+    if activation == "silu":
+        dgate = torch.ops.aten.silu_backward(dgate, gate)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        dgate = torch.ops.aten.gelu_backward(dgate, gate, approximate=approximate)
+    du = torch.cat((dgate, dh * act(gate, activation)), -1)
     return du, du.sum(0)
 
 
