@@ -1,4 +1,4 @@
-"""linear_gated as a case of `bertfast bench`: stock torch's backward, and all providers' numbers."""
+"""linear_gated as a case of `bertfast bench`: stock torch's backward, all providers' numbers."""
 
 import pytest
 import torch
