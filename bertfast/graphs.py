@@ -25,17 +25,18 @@ from torch import nn
 
 from . import checks, tracing
 from .nn.eligibility import Facts
-from .nn.modules import Weights, read_norm
+from .nn.modules import Weights, has_own_forward, plain, read_linear, read_norm
 from .nn.parts import Parts, read
 from .nn.watching import comparisons
 from .notice import warn_once
 from .ops.layer_norm.run import Norm
-from .packing.batch import Batch
+from .packing.batch import Batch, Buckets, Shared
 from .packing.buckets import MOST_TOKENS, Bucket, Filled, fill, rungs, whole
 from .packing.tiles import SMALL_TILE, TILE
-from .settings import ATTRIBUTE
+from .settings import GRAPHS
 
-GRAPHS = ATTRIBUTE + "_graphs"  # where an encoder keeps its own
+__all__ = ["GRAPHS", "Finish", "Graphs", "Limits", "warm_up"]
+
 MOST_GRAPHS = 64
 MOST_SHAPES = 256  # batches without padding whose lists of sequences are kept
 USUAL_TOKENS, USUAL_WIDTH = 8192, 768  # beyond these a GPU is busy longer than the host
@@ -128,6 +129,18 @@ class Graphs:
     def __reduce__(self) -> tuple:
         return Graphs, (self.limits, self.width)
 
+    def offered(self, x: torch.Tensor) -> Buckets | None:
+        """The buckets, where a graph may stand for what is done with x now, in eval."""
+        may_serve = (
+            x.is_cuda
+            and not torch.is_grad_enabled()
+            and tracing.plain_call(x)
+            and not tracing.only_reference()
+            and tracing.autocast(x) is None
+            and not tracing.is_capturing(x)
+        )
+        return self.buckets if may_serve else None
+
     def buckets(self, lengths: np.ndarray | tuple[int, ...], device: torch.device) -> Filled | None:
         """packing.batch.Buckets."""
         if isinstance(lengths, np.ndarray):
@@ -144,8 +157,8 @@ class Graphs:
 
     def serve(self, x: torch.Tensor, batch: Batch, run: Run, finish: Finish) -> torch.Tensor | None:
         """finish(run(x, batch)) by a graph, of tokens x (..., width); None where it has to be run.
-        run: the layers, for (1, tokens, width). finish: of the shape of x, gives memory that is
-        the caller's."""
+        run: the layers, for (1, tokens, width), which may change the width. finish: of the shape
+        that x has, gives memory that is the caller's."""
         filled, facts = batch.bucket, batch.facts
         if filled is None or batch.seed is not None or not batch.clean:
             return None
@@ -172,10 +185,10 @@ class Graphs:
             stream = torch.cuda.current_stream(x.device)
             held.begin(stream)
             held.fill(filled)
-            tokens = held.tokens(x.shape)
+            tokens, made = held.places(x.shape)
             tokens.copy_(x)
             recording.replay()
-            y = finish(tokens)
+            y = finish(made)
             held.end(stream)
             return y
 
@@ -262,23 +275,13 @@ def _usual(most: int) -> Iterator[tuple[int, int]]:
 MOST_SHORT = 2048  # tokens of batches of very short sequences
 
 
-def may_serve(x: torch.Tensor) -> bool:
-    """True where a graph may stand for what is done with x now."""
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and tracing.plain_call(x)
-        and not tracing.only_reference()
-        and tracing.autocast(x) is None
-        and not tracing.is_capturing(x)
-    )
-
-
-# Attributes of modules that a capture reads, besides their parameters.
+# Attributes of modules, and of their configurations, that a capture reads besides parameters.
 _VALUES = (
     *("eps", "scaling", "num_attention_heads", "attention_head_size", "num_heads", "approximate"),
+    *("n_heads", "head_dim", "attention_type"),
     *("intermediate_act_fn", "activation"),  # where they are functions
 )
+_CONFIGURED = "num_attention_heads", "local_attention"
 
 
 class _Watched:
@@ -286,16 +289,25 @@ class _Watched:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        layers: Any = facts.layers
-        self.why_not = next(filter(None, (_why_not(layer.parts()) for layer in layers)), None)
-        if not all(isinstance(read_norm(module, clean=True), Norm) for module in facts.beside):
+        layers: Any = tuple(dict.fromkeys(facts.layers))  # each once
+        self.why_not = next(filter(None, map(_why_not, layers)), None)
+        if not all(map(_may_be_read, facts.beside)):
             self.why_not = "a module beside the layers has to be called"
         modules = [module for part in (*layers, *facts.beside) for module in part.modules()]
         places = [(m._parameters, name) for m in modules for name in m._parameters]
         places += [(vars(m), name) for m in modules for name in _VALUES if name in vars(m)]
+        configs = {id(c): vars(c) for m in modules if (c := vars(m).get("config")) is not None}
+        places += [(c, name) for c in configs.values() for name in _CONFIGURED if name in c]
+        buffers = [(m._buffers, name) for m in facts.tables for name in m._buffers]
+        own = [(vars(m), name) for m in facts.tables for name in vars(m) if name[0] != "_"]
+        places += buffers + own
         self._owners, self._names = [where for where, _ in places], [name for _, name in places]
         self._objects = list(map(getitem, self._owners, self._names))
         self._parameters = [one for one in self._objects if isinstance(one, torch.Tensor)]
+        # A graph reads parameters anew each time, but tables that were made of these.
+        self._made_of = [one for where, name in buffers if (one := where[name]) is not None]
+        if any(buffer.is_inference() for buffer in self._made_of):
+            self.why_not = "a module for tables was made in inference mode: changes aren't counted"
         self._compare = comparisons()
 
     def holds(self) -> bool:
@@ -304,13 +316,27 @@ class _Watched:
 
     def stamp(self, x: torch.Tensor) -> tuple:
         memory = self._compare.memory_of(self._parameters)
-        return self, x.device, x.dtype, x.shape[-1], memory
+        versions = [buffer._version for buffer in self._made_of]
+        return self, x.device, x.dtype, x.shape[-1], memory, versions
 
 
-def _why_not(parts: Parts) -> str | None:
+def _may_be_read(module: nn.Module) -> bool:
+    """True for a module beside the layers, without hooks, that does now what it always does."""
+    read_ = (read_norm(module, clean=True), read_linear(module, clean=True))
+    if isinstance(read_[0], Norm) or isinstance(read_[1], Weights):
+        return True
+    return type(module) is nn.Embedding and plain(module.weight)
+
+
+def _why_not(layer: Any) -> str | None:
     """Why a layer can't be captured: a graph would keep what a called module does now."""
-    now = read(parts, clean=True)
+    if not hasattr(layer, "parts"):
+        return f"a {type(layer).__name__} is among the layers"
+    parts: Parts = layer.parts()
+    now: Any = read(parts, clean=True)
     kinds = {type(one) for part in now for one in (part if type(part) is tuple else (part,))}
+    if has_own_forward(nn.Identity):
+        kinds.discard(nn.Identity)
     known = parts.approximate if parts.gated is None else parts.gated.activation
     if kinds - {Weights, Norm, float} or known is None:
         return "a module of a layer has to be called"
@@ -330,12 +356,15 @@ class _Held:
         self.bytes = 0
         self.seen = seen
         self._memory, self._most = owner.limits.memory, owner.most
-        self._device = x.device
-        self._dtype, self._width = x.dtype, x.shape[-1]
+        self._device, self._dtype = x.device, x.dtype
+        # Before the layers and after: one memory, if that is the same.
+        self._widths = tuple(dict.fromkeys((x.shape[-1], owner.width)))
         if self._memory is not None:  # which the tokens of the largest batch must not exceed
-            self._most = min(self._most, self._memory // (self._width * x.element_size()))
+            self._most = min(self._most, self._memory // (sum(self._widths) * x.element_size()))
+        # What is made once, of all batches: tables, for the longest sequence that may come.
+        self._shared = Shared(self._most)
         self._filled: Filled | None = None  # whose sequences the graphs read now
-        self._places: dict[torch.Size, torch.Tensor] = {}
+        self._places: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
         self._used: tuple[Any, Any] | None = None  # the stream that used it last, and an event
 
     def take(self, bucket: Bucket) -> Recording | None:
@@ -357,7 +386,7 @@ class _Held:
         """Has this stream wait for the one that used the memory before."""
         if self._used is not None and self._used[0] != stream:
             stream.wait_event(self._used[1])
-            for shared in (self.x, self.numbers):  # which may be let go while this stream is at it
+            for shared in self._read():  # which may be let go while this stream is at it
                 shared.record_stream(stream)
 
     def end(self, stream: Any) -> None:
@@ -371,24 +400,32 @@ class _Held:
             self.numbers[: filled.bucket.size].copy_(filled.numbers, non_blocking=True)
             self._filled = filled
 
-    def tokens(self, shape: torch.Size) -> torch.Tensor:
-        """The place of a batch's tokens."""
+    def places(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """The place of a batch's tokens, and that of what is made of them."""
         found = self._places.get(shape)
         if found is None:
             if len(self._places) >= MOST_SHAPES:
                 self._places.clear()
             count = math.prod(shape[:-1])
-            found = self._places[shape] = self.x[:count].view(shape)
+            x, y = (memory[:count].view(*shape[:-1], -1) for memory in (self.x, self.y))
+            found = self._places[shape] = x, y
         return found
 
     def _allocate(self) -> None:
         """The memory that batches are copied to, and the pool of all graphs."""
-        self.x = torch.zeros(self._most, self._width, dtype=self._dtype, device=self._device)
-        sizes = (Bucket(tokens, tile).size for tokens in (self._most,) for tile in (32, 64))
+        options: Any = dict(dtype=self._dtype, device=self._device)
+        memory = [torch.zeros(self._most, width, **options) for width in self._widths]
+        self.x, self.y = memory[0], memory[-1]
+        sizes = (Bucket(self._most, tile).size for tile in (SMALL_TILE, TILE))
         self.numbers = torch.zeros(max(sizes), dtype=torch.int32, device=self._device)
-        self.bytes = self.x.nbytes + self.numbers.nbytes
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._device)  # of captures
+        self.bytes = sum(one.nbytes for one in self._read())
+
+    def _read(self) -> list[torch.Tensor]:
+        """All that graphs read or write, beside parameters and the pool."""
+        also = () if self.x is self.y else (self.y,)
+        return [self.x, self.numbers, *also, *self._shared.tensors()]
 
     def _batch(self, bucket: Bucket) -> Batch:
         """Whatever batch is in the bucket when a graph runs."""
@@ -399,6 +436,7 @@ class _Held:
             numbers=facts.numbers,
             clean=facts.clean,
             facts=facts,
+            shared=self._shared,
         )
 
     def capture(self, filled: Filled, run: Run) -> Recording | None:
@@ -406,11 +444,12 @@ class _Held:
         if not self.bytes:
             self._allocate()
         reserved = torch.cuda.memory_reserved(self._device)
+        tables = sum(table.nbytes for table in self._shared.tensors())
         batch = self._batch(bucket)
-        tokens = self.x[: bucket.tokens]
+        tokens, made = self.x[: bucket.tokens], self.y[: bucket.tokens]
 
         def function() -> None:
-            tokens.copy_(run(tokens[None], batch)[0])
+            made.copy_(run(tokens[None], batch)[0])
 
         current, stream = torch.cuda.current_stream(self._device), self._stream
         self.begin(current)
@@ -424,7 +463,10 @@ class _Held:
         finally:
             current.wait_stream(stream)
             self.end(current)
-        self.bytes += max(0, torch.cuda.memory_reserved(self._device) - reserved)
+            for table in self._shared.tensors():  # which the stream of captures has made
+                table.record_stream(current)
+        tables = sum(table.nbytes for table in self._shared.tensors()) - tables
+        self.bytes += max(tables, torch.cuda.memory_reserved(self._device) - reserved)
         if self._memory is not None and self.bytes > self._memory:
             # Larger buckets need no less. What this one took, the next ones find in the pool.
             self._most = bucket.tokens - 1

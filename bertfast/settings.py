@@ -14,6 +14,7 @@ from . import tracing
 
 ATTRIBUTE = "_bertfast"  # a converted module's Settings
 KEPT = ATTRIBUTE + "_kept"  # why its last batch with padding kept it, for reports
+GRAPHS = ATTRIBUTE + "_graphs"  # where an encoder keeps its own CUDA graphs
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import packing, tracing
-from .graphs import GRAPHS, Graphs, may_serve
+from .graphs import GRAPHS, Graphs
 from .nn.bert import gelu_form
 from .nn.eligibility import Facts, facts_of, layer_facts
 from .nn.hooks import has_user_hooks, sees_layout
@@ -208,9 +208,9 @@ class TransformerEncoder(nn.TransformerEncoder):
     def _buckets(self, src: torch.Tensor) -> Buckets | None:
         """Of the graphs that may serve the call."""
         graphs = self.graphs_of_layers()
-        if graphs is None or self.training or src.is_nested or not may_serve(src):
+        if graphs is None or self.training or src.is_nested:
             return None
-        return graphs.buckets
+        return graphs.offered(src)
 
     def _run(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         for layer in self.layers:

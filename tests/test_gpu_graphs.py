@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support.hf_models import GRAPHED, INNER, LAYERS, tiny
+from support.hf_models import FAMILIES, INNER, KNOWN, LAYERS, tiny
 
 import bertfast
 from bertfast.commands.bench.case import relative
@@ -55,13 +55,59 @@ def same(model, other, inputs):
     return y
 
 
-@pytest.mark.parametrize("family", GRAPHED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replays_have_the_numbers_of_calls(family):
     model, other = pair(family + "Model")
     for number in range(8):
         same(model, other, request(9, 5 + number, 20, seed=number))
     told = counts(model)
     assert told.captures == 1 and told.hits == 8 - 3 and told.refused is None, told
+
+
+ROTARY = [family.prefix for family in KNOWN if "rotary" in family.layer]
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_tables_are_made_again_where_frequencies_changed(family):
+    """They are in memory that replays on other streams read too."""
+    model, other = pair(family + "Model")
+    inputs = request(9, 5, 20)
+    for scale in (1.0, 0.5, 0.25):
+        for one in (model, other):
+            for buffer in one.rotary_module().buffers():
+                buffer.mul_(scale)
+        torch.cuda.synchronize()
+        for _ in range(4):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                same(model, other, inputs)
+                torch.cuda.current_stream().synchronize()
+    assert counts(model).captures == 3 and counts(model).refused is None
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) & {"Albert", "MPNet"}))
+def test_what_is_beside_the_layers_is_read_anew(family):
+    model, other = pair(family + "Model")
+    inputs = request(9, 5, 20)
+    for _ in range(4):
+        before = same(model, other, inputs)
+    for one in (model, other):
+        for module in one.facts().beside:
+            for parameter in module.parameters():
+                parameter.data.mul_(1.5)
+    assert not torch.equal(same(model, other, inputs), before)
+    assert counts(model).captures == 1
+
+
+def test_an_encoder_of_bertfast():
+    encoder = bertfast.nn.Encoder(2, 64, 4, 96).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(3, 20, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.arange(20, device="cuda") < torch.tensor([20, 7, 11], device="cuda")[:, None]
+    with torch.inference_mode():
+        expected = encoder(x, mask)
+        bertfast.optimize(encoder, graphs=True)
+        for _ in range(4):
+            assert close(encoder(x, mask), expected)
+    assert counts(encoder).captures == 1 and counts(encoder).hits == 2
 
 
 def test_replays_see_weights_that_changed_in_place_and_no_others():

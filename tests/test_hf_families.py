@@ -358,17 +358,36 @@ def double(module, args, out):
     return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
 
 
-@pytest.mark.parametrize("prefix", [p for p in LAYERS_OF if p in hf_models.GRAPHED])
+@each_layer
 def test_graphs_watch_all_that_the_encoder_reads(prefix):
-    """Norms beside the layers too: a graph would read them where they were."""
+    """Modules beside the layers too: a graph would read them where they were."""
     _, model = both(prefix)
-    encoder = model.encoder_module()
     watched = _Watched(model.facts())
-    assert set(map(id, watched._parameters)) == set(map(id, encoder.parameters()))
-    for module in model.facts().beside:
-        norm = next(name for name, child in encoder.named_children() if child is module)
-        setattr(encoder, norm, torch.nn.Identity())
+    beside = model.facts().beside
+    read = {id(p) for part in (model.encoder_module(), *beside) for p in part.parameters()}
+    made_of = {id(b) for part in model.facts().tables for b in part.buffers()}
+    assert watched.why_not is None
+    assert set(map(id, watched._parameters)) == read | made_of
+    for module in beside:
+        (parent, name), *_ = (
+            (one, name)
+            for one in model.modules()
+            for name, child in one.named_children()
+            if child is module
+        )
+        setattr(parent, name, torch.nn.Tanh())
         assert _Watched(model.facts()).why_not == "a module beside the layers has to be called"
+        setattr(parent, name, module)
+
+
+@pytest.mark.parametrize("prefix", [f.prefix for f in hf_models.KNOWN if "rotary" in f.layer])
+def test_graphs_need_frequencies_whose_changes_are_counted(prefix):
+    _, model = both(prefix)
+    module, *_ = model.facts().tables
+    name, *_ = module._buffers
+    with torch.inference_mode():
+        setattr(module, name, getattr(module, name).clone())
+    assert "inference mode" in _Watched(model.facts()).why_not
 
 
 @each_layer
@@ -432,14 +451,6 @@ def test_albert_in_groups():
         got = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in got.items()}
         same(got, numbers(stock, inputs, real), rtol=5e-5)
         assert packs(model, inputs)
-
-
-def test_an_albert_has_no_graphs_and_says_so(monkeypatch):
-    monkeypatch.setattr(bertfast.notice, "_told", set())
-    with pytest.warns(UserWarning, match="no CUDA graphs: none can serve AlbertModel"):
-        bertfast.optimize(tiny("AlbertModel"), graphs=True)
-    bertfast.optimize(model := tiny("AlbertForMaskedLM"), graphs=bertfast.graphs.Limits())
-    assert not any(bertfast.graphs.GRAPHS in module.__dict__ for module in model.modules())
 
 
 def test_an_albert_that_is_made_longer():

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..nn.bert import gating_form, gelu_form
 from ..nn.parts import Gated, Parts
+from ..packing.batch import Batch
 from . import looping, rotary
 
 
@@ -74,8 +75,8 @@ class Model(rotary.Model, looping.Model):
     def called(self) -> list[nn.Module]:
         return super().called()[: self.config.num_hidden_layers]
 
-    def told(self, x: torch.Tensor, longest: int) -> Iterable[tuple[nn.Module, dict]]:
-        tables = self.tables(x, longest)
+    def told(self, x: torch.Tensor, batch: Batch) -> Iterable[tuple[nn.Module, dict]]:
+        tables = rotary.tables(self.rotary_module(), batch, x)
         return [(one, {"position_embeddings": tables}) for one in self.called()]
 
     def _attributes(self) -> list[tuple[dict, str]]:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
+from ..graphs import GRAPHS, Graphs
 from ..nn.modules import has_own_forward
+from ..packing.batch import Batch
 from . import model
 from .layer import ARGUMENT
 
@@ -29,9 +31,8 @@ class Model(model.Model):
         names = (*self.TOKENS, "inputs_embeds")
         return self.embeddings(**{name: arguments.get(name) for name in names})
 
-    def told(self, x: torch.Tensor, longest: int) -> Iterable[tuple[nn.Module, dict]]:
-        """The layers in their order, and what each is given besides x, the mask and the batch.
-        longest: sequence."""
+    def told(self, x: torch.Tensor, batch: Batch) -> Iterable[tuple[nn.Module, dict]]:
+        """The layers in their order, and what each is given besides x, the mask and the batch."""
         raise NotImplementedError
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,11 +78,25 @@ class Model(model.Model):
         x = self.embed(arguments)
         if batch.padded_shape is not None and x.shape[:2] == batch.padded_shape:
             x = batch.pack(x)
-        longest = batch.max_seqlen if batch.packed else x.shape[1]
-        for one, given in self.told(x, longest):
-            x = one(x, attention_mask=None, **given, **{ARGUMENT: batch})
-        x = self.finish(x)
-        if batch.padded_shape is not None:
-            x = batch.on(x.device).unpack(x)
-        outputs = self.outputs(x)
+        graphs, y = self.graphs_of_layers(), None
+        if batch.bucket is not None and graphs is not None:
+            y = graphs.serve(x, batch, self.run, model.finish(batch))
+        if y is None:
+            y = self.run(x, batch)
+            if batch.padded_shape is not None:
+                y = batch.on(y.device).unpack(y)
+        outputs = self.outputs(y)
         return outputs if self.asked(arguments, "return_dict") else outputs.to_tuple()
+
+    def run(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The layers, and what comes after the last."""
+        for one, given in self.told(x, batch):
+            x = one(x, attention_mask=None, **given, **{ARGUMENT: batch})
+        return self.finish(x)
+
+    def graphs_of_layers(self) -> Graphs | None:
+        return self.__dict__.get(GRAPHS)
+
+    def width(self) -> int:
+        """Of the tokens, for graphs."""
+        return model.width_of(self.encoder_layers())

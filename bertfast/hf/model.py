@@ -10,14 +10,14 @@ at the model, and every layer is told.
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import tracing
-from ..graphs import GRAPHS, Graphs, may_serve
+from ..graphs import GRAPHS, Finish, Graphs
 from ..nn.eligibility import Facts, facts_of, layer_facts
 from ..nn.hooks import has_global_hooks, is_replaced, sees_layout
 from ..nn.layer import for_layers
@@ -139,9 +139,9 @@ class Model(Swapped):
     def _buckets(self, arguments: dict, x: torch.Tensor) -> Buckets | None:
         """Of the graphs that may serve the call."""
         graphs = self.graphs_of_layers()
-        if graphs is None or self.training or not may_serve(x) or self._shows_layers(arguments):
+        if graphs is None or self.training or self._shows_layers(arguments):
             return None
-        return graphs.buckets
+        return graphs.offered(x)
 
     def graphs_of_layers(self) -> Graphs | None:
         return self.encoder_module().__dict__.get(GRAPHS)
@@ -356,7 +356,6 @@ class Encoder(Swapped):
 
     TAKES: tuple[str, ...] = ("hidden_states", "attention_mask")
     PASSES_ON = True
-    GRAPHS = True  # may serve it
     _original: Any
 
     @classmethod
@@ -377,12 +376,13 @@ class Encoder(Swapped):
         """The original forward, told how the batch lies by ARGUMENT."""
         return self._original.forward(self, x, *args, **kwargs)
 
+    def called(self) -> list[nn.Module]:
+        """Its layers, in whatever they are wrapped."""
+        return list(self.layer.children())
+
     def width(self) -> int:
-        """Of the tokens, where graphs may launch the layers; 0 elsewhere."""
-        if not self.GRAPHS:
-            return 0
-        first, *_ = self.layer.children()
-        return unwrapped(first).parts().attention_norm.weight.shape[0]
+        """Of the tokens, for graphs."""
+        return width_of(map(unwrapped, self.called()))
 
 
 def _encoder_forward(original: Any) -> Callable:
@@ -418,11 +418,19 @@ def _by_graph(
         graphs.outputs = type(outputs)
         return outputs.last_hidden_state
 
-    def finish(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.clone() if batch.padded_shape is None else batch.unpack(tokens)
-
-    y = graphs.serve(x, batch, run, finish)
+    y = graphs.serve(x, batch, run, finish(batch))
     return None if y is None else graphs.outputs(last_hidden_state=y)
+
+
+def finish(batch: Batch) -> Finish:
+    """What is done with the tokens of a graph, whose memory the next call uses again."""
+    return torch.clone if batch.padded_shape is None else batch.unpack
+
+
+def width_of(layers: Iterable[Any]) -> int:
+    """Of the tokens in these layers; 0 if there is none."""
+    first = next(iter(layers), None)
+    return 0 if first is None else first.parts().down_norm.weight.shape[0]
 
 
 def keep_recording(original: Any, made: type) -> None:

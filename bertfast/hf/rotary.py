@@ -23,7 +23,7 @@ from . import layer, model
 _FIXED = frozenset(("default", "linear", "yarn", "llama3"))
 
 # What runs the original code of all models with them, for the README's table.
-ORIGINAL = "`position_ids` that don't count from 0; `graphs=True` has no effect"
+ORIGINAL = "`position_ids` that don't count from 0"
 
 
 class Layer(layer.Layer):
@@ -33,14 +33,21 @@ class Layer(layer.Layer):
         given = kwargs.get("position_embeddings")
         if given is None:
             return NO_POSITIONS
-        if batch.shared is None:
-            return _tables(given)
-        return batch.shared.of(given[0], lambda: _tables(given))
+        return batch.once(given[0], lambda: _tables(given))
 
 
 def _tables(given: tuple[torch.Tensor, torch.Tensor]) -> Positions:
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().contiguous() for table in given)
     return Positions(rotary=(cos, sin))
+
+
+def tables(module: Any, batch: Batch, x: torch.Tensor, *kind: str) -> Any:
+    """position_embeddings by a rotary module, for layers (of a kind) that take x."""
+
+    def make() -> Any:
+        return module(x, torch.arange(batch.longest(x), device=x.device)[None], *kind)
+
+    return batch.once(module, make, *kind)
 
 
 class Model(model.Model):
@@ -53,10 +60,9 @@ class Model(model.Model):
     def knows_distances(self) -> bool:
         return self.rotary_module() is not None
 
-    def tables(self, x: torch.Tensor, longest: int, *kind: str) -> Any:
-        """position_embeddings of the first `longest` positions, for layers (of a kind) that take
-        x."""
-        return self.rotary_module()(x, torch.arange(longest, device=x.device)[None], *kind)
+    def _find(self) -> Facts:
+        facts, module = super()._find(), self.rotary_module()
+        return facts if module is None else facts._replace(tables=(module,))
 
     def before_packing(self, arguments: dict) -> None:
         super().before_packing(arguments)

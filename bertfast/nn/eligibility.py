@@ -33,6 +33,7 @@ class Facts(NamedTuple):
     embeddings_plain: bool = False  # what comes before the layers acts on each token alone
     layers: tuple[nn.Module, ...] = ()
     beside: tuple[nn.Module, ...] = ()  # what is called before, between or after them
+    tables: tuple[nn.Module, ...] = ()  # what makes tables of positions, which graphs keep
     dropouts: tuple[nn.Module, ...] = ()  # of the layers
     numbers: dict[int, int] | None = None  # of the layers by their ids; None if one comes twice
     clean: bool = False  # no module has a hook: all of a known class may be read

@@ -51,17 +51,32 @@ class Copies:
 
 
 class Shared:
-    """Values that the layers of one forward share, made for the first that asks."""
+    """Values that the layers of one forward share, made for the first that asks. room: for tables,
+    positions of the longest sequence that may come; None: of this batch's longest."""
 
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Any, Any]] = {}
+    def __init__(self, room: int | None = None) -> None:
+        self.room = room
+        self._made: dict[tuple, tuple[Any, Any]] = {}
 
-    def of(self, source: Any, make: Callable[[], Any]) -> Any:
-        """The value made of this very object, which is kept, so that its id stays its own."""
-        known = self._made.get(id(source))
+    def of(self, source: Any, make: Callable[[], Any], *kind: str) -> Any:
+        """The value, of a kind, made of this very object, which is kept, so that its id stays its
+        own."""
+        key = (id(source), *kind)
+        known = self._made.get(key)
         if known is None:
-            known = self._made[id(source)] = source, make()
+            known = self._made[key] = source, make()
         return known[1]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All in the values, which are tensors and tuples."""
+        found, left = [], [value for _, value in self._made.values()]
+        while left:
+            value = left.pop()
+            if isinstance(value, torch.Tensor):
+                found.append(value)
+            elif isinstance(value, tuple):
+                left += value
+        return found
 
 
 def _version(x: torch.Tensor) -> int | None:
@@ -103,6 +118,17 @@ class Batch:
         if self.packed:
             return dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, plan=self.plan)
         return dict(key_mask=self.key_mask)
+
+    def once(self, source: Any, make: Callable[[], Any], *kind: str) -> Any:
+        """What is made for all layers, as by Shared.of; of a layer that is called by itself now."""
+        return make() if self.shared is None else self.shared.of(source, make, *kind)
+
+    def longest(self, x: torch.Tensor) -> int:
+        """Positions that tables must have for the layers' tokens x."""
+        if self.shared is not None and self.shared.room is not None:
+            return self.shared.room
+        known = self.max_seqlen if self.packed else None
+        return x.shape[1] if known is None else known
 
     @functools.cached_property
     def sequences(self) -> Sequences:

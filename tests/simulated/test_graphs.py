@@ -6,7 +6,20 @@ import threading
 
 import pytest
 import torch
-from support.hf_models import GRAPHED, tiny
+from support.graphed import (
+    HALF,
+    OWN_FORMS,
+    call,
+    captured,
+    eager,
+    make,
+    of,
+    real,
+    record,
+    request,
+    served,
+)
+from support.hf_models import FAMILIES, tiny
 from support.simulated_gpu import cuda
 from support.simulated_gpu.recording import Recording
 
@@ -16,57 +29,13 @@ from bertfast.graphs import GRAPHS
 
 transformers = pytest.importorskip("transformers")
 
-HALF, PAD = torch.bfloat16, 1
-
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    monkeypatch.setattr(graphs, "Recording", Recording)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    Recording.made = 0
+    record(monkeypatch)
 
 
-def make(name="BertModel", device="cuda:1", graphs=True, **options):
-    model = tiny(name).to(device, HALF).eval()
-    bertfast.optimize(model, graphs=graphs, **options)
-    Recording.model = model
-    return model
-
-
-def of(model):
-    (found,) = (m.__dict__[GRAPHS] for m in model.modules() if GRAPHS in m.__dict__)
-    return found
-
-
-def request(*lengths, seed=0, device="cuda:1", padded=True):
-    """ids and mask of a batch,"""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(5, 60, mask.shape, generator=generator).where(mask, PAD)
-    inputs = {"input_ids": ids.to(device)}
-    return inputs | ({"attention_mask": mask.long().to(device)} if padded else {})
-
-
-def eager(model, inputs):
-    """The same call without graphs."""
-    held = {m: m.__dict__.pop(GRAPHS) for m in model.modules() if GRAPHS in m.__dict__}
-    try:
-        return call(model, inputs)
-    finally:
-        for module, graphs_ in held.items():
-            module.__dict__[GRAPHS] = graphs_
-
-
-def call(model, inputs):
-    with torch.inference_mode():
-        return model(**inputs).last_hidden_state
-
-
-def real(inputs, y):
-    return y[inputs["attention_mask"].bool()] if "attention_mask" in inputs else y
-
-
-@pytest.mark.parametrize("family", GRAPHED)
+@pytest.mark.parametrize("family", [prefix for prefix in FAMILIES if prefix not in OWN_FORMS])
 def test_a_replay_has_the_numbers_of_the_call(family):
     model = make(family + "Model")
     first = request(9, 5, 20)
@@ -78,22 +47,6 @@ def test_a_replay_has_the_numbers_of_the_call(family):
         inputs = request(*lengths, seed=number + 1)
         assert torch.equal(call(model, inputs), eager(model, inputs))
     assert of(model).told().hits == 4 + 1
-
-
-def captured(name="BertModel", lengths=(9, 5, 20), **options):
-    """A model whose graph of this batch is there, and the batch."""
-    model = make(name, **options)
-    inputs = request(*lengths)
-    while not of(model).captures:
-        call(model, inputs)
-    return model, inputs
-
-
-def served(model, inputs):
-    """The output, and whether a graph made it."""
-    before = of(model).hits
-    y = call(model, inputs)
-    return y, of(model).hits > before
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 20)])

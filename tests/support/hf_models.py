@@ -60,22 +60,20 @@ def _known_here() -> list:
 KNOWN = _known_here()
 
 
-def _families() -> tuple[dict[str, dict], list[str], list[str]]:
-    """The prefix of the class names of each family -> its configuration; one family of each layer;
-    and those that graphs serve."""
-    found, kinds, graphed = {}, {}, []
+def _families() -> tuple[dict[str, dict], list[str]]:
+    """The prefix of the class names of each family -> its configuration, and one family of each
+    layer."""
+    found, kinds = {}, {}
     for family in KNOWN:
         own = _BERT | _OWN.get(family.prefix, {})
         found[family.prefix] = _DISTILBERT if family.prefix == "DistilBert" else own
-        layer, *encoders, _ = family.swapped.values()
+        layer, *_ = family.swapped.values()
         form = layer, "gated" in family.layer
         kinds.setdefault(form, family.prefix)
-        if any(encoder.GRAPHS for encoder in encoders):
-            graphed.append(family.prefix)
-    return found, list(kinds.values()), graphed
+    return found, list(kinds.values())
 
 
-FAMILIES, LAYERS_OF, GRAPHED = _families()
+FAMILIES, LAYERS_OF = _families()
 
 
 def tiny(name: str = "BertModel", **config) -> torch.nn.Module:

@@ -61,7 +61,9 @@ class Layer(layer.Layer):
 
 
 class Encoder(model.Encoder):
-    GRAPHS = False  # a graph's tokens have one width, before the layers and after
+    def called(self) -> list[nn.Module]:
+        groups = map(model.unwrapped, self.albert_layer_groups)
+        return [layer for group in groups for layer in group.albert_layers]
 
 
 class Model(bert.Model):
@@ -115,5 +117,4 @@ FAMILY = Family(
     {"AlbertLayer": Layer, "AlbertTransformer": Encoder, "AlbertModel": Model},
     {"AlbertForMaskedLM": Head, "AlbertForPreTraining": PreTraining},
     layer="post-norm, shared",
-    original="`graphs=True` has no effect",
 )

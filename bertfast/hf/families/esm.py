@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from ...nn.modules import Weights, read_linear
+from ...nn.modules import Weights, has_own_forward, read_linear
 from ...nn.parts import Parts
 from .. import bert, heads, model, rotary
 from ..family import Family
+from ..layer import ARGUMENT
 
 
 class Layer(rotary.Layer, bert.Layer):
@@ -43,7 +45,14 @@ class Layer(rotary.Layer, bert.Layer):
 
 class Encoder(model.Encoder):
     TAKES = (*model.Encoder.TAKES, "position_embeddings")
-    GRAPHS = False  # they would keep one batch's tables
+
+    def call(self, x: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        batch = kwargs.get(ARGUMENT)
+        if batch is not None and batch.facts is not None:
+            for module in batch.facts.tables:
+                if kwargs.get("position_embeddings") is None:
+                    kwargs = {**kwargs, "position_embeddings": rotary.tables(module, batch, x)}
+        return super().call(x, args, kwargs)
 
 
 class Model(rotary.Model, bert.Model):
@@ -56,6 +65,19 @@ class Model(rotary.Model, bert.Model):
             given = {name: arguments.pop(name, None) for name in names}
             arguments["inputs_embeds"] = self.embeddings(**given)
         super().before_packing(arguments)
+
+    def call(self, arguments: dict) -> Any:
+        """Written out where a graph may serve the encoder: the original forward makes tables for
+        each call, and a graph has its own."""
+        batch = arguments.get(ARGUMENT)
+        if batch is None or batch.bucket is None or not has_own_forward(self._original):
+            return super().call(arguments)
+        hidden = self.encoder(arguments["inputs_embeds"], **{ARGUMENT: batch})[0]
+        pooled = None if self.pooler is None else self.pooler(hidden)
+        outputs = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden, pooler_output=pooled
+        )
+        return outputs if self.asked(arguments, "return_dict") else outputs.to_tuple()
 
 
 class Head(heads.Roberta):

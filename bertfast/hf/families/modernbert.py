@@ -89,10 +89,11 @@ class Model(rotary.Model, looping.Model):
     def rotary_module(self) -> Any:
         return self.rotary_emb
 
-    def told(self, x: torch.Tensor, longest: int) -> Iterable[tuple[nn.Module, dict]]:
+    def told(self, x: torch.Tensor, batch: Batch) -> Iterable[tuple[nn.Module, dict]]:
         layers = [(one, model.unwrapped(one).attention_type) for one in self.called()]
-        kinds = {kind: self.tables(x, longest, kind) for kind in {kind for _, kind in layers}}
-        return [(one, {"position_embeddings": kinds[kind]}) for one, kind in layers]
+        kinds = {kind for _, kind in layers}
+        made = {kind: rotary.tables(self.rotary_module(), batch, x, kind) for kind in kinds}
+        return [(one, {"position_embeddings": made[kind]}) for one, kind in layers]
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         return self.final_norm(x)

@@ -69,11 +69,14 @@ class Layer(layer.Layer):
 
 class Encoder(model.Encoder):
     PASSES_ON = False
-    GRAPHS = False  # they would keep one call's bias
 
-    def distance_bias(self, device: torch.device) -> torch.Tensor:
+    def buckets(self, device: torch.device) -> torch.Tensor:
         distances = torch.arange(-REACH, REACH + 1, device=device)
-        buckets = self.relative_position_bucket(distances, num_buckets=BUCKETS)
+        return self.relative_position_bucket(distances, num_buckets=BUCKETS)
+
+    def distance_bias(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """A graph has this in it, but for the buckets, which stay the same."""
+        buckets = batch.once(self, lambda: self.buckets(device))
         table = self.relative_attention_bias
         read = untouched(table, nn.Embedding) and plain(table.weight)
         return bucket_bias(table.weight, buckets) if read else table(buckets).t()
@@ -82,7 +85,7 @@ class Encoder(model.Encoder):
         batch = kwargs.pop(ARGUMENT, None)
         if batch is None:
             return super().call(x, args, kwargs)
-        bias = self.distance_bias(x.device)
+        bias = self.distance_bias(batch, x.device)
         shown: Any = (x,) if kwargs.get("output_hidden_states") else None
         for one in self.layer:
             x = one(x, batch, bias)[0]
@@ -114,5 +117,4 @@ FAMILY = Family(
     {"MPNetLayer": Layer, "MPNetEncoder": Encoder, "MPNetModel": Model},
     {"MPNetForMaskedLM": heads.Roberta},
     layer="post-norm, bias by distance",
-    original="`graphs=True` has no effect",
 )

@@ -1,7 +1,8 @@
 """A CUDA graph of the simulated GPU: it keeps the function, and calls it again on replay.
 
 A real graph has the addresses and numbers of its capture. So what the function would find changed
-is a fault here: parameters that lie elsewhere, modules in training, other attributes.
+is a fault here: parameters that lie elsewhere, buffers that changed, modules in training, other
+attributes.
 """
 
 import torch
@@ -29,5 +30,7 @@ class Recording:
     def _state(cls):
         modules = list(cls.model.modules())
         addresses = [(p.data_ptr(), p.stride()) for p in cls.model.parameters()]
-        numbers = [(m.training, vars(m).get("eps"), vars(m).get("scaling")) for m in modules]
+        addresses += [(b.data_ptr(), b._version) for b in cls.model.buffers()]
+        names = "training", "eps", "scaling", "attention_scaling", "attention_type"
+        numbers = [[vars(m).get(name) for name in names] for m in modules]
         return addresses, list(map(type, modules)), numbers
