@@ -12,6 +12,7 @@ from torch import nn
 from . import checks
 from .graphs import GRAPHS, Graphs, Limits
 from .nn.eligibility import WATCH
+from .nn.encoder import Encoder, EncoderLayer
 from .nn.hooks import has_global_hooks, is_own_forward
 from .notice import warn_once
 from .ops.dispatch import CHOICES
@@ -56,7 +57,8 @@ def optimize(
     batches gain by. One is captured for each of some sizes of batches, when it comes the second
     time, and holds memory: True bounds the tokens of a batch, `bertfast.graphs.Limits` the memory
     too. Calls that record gradients, run under autocast or are traced do without, as do layers of
-    which a module has to be called. `bertfast.graphs.warm_up` captures before the first request.
+    which a module has to be called. `bertfast.graphs.warm_up` captures before the first request. A
+    `bertfast.nn.Encoder` has graphs by this argument too; its other options are its own.
 
     masked_lm_loss: "fused" makes a masked language model's loss of the labelled tokens alone, in
     training, with labels: the head isn't computed for the others, and `logits` (of
@@ -115,6 +117,10 @@ def optimize(
                     settings, loss=loss, vectors=vectors
                 )
             continue
+        if isinstance(module, Encoder):
+            module.__dict__.pop(GRAPHS, None)
+            found = True
+            continue
         if is_swapped(module):
             if not is_converted(module):  # made by `type(model)(config)`
                 module.prepare()
@@ -131,7 +137,12 @@ def optimize(
             found = True
     if limits is not None:
         for module in model.modules():
-            if is_converted(module) and hasattr(module, "width") and (width := module.width()):
+            width = 0
+            if isinstance(module, Encoder):
+                width = module.width
+            elif is_converted(module) and hasattr(module, "width"):
+                width = module.width()
+            if width:
                 module.__dict__[GRAPHS] = Graphs(limits, width)
         if not any(GRAPHS in module.__dict__ for module in model.modules()):
             warn_once(f"launches no CUDA graphs: none can serve {type(model).__name__}")
@@ -162,6 +173,8 @@ def revert(model: M) -> M:
                 f"model must be reverted before it is sharded: {type(module)._original.__name__} "
                 f"is a {type(module).__name__}"
             )
+    for module in model.modules():
+        module.__dict__.pop(GRAPHS, None)
     for module in converted:
         _swap(module, type(module)._original)
         for name in [name for name in module.__dict__ if name.startswith(ATTRIBUTE)]:
@@ -375,6 +388,11 @@ def report(model: nn.Module) -> Report:
                 if (graphs := module.graphs_of_layers()) is not None:
                     rows.notes.append(f"{name or kind} {graphs.told()}")
             continue
+        if isinstance(module, EncoderLayer):
+            rows.append(Row(name, kind, None))
+            continue
+        if isinstance(module, Encoder) and (graphs := module.graphs_of_layers()) is not None:
+            rows.notes.append(f"{name or kind} {graphs.told()}")
         swapped = type(module) if is_swapped(module) else _swapped_class(module)
         if swapped is not None and hasattr(swapped, "why_not"):
             rows.append(Row(name, kind, "not converted"))

@@ -9,11 +9,13 @@ from torch import nn
 from .. import checks
 from ..ops import dispatch
 from ..ops.bias_gelu import APPROXIMATE
-from ..packing.batch import Batch, layout
+from ..packing.batch import Batch, full, layout
+from ..settings import GRAPHS
 from .bert import bert_parts
 from .eligibility import Facts, facts_of, layer_facts
 from .joined import JoinedWeights
 from .layer import Call, for_layers, run_layer
+from .parts import Parts
 
 
 class _SelfAttention(nn.Module):
@@ -84,7 +86,10 @@ class EncoderLayer(nn.Module):
             )
         batch = batch or Batch()
         call = Call(batch, self._joined, self.training, self.backend, self.recompute, id(self))
-        return run_layer(bert_parts(self), x, call)
+        return run_layer(self.parts(), x, call)
+
+    def parts(self) -> Parts:
+        return bert_parts(self)
 
 
 class Encoder(nn.Module):
@@ -122,14 +127,38 @@ class Encoder(nn.Module):
             checks.check_mask("mask", mask, x.shape[:2], None)
             if mask.device.type != "cpu":  # one on a CPU saves the wait for what it holds
                 checks.check_place("mask", mask, x.device, "x")
-        batch = layout(mask, self.packed, x.device, self.backend, not self.training)
+        graphs = self.graphs_of_layers()
+        buckets = None if graphs is None or self.training else graphs.offered(x)
+        if mask is None:
+            batch = full(x.shape[:2], x.device, buckets)
+        else:
+            sort = not self.training
+            batch = layout(mask, self.packed, x.device, self.backend, sort, buckets=buckets)
         facts = facts_of(self, self._find, list)
         batch = for_layers(batch, facts, x.device)
-        if batch.packed:
+        leave = batch.unpack if batch.packed else None
+        if leave is not None:
             x = batch.pack(x)
+        if graphs is not None and batch.bucket is not None:
+            y = graphs.serve(x, batch, self._run, leave or torch.clone)
+            if y is not None:
+                return y
+        x = self._run(x, batch)
+        return x if leave is None else leave(x)
+
+    def _run(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         for layer in self.layer:
             x = layer(x, batch)
-        return batch.unpack(x) if batch.packed else x
+        return x
+
+    def graphs_of_layers(self) -> Any:
+        """Its CUDA graphs, where `bertfast.optimize(model, graphs=True)` asked for them."""
+        return self.__dict__.get(GRAPHS)
+
+    def call_with(self, rows: int, length: int) -> None:
+        """The call of a batch of so many tokens without padding."""
+        first: Any = self.layer[0]
+        self(first.output.LayerNorm.weight.new_zeros(rows, length, self.width))
 
     def _find(self) -> Facts:
         return Facts(untold=None, **layer_facts(self.layer))
