@@ -423,7 +423,7 @@ def _by_graph(
 
 
 def finish(batch: Batch) -> Finish:
-    """What is done with the tokens of a graph, whose memory the next call uses again."""
+    """Takes the tokens out of a graph's memory, which the next call uses again."""
     return torch.clone if batch.padded_shape is None else batch.unpack
 
 

@@ -120,7 +120,7 @@ class Batch:
         return dict(key_mask=self.key_mask)
 
     def once(self, source: Any, make: Callable[[], Any], *kind: str) -> Any:
-        """What is made for all layers, as by Shared.of; of a layer that is called by itself now."""
+        """Makes it for all layers, as Shared.of does, or for a layer that is called by itself."""
         return make() if self.shared is None else self.shared.of(source, make, *kind)
 
     def longest(self, x: torch.Tensor) -> int:

@@ -85,7 +85,7 @@ def test_buckets_share_what_is_made_once(prefix):
 
 
 def ops_of(function):
-    """How often each of torch's operations ran."""
+    """The count of each of torch's operations that ran."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         function()
     return {event.key: event.count for event in found.key_averages()}
@@ -117,7 +117,7 @@ def other_frequencies(model):
 
 
 def frequencies_in_inference(model):
-    """Which counts a change of a tensor that was made outside."""
+    """It counts a change of a tensor that was made outside."""
     with torch.inference_mode():
         double_frequencies(model)
 
@@ -172,7 +172,7 @@ def change_dtype(model):
 
 
 def parts_of(model):
-    """What this family's graph reads besides layers; where there is nothing, the layers."""
+    """Modules that this family's graph reads besides layers; where there are none, the layers."""
     beside = model.facts().beside
     return torch.nn.ModuleList(beside or model.encoder_layers())
 
