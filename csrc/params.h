@@ -225,6 +225,19 @@ struct AttentionBatch {
   uint32_t site;
 };
 
+// Queries and keys by their positions. Here strides may be anything.
+struct AttentionRotation {
+  AttentionBatch batch;  // its heads are groups of them, as the launch has it
+  HeadRows<const void> q;
+  HeadRows<const void> k;
+  HeadRows<void> rotated_q;
+  HeadRows<void> rotated_k;
+  const float* cos;  // (positions, half), dense, in whole vectors of 16 bytes
+  const float* sin;
+  int half;   // of a head's columns
+  int heads;  // set by the launch
+};
+
 struct AttentionForward {
   AttentionBatch batch;
   HeadRows<const void> q;
@@ -264,6 +277,7 @@ cudaError_t launch_gated_backward(GatedBackward, Activation, DType, Stream);
 cudaError_t launch_linear_gelu_forward(const LinearGeluForward&, bool tanh, DType, Stream);
 cudaError_t launch_linear_gelu_backward(const LinearGeluBackward&, bool tanh, DType, Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
+cudaError_t launch_attention_rotate(const AttentionRotation&, DType, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
 cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
 

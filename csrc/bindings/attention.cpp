@@ -110,7 +110,7 @@ struct Batch {
                                   std::to_string(head_dim));
     }
     p.head_dim = static_cast<int>(head_dim);
-    read_scores(operands, scores);
+    if (!scores.is_none()) read_scores(operands, scores);
     p.tile = 64;
     if (!tiles.is_none()) {
       if (!p.cu_seqlens) throw std::invalid_argument("tiles need cu_seqlens");
@@ -131,12 +131,7 @@ struct Batch {
       p.key_mask = reinterpret_cast<uint8_t*>(mask.data);
       p.mask_batch = mask.stride;
     }
-    const Dropout drops(operands, dropout, 0);
-    p.seed = drops.seed;
-    p.keep_scale = drops.keep_scale;
-    // Where nothing is kept keep_scale is 0, and what 16 bits say doesn't matter.
-    p.threshold = drops.threshold < 65536 ? drops.threshold : 65535;
-    p.site = drops.site;
+    if (!dropout.is_none()) read_dropout(operands, dropout);
     const int64_t tiles_of_head =
         p.tiles ? p.plan_size : (int64_t(p.length) / 64 + 2) * int64_t(p.batch);
     if (tiles_of_head * p.heads > std::numeric_limits<int>::max()) {
@@ -155,6 +150,15 @@ struct Batch {
   int64_t rows_of_heads() const { return batch * heads * length; }
 
  private:
+  void read_dropout(Operands& operands, py::handle tuple) {
+    const Dropout drops(operands, tuple, 0);
+    p.seed = drops.seed;
+    p.keep_scale = drops.keep_scale;
+    // Where nothing is kept keep_scale is 0, and what 16 bits say doesn't matter.
+    p.threshold = drops.threshold < 65536 ? drops.threshold : 65535;
+    p.site = drops.site;
+  }
+
   // Of bertfast.ops.attention.scores.Scores.
   void read_scores(Operands& operands, py::handle tuple) {
     const Members members(tuple, 6, "scores");
@@ -254,6 +258,43 @@ bool backward(py::handle dout, py::handle heads, py::handle saved, py::handle se
   return true;
 }
 
+// Fills `rotated`, two tensors, with q and k by their positions. tables: cosines and sines.
+void rotate(py::handle heads, py::handle sequences, py::handle tables, py::handle rotated) {
+  const Members layout(sequences, 6, "sequences"), cos_and_sin(tables, 2, "tables");
+  const Members outs(rotated, 2, "rotated");
+  const bool packed = !layout[1].is_none();
+  Operands operands;
+  const ThreeHeads in = ThreeHeads::read(operands, heads, packed, false);
+  const HeadsView to_q(operands.tensor(outs[0], "the rotated q"), packed);
+  const HeadsView to_k(operands.tensor(outs[1], "the rotated k"), packed);
+  const Batch batch(operands, in.q, layout, py::none(), py::none());
+  for (const HeadsView& x : {in.q, in.k, to_q, to_k}) {
+    batch.look_at(x);
+    if (x.token_stride >= kMostTokenStride) x.tensor.refuse("tokens fewer than 2**23 apart");
+  }
+  const Tensor cos = operands.tensor(cos_and_sin[0], "cos");
+  const Tensor sin = operands.tensor(cos_and_sin[1], "sin");
+  const int64_t positions = cos.dim() == 2 ? cos.size(0) : 0;
+  if (positions < batch.p.length || 2 * cos.size(1) != batch.head_dim) {
+    cos.refuse("a row of half a head's columns for each position");
+  }
+  for (const Tensor& table : {cos, sin}) {
+    if (reinterpret_cast<uintptr_t>(table.data()) % 16) table.refuse("memory in whole vectors");
+  }
+  AttentionRotation p;
+  p.batch = batch.p;
+  p.q = in.q.rows<const void>();
+  p.k = in.k.rows<const void>();
+  p.rotated_q = to_q.rows<void>();
+  p.rotated_k = to_k.rows<void>();
+  p.half = static_cast<int>(batch.head_dim / 2);
+  p.cos = static_cast<float*>(dense(cos, Element::kFloat32, positions * p.half));
+  p.sin = static_cast<float*>(dense(sin, Element::kFloat32, positions * p.half));
+  const OnDeviceOf guard(in.q.tensor);
+  check(launch_attention_rotate(p, batch.dtype, in.q.tensor.stream()),
+        "launching attention's rotation");
+}
+
 // Of one tensor of heads.
 bool in_vectors(py::handle x) {
   const Tensor tensor(x, "x");
@@ -266,6 +307,8 @@ const Binding binding([](py::module_& m) {
   m.def("attention_backward", &backward, py::arg("dout"), py::arg("heads"), py::arg("saved"),
         py::arg("sequences"), py::arg("scores"), py::arg("dropout"), py::arg("grads"),
         py::arg("statistics"));
+  m.def("attention_rotate", &rotate, py::arg("heads"), py::arg("sequences"), py::arg("tables"),
+        py::arg("rotated"));
   m.def("attention_in_vectors", &in_vectors, py::arg("x"));
 });
 

@@ -19,11 +19,20 @@ BESIDE_TILES = 64 + 4 * (2 * WARPS + 6) + 8 * 32 * WARPS
 
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     """The case of a template instance of csrc/kernels/attention, if it is one."""
+    if kernel == "rotate_kernel":
+        return _rotate(CUDA_NAMES[arguments[0]], int(arguments[1]))
     of_kernel = _KERNELS.get(kernel)
     if of_kernel is None:
         return None
     dtype, head_dim, dropout = arguments
     return of_kernel(CUDA_NAMES[dtype], int(head_dim), dropout == "true")
+
+
+def _rotate(dtype: str, vec: int) -> Case:
+    """A turn: of four heads' queries and keys a vector of either half."""
+    return Case(
+        f"rotate, vec {vec}", dtype, 32 * WARPS, elements=16 * vec, loop=True, scalar_loads=1
+    )
 
 
 def _forward_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
