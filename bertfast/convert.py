@@ -367,14 +367,17 @@ def report(model: nn.Module) -> Report:
     checks.check_module("model", model)
     rows = Report()
     unknown: dict[int, str | None] = {}  # why a module's model doesn't tell it of masks
+    never: dict[int, str | None] = {}  # why it fuses no call
     for name, module in model.named_modules():
         kind = type(module).__name__
         reason = _why_model_unknown(module)
         if reason is not None or (is_converted(module) and hasattr(module, "why_padded")):
             unknown.update((id(part), reason) for part in module.modules())
         if is_converted(module):
+            if hasattr(module, "why_never") and (reason := module.why_never()) is not None:
+                never.update((id(part), reason) for part in module.modules())
             if hasattr(module, "why_not"):
-                reason = module.why_not()
+                reason = module.why_not() or never.get(id(module))
                 if reason is None and unknown.get(id(module)) is not None:
                     reason = f"fused only where there is no mask: {unknown[id(module)]}"
                 rows.append(Row(name, kind, reason))

@@ -168,19 +168,25 @@ class Model(Swapped):
         """True if each layer's output is asked for."""
         return self.asked(arguments, "output_hidden_states")
 
+    def why_never(self) -> str | None:
+        """Why the configuration lets no call be fused; None if it does."""
+        config = self.config
+        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+            return "the model is a decoder"
+        return None
+
     def _why_original(self, arguments: dict, facts: Facts) -> str | None:
         """The reason for the original code, "" if it needs no telling; None if there is none."""
         if has_global_hooks():
             return "a hook on all modules has to be called"
-        config = self.config
-        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
-            return "the model is a decoder"
+        if (reason := self.why_never()) is not None:
+            return reason
         if facts.untold is not None:
             return facts.untold
         if self.asked(arguments, "output_attentions"):
             return "attention weights were asked for"
         others = {k: v for k, v in arguments.items() if k not in _HANDLED and k not in self.TOKENS}
-        name = changes_layers(others, config)
+        name = changes_layers(others, self.config)
         if name is not None:
             return f"{name} was given"
         x = _tokens_of(arguments)
