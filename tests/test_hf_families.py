@@ -437,6 +437,15 @@ def test_tuples_and_errors(prefix):
                 one(**wrong)
 
 
+def test_berts_layer_in_a_family_without_decoders():
+    stock, model = both("Bert")
+    for layer in model.encoder_layers():
+        del layer.is_decoder
+    inputs = batch()
+    close(model(**inputs), stock(**inputs), inputs)
+    assert packs(model, inputs)
+
+
 GROUPS = dict(num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2)
 
 

@@ -39,7 +39,7 @@ class Layer(layer.Layer):
         return [(vars(self), "is_decoder"), (vars(self), "chunk_size_feed_forward")]
 
     def why_not(self) -> str | None:
-        if self.is_decoder:
+        if getattr(self, "is_decoder", False):  # some families have none
             return "it is a decoder's"
         if self.chunk_size_feed_forward:
             return "chunk_size_feed_forward is set"
