@@ -37,6 +37,10 @@ DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")  # sm_86's runs
 # Kernels whose code depends on how much shared memory a multiprocessor has. The others take sm_80's
 # code to 8.6 and 8.9, where nothing of it would be different.
 BY_SHARED_MEMORY = "csrc/kernels/attention/"
+# Files that choose between kernels and have none, and those whose kernels are for Hopper alone: no
+# other GPU's launches ask for these. Each architecture would cost a second or more for nothing.
+WITHOUT_KERNELS = ("/launch.cu",)
+FOR_HOPPER = ("_bulk.cu", "_ping_pong.cu")
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 HOW_TO_GET_NVCC = (
     "nvcc was not found in $CUDA_HOME/bin, on PATH or in the default place for the CUDA toolkit; "
@@ -100,11 +104,12 @@ def architectures(compiler: str, env: Mapping[str, str]) -> list[str]:
     return sorted(set(asked), key=lambda arch: int(re.sub(r"\D", "", arch)))
 
 
-def gencode(archs: list[str]) -> list[str]:
-    """nvcc's flags: machine code for each architecture, PTX of the oldest for GPUs between them
-    that none of it is for (Jetson Thor's sm_110), and PTX of the newest for newer ones."""
+def gencode(archs: list[str], portable: bool = True) -> list[str]:
+    """nvcc's flags: machine code for each architecture and, of what is portable, PTX of the oldest
+    for GPUs between them that none of it is for (Jetson Thor's sm_110), and PTX of the newest for
+    newer ones."""
     pairs = [(arch.replace("sm", "compute"), arch) for arch in archs]
-    for arch in dict.fromkeys((archs[0], archs[-1])):
+    for arch in dict.fromkeys((archs[0], archs[-1]) if portable else ()):
         ptx = "compute_" + re.sub(r"\D", "", arch)  # that of an sm_NNa runs on nothing newer
         pairs.append((ptx, ptx))
     return [f"-gencode=arch={virtual},code={real}" for virtual, real in pairs]
@@ -112,6 +117,9 @@ def gencode(archs: list[str]) -> list[str]:
 
 def archs_of(source: str, archs: list[str]) -> list[str]:
     """Those of `archs` that a kernel source is compiled for."""
+    if source.endswith(WITHOUT_KERNELS + FOR_HOPPER):
+        hopper = [arch for arch in archs if arch == "sm_90a" and source.endswith(FOR_HOPPER)]
+        return hopper or archs[:1]
     if source.startswith(BY_SHARED_MEMORY) or "sm_80" not in archs:
         return archs
     return [arch for arch in archs if arch not in ("sm_86", "sm_87", "sm_89")]
@@ -150,10 +158,12 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     flags = [*common, "--expt-relaxed-constexpr", "-Xfatbin=-compress-all"]
     threads = f"--threads={min(cores(), len(archs))}"  # ninja has few files to spread over cores
     verbose = "-Xptxas=-v"  # or it doesn't say that it made wgmma wait
-    commands = {
-        source: [*base, *flags, *gencode(archs_of(source, archs)), threads, verbose]
-        for source in sources("kernels/**/*.cu")
-    }
+    commands = {}
+    for source in sources("kernels/**/*.cu"):
+        own = archs_of(source, archs)
+        is_hoppers = source.endswith(FOR_HOPPER) and own == ["sm_90a"]
+        code = gencode(own, not is_hoppers and not source.endswith(WITHOUT_KERNELS))
+        commands[source] = [*base, *flags, *code, threads, verbose]
     bindings = [*base, *common, *binding_flags("_cuda")]
     commands |= {source: bindings for source in sources("bindings/*.cpp")}
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,

@@ -132,6 +132,32 @@ def test_architectures(package, tmp_path):
         "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    assert package.gencode(["sm_90a"], portable=False) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+@pytest.mark.parametrize(
+    "source, all_archs, two",
+    [
+        ("attention/backward_dq.cu", ["sm_80", "sm_86", "sm_90a", "sm_120"], ["sm_80", "sm_86"]),
+        ("layer_norm.cu", ["sm_80", "sm_90a", "sm_120"], ["sm_80"]),
+        ("attention/forward_bulk.cu", ["sm_90a"], ["sm_80"]),
+        ("linear_gelu/launch.cu", ["sm_80"], ["sm_80"]),
+    ],
+)
+def test_each_source_is_compiled_where_its_code_differs(package, source, all_archs, two):
+    source = f"csrc/kernels/{source}"
+    assert package.archs_of(source, ["sm_80", "sm_86", "sm_90a", "sm_120"]) == all_archs
+    assert package.archs_of(source, ["sm_80", "sm_86"]) == two
+
+
+def test_only_files_without_kernels_go_without_code_for_a_gpu(package):
+    """Or whose kernels are for Hopper alone, which multiply by what only sm_90a has."""
+    for path in (ROOT / "csrc" / "kernels").rglob("*.cu"):
+        text = path.read_text()
+        assert path.as_posix().endswith(package.WITHOUT_KERNELS) == ("__global__" not in text)
+        if path.as_posix().endswith(package.FOR_HOPPER):
+            guards = r"\) \{\n#if(def)? .*(__CUDA_ARCH_FEAT_SM90_ALL|BERTFAST_\w+)"
+            assert all(re.search(guards, body) for body in text.split("__global__")[1:]), path
 
 
 @needs_cxx
