@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bertfast.ops import attention_qkv
-from bertfast.packing import lay_out
+from bertfast.packing import buckets, compiled, lay_out
 from bertfast.packing.buckets import MOST_TOKENS, Bucket, fill, rungs, whole
 
 CPU = torch.device("cpu")
@@ -48,6 +48,39 @@ def test_waste_of_mixed_traffic():
     assert beyond < 1000
     assert 1 - real / computed <= 0.05
     assert len(keys) <= 64
+
+
+@pytest.mark.skipif(compiled.module() is None, reason="no module was built")
+def test_a_compiled_module_fills_as_python_does(monkeypatch):
+    many = [np.array(lengths) for lengths in ([1, 33] * 16, [1] * 60, [64], [8000] * 3, [5, 0, 9])]
+    many += list(traffic(200))
+    found = [fill(lengths, CPU, MOST) for lengths in many]
+    monkeypatch.setattr(buckets, "module", lambda: None)
+    for lengths, one in zip(many, found, strict=True):
+        expected = fill(lengths, CPU, MOST)
+        assert (one is None) == (expected is None)
+        if one is not None:
+            assert torch.equal(one.numbers, expected.numbers)
+            assert one._replace(numbers=None) == expected._replace(numbers=None)
+
+
+def test_a_compiled_module_is_told_buckets_that_hold_their_numbers():
+    module = compiled.module()
+    if module is None:
+        pytest.skip("no module was built")
+    lengths, right = np.array([9, 5]), np.array([[64, 18, 6, 20, 42]])
+    assert module.fill(lengths, 32, right)[0] == 0
+    for column in (3, 4):  # the tiles' place, and how many numbers there are
+        wrong = right.copy()
+        wrong[0, column] -= 12
+        with pytest.raises(ValueError, match="has no room for its numbers"):
+            module.fill(lengths, 32, wrong)
+    with pytest.raises(ValueError, match="a length is below 0"):
+        module.fill(-lengths, 32, right)
+    with pytest.raises(ValueError, match="and buckets were expected"):
+        module.fill(lengths, 32, right[:, :4])
+    with pytest.raises(TypeError):
+        module.fill(lengths.astype(np.int32), 32, right)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -259,9 +259,8 @@ def pack(
     else:
         cu_seqlens, plan = lay_out_array(lengths if order is None else lengths[order], device)
     places = places_of(attended, lengths, order, not torch.is_grad_enabled())
-    index, columns, *rest = (
-        torch.from_numpy(places.numbers).to(device, non_blocking=True).split(places.sizes)
-    )
+    numbers = torch.from_numpy(places.numbers).to(device, non_blocking=True)
+    index, columns, *rest = numbers.split_with_sizes(places.sizes)
     return _PLAIN.told(
         cu_seqlens=cu_seqlens,
         max_seqlen=plan.max_seqlen,

@@ -6,12 +6,14 @@ are as many as there is room for tiles. What the batch leaves of the tokens is f
 of their own, a tile each, so that no token of the batch shares a tile with one of them.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .compiled import module
 from .layout import tiles_of
 from .tiles import Plan, tile_size
 
@@ -90,17 +92,35 @@ def whole(bucket: Bucket, numbers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
 def fill(lengths: np.ndarray, device: torch.device, most: int = MOST_TOKENS) -> Filled | None:
     """The smallest bucket that holds a batch of these lengths, int64, for tensors on `device`; None
     if none does."""
-    count = lengths.size
-    bounds = np.zeros(count + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    total = int(bounds[-1])
+    count, total = lengths.size, int(lengths.sum())
     if not 0 < total <= most:
         return None
     longest = int(lengths.max())
     tile = tile_size(count, longest, total)
+    found = _numbers(lengths, tile, most)
+    if found is None:
+        return None
+    bucket, numbers, tiles = found
+    made = torch.from_numpy(numbers).to(device, non_blocking=True)
+    return Filled(bucket, made, count, tiles, longest, total)
+
+
+def _numbers(lengths: np.ndarray, tile: int, most: int) -> tuple[Bucket, np.ndarray, int] | None:
+    """The smallest bucket, the numbers, and how many tiles are the batch's own."""
+    buckets, rooms = _rooms(tile, most)
+    compiled = module()
+    if compiled is not None:
+        found = compiled.fill(lengths, tile, rooms)
+        return None if found is None else (buckets[found[0]], *found[1:])
+    count = lengths.size
+    bounds = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    total = int(bounds[-1])
     tiles = tiles_of(bounds, tile)
-    for tokens in rungs(total, most):
-        bucket = Bucket(tokens, tile)
+    for bucket in buckets:
+        tokens = bucket.tokens
+        if tokens < total:
+            continue
         fillers = -(-(tokens - total) // tile)
         used = len(tiles) + fillers
         if count + fillers > bucket.sequences or used > bucket.tiles:
@@ -116,6 +136,13 @@ def fill(lengths: np.ndarray, device: torch.device, most: int = MOST_TOKENS) -> 
         listed[: len(tiles)] = tiles
         listed[len(tiles) : used, 0] = np.arange(count, count + fillers)
         listed[len(tiles) : used, 2] = 1
-        made = torch.from_numpy(numbers).to(device, non_blocking=True)
-        return Filled(bucket, made, count, len(tiles), longest, total)
+        return bucket, numbers, len(tiles)
     return None
+
+
+@functools.lru_cache
+def _rooms(tile: int, most: int) -> tuple[tuple[Bucket, ...], np.ndarray]:
+    """The buckets, and what the compiled module is told of them."""
+    buckets = tuple(Bucket(tokens, tile) for tokens in rungs(1, most))
+    rooms = [(b.tokens, b.sequences, b.tiles, b.count_at, b.size) for b in buckets]
+    return buckets, np.array(rooms, dtype=np.int64).reshape(-1, 5)
