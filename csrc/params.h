@@ -192,10 +192,9 @@ struct HeadRows {
   int token;
 };
 
-// What makes scores of q and k: bertfast/ops/attention/scores.py.
+// What makes scores of q and k, but for the scale: bertfast/ops/attention/scores.py.
 struct AttentionScores {
   const void* bias;  // (heads, 2 * reach + 1), dense, in bias_dtype; null: none
-  float scale;
   int reach;
   int left;  // a query sees the keys from `left` before it to `right` behind it
   int right;
@@ -219,10 +218,11 @@ struct AttentionBatch {
   int plan_size;  // entries of tiles
   int tile;       // rows of a tile: 32 or 64, and 64 without a plan
   int n_tiles;    // of a head's sequence, or of a head where there is a plan; the launcher fills it
-  AttentionScores scores;
+  float scale;
   float keep_scale;
   uint32_t threshold;  // at most 65535; where nothing is kept keep_scale is 0
   uint32_t site;
+  AttentionScores scores;  // at the end: in front of the numbers it costs some kernels registers
 };
 
 // Queries and keys by their positions. Here strides may be anything.
@@ -263,6 +263,22 @@ struct AttentionBackward {
   HeadRows<void> dv;
 };
 
+// Of each head the sums over all distances, from -length / 2 on, that a share of the sequences has:
+// the length is diagonals + 1 blocks of 64, and there are two lines of it for each share, to be
+// added. What isn't written is zero before.
+struct AttentionBiasGradient {
+  AttentionBatch batch;  // without tiles
+  HeadRows<const void> dout;
+  HeadRows<const void> q;
+  HeadRows<const void> k;
+  HeadRows<const void> v;
+  const float2* statistics;  // as the kernel for dq has left them
+  float* partial;            // (shares, 2, heads, length)
+  int diagonals;             // of blocks of 64 x 64 scores; the one in the middle has distance 0
+  int shares;
+  int each;  // sequences of a share
+};
+
 // What is null or false is not done; a call that needs no further form runs a kernel without it.
 cudaError_t launch_layer_norm_forward(const LayerNormForwardFurther&, DType x_dtype, DType dtype,
                                       Stream);
@@ -280,6 +296,7 @@ cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 cudaError_t launch_attention_rotate(const AttentionRotation&, DType, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
 cudaError_t launch_attention_backward(const AttentionBackward&, DType, Stream);
+cudaError_t launch_attention_backward_bias(const AttentionBiasGradient&, DType, Stream);
 
 // Whether the current device can load the kernels: tried with one of them.
 cudaError_t load_a_kernel();

@@ -301,7 +301,7 @@ def test_compiled_whole(target, need, finest):
 def test_what_a_backend_does_not_have_is_refused_in_words(need):
     need("attention", ("cuda", "cpu"))
     q = torch.randn(1, 9, 1, 16, dtype=torch.float16)
-    bias = torch.zeros(1, 3)
-    text = "backend 'cuda' can't run attention here: its kernels don't have window and distance_bi"
+    tables = positions.tables(9, 16)
+    text = "backend 'cuda' can't run attention here: its kernels don't have rotary yet"
     with pytest.raises(ValueError, match=re.escape(text)):
-        attention(q, q, q, window=(1, 1), distance_bias=bias, backend="cuda")
+        attention(q, q, q, window=(1, 1), rotary=tables, backend="cuda")

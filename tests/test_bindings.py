@@ -330,6 +330,28 @@ def test_attention(host, layout):
     refused(Call(host, "attention_backward", arguments), cases | more)
 
 
+def test_attentions_gradient_of_a_bias(host):
+    shape = host.attention_bias_partial_shape(2, 20, HEADS)
+    assert shape == (2, 2, HEADS, 256)
+    arguments = {
+        "dout": heads(2, 20),
+        "heads": attention.Heads(*(heads(2, 20) for _ in range(3))),
+        "sequences": PADDED,
+        "scores": SCORES._replace(bias=new(HEADS, 5)),
+        "dropout": NO_DROPOUT,
+        "statistics": new(2, HEADS, 20, 2),
+        "partial": torch.zeros(shape),
+        "line": new(*shape[2:]),
+    }
+    cases = dict.fromkeys(("dout", "k", "v"), OF_HEADS)
+    cases |= dict.fromkeys(("bias", "statistics", "line"), (longer, apart, as_int))
+    refused(
+        Call(host, "attention_backward_bias", arguments), cases | {"partial": (apart, as_double)}
+    )
+    with pytest.raises(ValueError, match="there is no bias"):
+        host.attention_backward_bias(*(arguments | {"scores": SCORES}).values())
+
+
 def test_one_buffer_of_q_k_and_v(host):
     qkv, out = torch.randn(2, 20, 3, HEADS, DIM).bfloat16(), heads(2, 20)
     for wrong in (qkv[:, :, :2], qkv[0], qkv[..., 0, :], qkv[..., ::2]):
@@ -437,6 +459,8 @@ def test_attentions_scores(host):
     assert run(SCORES)
     with pytest.raises(TypeError, match="scores must be a tuple of 6"):
         run((0.25,))
+    with pytest.raises(ValueError, match="the kernels don't have rotary positions yet"):
+        run(SCORES._replace(cos=new(20, DIM // 2), sin=new(20, DIM // 2)))
     for side in ("left", "right"):
         with pytest.raises(ValueError, match="no less than 0 keys to a side, got -1"):
             run(SCORES._replace(**{side: -1}))

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kVector = 8;         // values in 16 bytes, which is how tiles are copied
 constexpr int kMostColumns = 128;  // of a head
+constexpr int kTile = 64;          // rows, and the blocks of scores of a bias's gradient
 // The shared memory of a block holds a bit for each key of a masked row, beside its tiles.
 constexpr int64_t kMostMaskedKeys = 1 << 17;
 // From one token to the next: a kernel's offsets inside a tile have 32 bits.
@@ -163,7 +164,7 @@ struct Batch {
   void read_scores(Operands& operands, py::handle tuple) {
     const Members members(tuple, 6, "scores");
     AttentionScores& scores = p.scores;
-    scores.scale = static_cast<float>(number(members[0]));
+    p.scale = static_cast<float>(number(members[0]));
     scores.left = side(members[4]);
     scores.right = side(members[5]);
     const bool windowed = std::min(scores.left, scores.right) < kNoLimit;
@@ -180,8 +181,8 @@ struct Batch {
     if (scores.by_position && p.length > kNoLimit) {
       throw std::invalid_argument("a sequence with a window or a bias has at most 2**30 tokens");
     }
-    if (scores.by_position || !members[1].is_none() || !members[2].is_none()) {
-      throw std::invalid_argument("the kernels don't have scores by position yet");
+    if (!members[1].is_none() || !members[2].is_none()) {
+      throw std::invalid_argument("the kernels don't have rotary positions yet");
     }
   }
 
@@ -295,6 +296,66 @@ void rotate(py::handle heads, py::handle sequences, py::handle tables, py::handl
         "launching attention's rotation");
 }
 
+// Of a sequence's blocks of scores, those that distance 0 is in being in the middle.
+int64_t diagonals_of(int64_t length) {
+  return 2 * ((length + kTile - 1) / kTile) + 1;
+}
+
+// The shape of bias_gradient's partial sums: (shares, 2, heads, length). More shares fill a GPU,
+// fewer take less memory.
+py::tuple bias_partial_shape(int64_t sequences, int64_t longest, int64_t heads) {
+  constexpr int64_t kMostShares = 8, kMostBlocks = 256;  // of a head
+  const int64_t diagonals = diagonals_of(longest);
+  const int64_t shares =
+      std::max<int64_t>(1, std::min({sequences, kMostShares, kMostBlocks / diagonals}));
+  return py::make_tuple(shares, 2, heads, (diagonals + 1) * kTile);
+}
+
+// The gradient of the bias at each distance, before those beyond its reach are added to the last
+// ones. line: (heads, length), the middle of a line has distance 0; partial: zeros, two lines for
+// each share of the sequences. Called after the backward, which leaves statistics.
+bool bias_gradient(py::handle dout, py::handle heads, py::handle sequences, py::handle scores,
+                   py::handle dropout, py::handle statistics, py::handle partial, py::handle line) {
+  const Members layout(sequences, 6, "sequences");
+  const bool packed = !layout[1].is_none();
+  Operands operands;
+  const ThreeHeads in = ThreeHeads::read(operands, heads, packed, false);
+  const HeadsView gradient(operands.tensor(dout, "dout"), packed);
+  const Batch batch(operands, in.q, layout, scores, dropout);
+  if (!batch.p.scores.bias) throw std::invalid_argument("there is no bias");
+  AttentionBiasGradient p;
+  p.batch = batch.p;
+  p.batch.tiles = nullptr;
+  p.statistics = reinterpret_cast<float2*>(
+      operands.dense<float>(statistics, "statistics", 2 * batch.rows_of_heads()));
+  const Tensor shares = operands.tensor(partial, "partial");
+  const int64_t diagonals = diagonals_of(p.batch.length);
+  const int64_t columns = batch.heads * (diagonals + 1) * kTile;
+  p.shares = at_least_one(shares.dim() > 0 ? shares.size(0) : 0, "the number of shares");
+  p.partial =
+      static_cast<float*>(dense(shares, Element::kFloat32, 2 * int64_t(p.shares) * columns));
+  p.diagonals = at_least_one(diagonals, "the number of diagonals");
+  p.each = (p.batch.batch - 1) / p.shares + 1;
+  at_least_one(p.shares * diagonals * batch.heads, "the number of blocks");
+  ColumnSum sum{};
+  sum.partial = p.partial;
+  sum.out[0] = operands.dense<float>(line, "line", columns);
+  sum.sums = 1;
+  sum.n_partials = 2 * p.shares;
+  sum.cols = at_least_one(columns, "the number of distances");
+  if (!look_at_all(batch, in.q, in.k, in.v, gradient)) return false;
+  p.dout = gradient.rows<const void>();
+  p.q = in.q.rows<const void>();
+  p.k = in.k.rows<const void>();
+  p.v = in.v.rows<const void>();
+  const OnDeviceOf guard(in.q.tensor);
+  const Stream stream = in.q.tensor.stream();
+  check(launch_attention_backward_bias(p, batch.dtype, stream),
+        "launching attention's gradient of a bias");
+  check(launch_column_sum(sum, DType::kFloat32, stream), "launching the sum of its parts");
+  return true;
+}
+
 // Of one tensor of heads.
 bool in_vectors(py::handle x) {
   const Tensor tensor(x, "x");
@@ -309,6 +370,11 @@ const Binding binding([](py::module_& m) {
         py::arg("statistics"));
   m.def("attention_rotate", &rotate, py::arg("heads"), py::arg("sequences"), py::arg("tables"),
         py::arg("rotated"));
+  m.def("attention_backward_bias", &bias_gradient, py::arg("dout"), py::arg("heads"),
+        py::arg("sequences"), py::arg("scores"), py::arg("dropout"), py::arg("statistics"),
+        py::arg("partial"), py::arg("line"));
+  m.def("attention_bias_partial_shape", &bias_partial_shape, py::arg("sequences"),
+        py::arg("longest"), py::arg("heads"));
   m.def("attention_in_vectors", &in_vectors, py::arg("x"));
 });
 

@@ -17,6 +17,9 @@ ROWS = 16 * WARPS
 BESIDE_TILES = 64 + 4 * (2 * WARPS + 6) + 8 * 32 * WARPS
 
 
+BIAS_LINES = WARPS * 64 * 4  # a warp's biases, by distance
+
+
 def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     """The case of a template instance of csrc/kernels/attention, if it is one."""
     if kernel == "rotate_kernel":
@@ -24,8 +27,8 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     of_kernel = _KERNELS.get(kernel)
     if of_kernel is None:
         return None
-    dtype, head_dim, dropout = arguments
-    return of_kernel(CUDA_NAMES[dtype], int(head_dim), dropout == "true")
+    dtype, head_dim, *dropout = arguments
+    return of_kernel(CUDA_NAMES[dtype], int(head_dim), dropout == ["true"])
 
 
 def _rotate(dtype: str, vec: int) -> Case:
@@ -107,6 +110,45 @@ def _dkv_tiles(dtype: str, head_dim: int, dropout: bool) -> Case:
     return _tiles((dtype, head_dim, dropout), 4, queries, 16, scalar_loads=1, others=others)
 
 
+def _by_position(case: Case) -> Case:
+    """Of calls with a window or a bias: the path of one where nothing is masked and nothing added
+    counts, and what it loads of a bias is no row data."""
+    return replace(
+        case,
+        label=f"{case.label}, by position",
+        scalar_loads=case.scalar_loads + 8,
+        dynamic_shared=case.dynamic_shared + BIAS_LINES,
+    )
+
+
+def _forward_by_position(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _by_position(_forward_tiles(dtype, head_dim, dropout))
+
+
+def _dq_by_position(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _by_position(_dq_tiles(dtype, head_dim, dropout))
+
+
+def _dkv_by_position(dtype: str, head_dim: int, dropout: bool) -> Case:
+    return _by_position(_dkv_tiles(dtype, head_dim, dropout))
+
+
+def _bias_gradient(dtype: str, head_dim: int, dropout: bool) -> Case:
+    """q, dout, keys and values of a block of scores, in one stage."""
+    work = Work(*(ROWS, ROWS, head_dim, ((ROWS, head_dim),) * 2), streamed=2 * ROWS)
+    return Case(
+        f"D {head_dim}, {ROWS} x {ROWS}",
+        dtype,
+        threads=32 * WARPS,
+        elements=16 * ROWS / 32,
+        loop=True,
+        again=True,
+        scalar_loads=4 + 8,  # lse with delta, where a sequence lies, and the bias
+        dynamic_shared=4 * ROWS * 2 * head_dim + BESIDE_TILES + BIAS_LINES,
+        work=work,
+    )
+
+
 def _dq_bulk(dtype: str, head_dim: int, dropout: bool) -> Case:
     return _bulk((dtype, head_dim, dropout), 3)
 
@@ -185,6 +227,10 @@ _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_backward_dq_double_kernel": _dq_double,
     "attention_backward_dq_kernel": _dq_tiles,
     "attention_backward_dkv_kernel": _dkv_tiles,
+    "attention_forward_by_position_kernel": _forward_by_position,
+    "attention_backward_dq_by_position_kernel": _dq_by_position,
+    "attention_backward_dkv_by_position_kernel": _dkv_by_position,
+    "attention_backward_bias_kernel": _bias_gradient,
     "attention_backward_dq_bulk_kernel": _dq_bulk,
     "attention_backward_dkv_bulk_kernel": _dkv_bulk,
 }

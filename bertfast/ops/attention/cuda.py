@@ -10,7 +10,7 @@ from .. import native
 from ..dropout import Dropout
 from . import limits
 from .run import AnyHeads, Heads, Saved, parts
-from .scores import Scores
+from .scores import Scores, put_line
 
 _VECTOR = 8  # values in 16 bytes, which is how tiles are copied
 
@@ -55,7 +55,7 @@ def backward(
     grads: AnyHeads,
     bias_grad: torch.Tensor | None,
 ) -> None:
-    """Fills the gradients. bias_grad: of a bias, which these kernels don't take yet."""
+    """Fills the gradients."""
     out, lse = saved
     if lse is None:
         raise AssertionError("the forward saved no lse for this backward")
@@ -64,13 +64,38 @@ def backward(
     statistics = lse.new_empty((*lse.shape, 2))
     rest = (sequences, scores, dropout)
     if module.attention_backward(dout, heads, saved, *rest, grads, statistics):
+        _fill_bias_grad(module, (dout, heads), rest, statistics, bias_grad)
         return
     copies = _Copies(module)
     dout, saved = copies.read(dout), Saved(copies.read(out), lse)
     heads = Heads(*map(copies.read, parts(heads)))
     written = Heads(*map(copies.write, parts(grads)))
     done = module.attention_backward(dout, heads, saved, *rest, written, statistics)
+    _fill_bias_grad(module, (dout, heads), rest, statistics, bias_grad)
     copies.give_back(done)
+
+
+def _fill_bias_grad(
+    module: Any,
+    read: tuple[torch.Tensor, AnyHeads],
+    rest: tuple[Sequences, Scores, Dropout],
+    statistics: torch.Tensor,
+    bias_grad: torch.Tensor | None,
+) -> None:
+    """The gradient of a bias, if it is wanted. statistics: as the backward has left them."""
+    if bias_grad is None:
+        return
+    sequences, _, _ = rest
+    if sequences.cu_seqlens is None:
+        count, longest = read[0].shape[:2]
+    else:
+        count, longest = sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
+    shape = module.attention_bias_partial_shape(count, longest, bias_grad.shape[0])
+    partial = statistics.new_zeros(shape)
+    line = statistics.new_empty(shape[-2:])
+    if not module.attention_backward_bias(*read, *rest, statistics, partial, line):
+        raise AssertionError("a kernel didn't take heads that lie in whole vectors")
+    put_line(line, bias_grad)
 
 
 class _Copies:

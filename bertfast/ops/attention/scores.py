@@ -77,6 +77,19 @@ def _dense(table: torch.Tensor | None) -> torch.Tensor | None:
     return None if table is None else table.contiguous().resolve_neg()
 
 
+def put_line(line: torch.Tensor, grad: torch.Tensor) -> None:
+    """The gradient of a bias, of that of each distance by itself. line: (heads, length), distance 0
+    in the middle; what is beyond the bias's reach counts with its ends. line is used up."""
+    reach, middle = grad.shape[1] // 2, line.shape[1] // 2
+    first, end = max(middle - reach, 0), min(middle + reach + 1, line.shape[1])
+    line[:, first] += line[:, :first].sum(1)
+    line[:, end - 1] += line[:, end:].sum(1)
+    if end - first < grad.shape[1]:
+        grad.zero_()
+    place = first - (middle - reach)
+    grad[:, place : place + end - first] = line[:, first:end]
+
+
 class Block(NamedTuple):
     """Queries from first and keys from start, up to but without last and end."""
 

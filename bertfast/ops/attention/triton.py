@@ -15,7 +15,7 @@ from ..triton_launch import Launch
 from . import limits
 from .config import Config, architecture, bias_split, block_d, config
 from .run import AnyHeads, Saved, parts
-from .scores import Scores
+from .scores import Scores, put_line
 from .triton_bwd_bias import attention_bwd_bias_kernel, bias_sums_kernel
 from .triton_bwd_dkv import attention_bwd_dkv_kernel
 from .triton_bwd_dq import attention_bwd_dq_kernel
@@ -282,11 +282,4 @@ def _fill_bias_grad(
     line = torch.empty(heads, (diagonals + 1) * block, dtype=torch.float32, device=device)
     numbers = (heads, diagonals, shares, batch.drop[2])
     _backward_bias_sum(((diagonals + 1) * heads,), (parts, line), (), numbers, (block,))
-    reach, middle = bias_grad.shape[1] // 2, line.shape[1] // 2
-    first, end = max(middle - reach, 0), min(middle + reach + 1, line.shape[1])
-    line[:, first] += line[:, :first].sum(1)
-    line[:, end - 1] += line[:, end:].sum(1)
-    if end - first < bias_grad.shape[1]:
-        bias_grad.zero_()
-    place = first - (middle - reach)
-    bias_grad[:, place : place + end - first] = line[:, first:end]
+    put_line(line, bias_grad)

@@ -22,13 +22,6 @@ struct BulkBackward : AttentionBackward {
 // Bits of a block's 64 rows.
 using BlockBits = unsigned[2];
 
-// Of 32 positions from `position` on, those from `from` to `to`.
-__device__ __forceinline__ unsigned bits_inside(int position, int from, int to) {
-  const int left = to - position, skip = from - position;
-  const unsigned below = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
-  return skip <= 0 ? below : skip >= 32 ? 0u : below & 0xffffffffu << skip;
-}
-
 template<int kDim>
 struct BulkTiles {
   using Stream = BlockStream<kDim>;

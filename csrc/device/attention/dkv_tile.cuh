@@ -1,6 +1,8 @@
 // A tile of dkv's kernel by mma.sync: 64 keys of one head, 16 for each of four warps.
 #pragma once
 
+#include <type_traits>
+
 #include "device/attention/key_rows.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
@@ -23,8 +25,8 @@ struct Dkv {
 };
 
 // A tile of keys, or of a shared one the sequence that is to be done alone; returns which one is
-// next. find: gives the tile's place.
-template<class T, int kDim, bool kDropout, class Find>
+// next. find: gives the tile's place. kByPosition: as in the forward.
+template<class T, int kDim, bool kDropout, bool kByPosition = false, class Find>
 __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   using Shape = Dkv<kDim>;
   using Rows = Tile<kDim>;
@@ -36,15 +38,21 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   TilePlace at = find();
   if (at.first >= at.length && !p.batch.key_mask) return 0;
   const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
-  if (kDropout) at.first -= -keys.low & 31;  // a call serves keys of one 32 from the first on
+  const bool drops = kDropout && (!kByPosition || p.batch.seed);
+  if (drops) at.first -= -keys.low & 31;  // a call serves keys of one 32 from the first on
   if (at.first >= at.length) return 0;
   at.low_keys = at.first < 0 ? keys.bits(0) << -at.first : keys.bits(at.first);  // from -31 on
   at.high_keys = keys.bits(at.first + 32);
   at.put(Shape::kTileBytes, thread);
   // Queries come in blocks of 16 from the first key, as in the other kernels.
-  const int first_query = kDropout ? -(-keys.low & 15) : 0;
+  int first_query = drops ? -(-keys.low & 15) : 0, last_query = at.length;
+  if (kByPosition) {  // those that see a key of the tile
+    const int end = min(at.first + kTileRows, at.length);
+    first_query += max(at.first - p.batch.scores.right - first_query, 0) & ~15;
+    last_query = max(min(last_query, end + p.batch.scores.left), first_query);
+  }
   const bool any = (at.low_keys | at.high_keys) != 0;
-  const int blocks = any ? (at.length - first_query + kQueries - 1) / kQueries : 0;
+  const int blocks = any ? (last_query - first_query + kQueries - 1) / kQueries : 0;
 
   // 2. copy the keys and values, into the second stage or where they stay, and the first queries
   const auto stage = [](int block, int part) {
@@ -81,13 +89,17 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   };
   if (blocks > 0) load_block(0);
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kTileBytes, thread);
+  const ScoreDropout dropout(p.batch, at, drops, Shape::kTileBytes, thread);
   const int my_key = key_of_row(16 * warp + g);
   constexpr int kManyBits = Shape::kTileBytes + ManyBits::kPlace;
   if (at.many > 1) {
-    if (kDropout) __syncthreads();  // what draws need is there
+    if (drops) __syncthreads();  // what draws need is there
     const int other_key = key_of_row(16 * warp + g + 8);
-    ManyBits::find<kDropout, true>(p.batch, at, dropout, my_key, other_key, thread)
+    const auto find_bits = [&](auto draws) {
+      return ManyBits::find<decltype(draws)::value, true, kByPosition>(p.batch, at, dropout, my_key,
+                                                                       other_key, thread);
+    };
+    (drops ? find_bits(std::bool_constant<kDropout>()) : find_bits(std::false_type()))
         .put(kManyBits, thread);
   }
   cp_async_wait<1>();
@@ -103,7 +115,8 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   }
 
   // 3. over the queries
-  const float c = p.batch.scores.scale * kLog2E;
+  const float scale = p.batch.scale * kLog2E;
+  const float c = kByPosition && p.batch.scores.bias ? 1.f : scale;  // of what has a bias already
   const int key_call = ScoreDropout::key_call(at.first - keys.low + my_key);
   float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -139,6 +152,9 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
 
       // 3b. probabilities. A masked key spoils only its own rows, which are not written.
       float delta[2][2];
+      const int columns = block * kQueries / 8 + 2 * step;  // so far, in eights
+      const QueriesByPosition by(p.batch, at, Shape::kTileBytes, first_query + 8 * columns, thread);
+      if constexpr (kByPosition) by.add_bias(s, scale);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const float4 pairs = statistics(block).load((16 * step + 8 * n) / 2 + t);
@@ -149,8 +165,9 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
           s[n][i] = exp2_approx(fmaf(s[n][i], c, -(i % 2 ? pairs.z : pairs.x)));
         }
       }
-      const int columns = block * kQueries / 8 + 2 * step;  // so far, in eights
-      if (at.many > 1) {
+      if constexpr (kByPosition) {
+        by.mask(s, kManyBits, columns);
+      } else if (at.many > 1) {
         const unsigned same = ManyBits::get(kManyBits, thread).same >> (2 * columns);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -164,7 +181,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
       // 3c. dropout of p and dp
       float dropped[2][4];
       unsigned words[2][2];
-      if constexpr (kDropout) {
+      if (drops) {
         if (at.many > 1) {
           // Draws that give the bits: the largest, or zero.
           const unsigned keep = ManyBits::get(kManyBits, thread).keep >> (2 * columns);
@@ -182,7 +199,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           dropped[n][i] = s[n][i];
-          if constexpr (kDropout) {
+          if (drops) {
             const unsigned word = words[i % 2][n];
             const bool kept = i / 2 ? dropout.keeps_high(word) : dropout.keeps_low(word);
             dropped[n][i] = kept ? dropped[n][i] : 0.f;
@@ -216,8 +233,7 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   if (spoilt(to, all_finite(dk) && all_finite(dv))) return next_alone(p.batch, to);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
-  const float dk_factor = anew(p.batch.scores.scale) * p.batch.keep_scale,
-              dv_factor = p.batch.keep_scale;
+  const float dk_factor = anew(p.batch.scale) * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
   Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);
   __syncwarp();

@@ -2,6 +2,8 @@
 // warps has kParts times 16, one 16 after the other.
 #pragma once
 
+#include <type_traits>
+
 #include "device/attention/row_statistics.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
@@ -22,8 +24,8 @@ struct Dq {
 };
 
 // A tile of queries, or of a shared one the sequence that is to be done alone; returns which one is
-// next. With two parts: a tile of one sequence.
-template<class T, int kDim, bool kDropout, int kParts>
+// next. With two parts: a tile of one sequence. kByPosition: as in the forward.
+template<class T, int kDim, bool kDropout, int kParts, bool kByPosition = false>
 __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at) {
   using Shape = Dq<kDim, kParts>;
   using Rows = Tile<kDim>;
@@ -34,9 +36,12 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   // 1. where the tile lies, which keys count
   if (kParts > 1) at.many = 1, at.alone = at.from = 0;  // the compiler doesn't know
   if (at.first >= at.length && !p.batch.key_mask) return 0;
-  const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
-  if (kDropout) at.first -= -keys.low & 15;  // as in the forward
+  Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
+  const bool drops = kDropout && (!kByPosition || p.batch.seed);
+  if (drops) at.first -= -keys.low & 15;  // as in the forward
   if (at.first >= at.length) return 0;
+  const int last = min(at.first + Shape::kRows, at.length);
+  const int before = kByPosition ? keys.keep_seen(p.batch.scores, at.first, last) : 0;
   at.put(Shape::kTileBytes, thread);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
@@ -59,12 +64,16 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
     next.start(v_copies, stage(0, 1), 0);
   }
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kTileBytes, thread);
+  const ScoreDropout dropout(p.batch, at, drops, Shape::kTileBytes, thread);
   constexpr int kManyBits = Shape::kTileBytes + ManyBits::kPlace;
   if (kParts == 1 && at.many > 1) {
-    if (kDropout) __syncthreads();  // what draws need is there
+    if (drops) __syncthreads();  // what draws need is there
     const int row = 16 * warp + g;
-    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8, thread)
+    const auto find_bits = [&](auto draws) {
+      return ManyBits::find<decltype(draws)::value, false, kByPosition>(p.batch, at, dropout, row,
+                                                                        row + 8, thread);
+    };
+    (drops ? find_bits(std::bool_constant<kDropout>()) : find_bits(std::false_type()))
         .put(kManyBits, thread);
   }
 
@@ -90,8 +99,10 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   }
 
   // 4. over the keys
-  const float c = p.batch.scores.scale * kLog2E;
-  const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * kParts * warp + g);
+  const float scale = p.batch.scale * kLog2E;
+  const float c = kByPosition && p.batch.scores.bias ? 1.f : scale;  // of what has a bias already
+  const int query_call =
+      ScoreDropout::query_call(at.first - keys.low + before + 16 * kParts * warp + g);
   float dq[kParts][kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
     cp_async_wait<0>();
@@ -137,6 +148,9 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
       for (int part = 0; part < kParts; ++part) {
         // 4b. probabilities; zero where nothing counts, whatever lse is
         const RowStatistics<T, kDim>& of = rows[part];
+        const int query = at.first + 16 * (kParts * warp + part), key = keys.low + 32 * group;
+        const KeysByPosition by(p.batch, at, Shape::kTileBytes, query, key, thread);
+        if constexpr (kByPosition) by.add_bias(s[part], scale);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -144,11 +158,16 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
             s[part][n][i] = exp2_approx(fmaf(s[part][n][i], c, -of.lse[i / 2]));
           }
         }
-        mask_keys(s[part], 0.f, bits, at, kManyBits, group, thread);
+        if constexpr (kByPosition) {
+          by.mask(s[part], 0.f, bits, kManyBits, group);
+        } else {
+          mask_keys(s[part], 0.f, bits, at, kManyBits, group, thread);
+        }
 
         // 4c. dropout
-        if constexpr (kDropout) {
-          drop_keys(dp[part], dropout, query_call + 8 * part, at, kManyBits, group, thread);
+        if (drops) {
+          drop_keys(dp[part], dropout, query_call + 8 * part, at, kManyBits, group, thread,
+                    ScoreDropout::key_call(before));
         }
 
         // 4d. ds
@@ -189,7 +208,7 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   if (kParts == 1 && spoilt(to, all_finite(dq[0]))) return next_alone(p.batch, to);
   if (kParts > 1) __syncthreads();  // two parts need more than a stage
   const Shared<uint4> place = kParts > 1 ? q_tile : stage(blocks, 0);
-  const float factor = anew(p.batch.scores.scale) * p.batch.keep_scale;
+  const float factor = anew(p.batch.scale) * p.batch.keep_scale;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     // As if each part were a warp's.

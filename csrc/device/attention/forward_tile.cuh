@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "device/attention/forward_products.cuh"
 #include "device/attention/scores.cuh"
@@ -31,8 +32,9 @@ struct Forward {
 };
 
 // A tile, or of a shared one the sequence that is to be done alone; returns which one is next. With
-// two parts: a tile of one sequence.
-template<class T, int kDim, bool kDropout, int kParts>
+// two parts: a tile of one sequence. kByPosition: of a call with a window or a bias, and kDropout
+// then says that there may be dropout.
+template<class T, int kDim, bool kDropout, int kParts, bool kByPosition = false>
 __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace at) {
   using Shape = Forward<kDim, kParts>;
   using Rows = Tile<kDim>;
@@ -46,10 +48,13 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
   // what draws need in registers.
   if (kParts > 1 && !(kDim == 32 && kDropout)) at.many = 1, at.alone = at.from = 0;
   if (at.first >= at.length && !p.batch.key_mask) return 0;
-  const Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
+  Keys keys(p.batch, at, Shape::kTileBytes + TilePlace::kSharedBytes, thread);
   // Dropout counts from the first key that counts: fragments must start at multiples of 16 from it.
-  if (kDropout) at.first -= -keys.low & 15;
+  const bool drops = kDropout && (!kByPosition || p.batch.seed);
+  if (drops) at.first -= -keys.low & 15;
   if (at.first >= at.length) return 0;
+  const int last = min(at.first + Shape::kRows, at.length);
+  const int before = kByPosition ? keys.keep_seen(p.batch.scores, at.first, last) : 0;
   at.put(Shape::kTileBytes, thread);
   const int blocks = (keys.high - keys.low + kKeys - 1) / kKeys;
 
@@ -72,21 +77,27 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
     next.start(v_copies, value_stage(0), 0);
   }
   cp_async_commit();
-  const ScoreDropout dropout(p.batch, at, kDropout, Shape::kTileBytes, thread);
+  const ScoreDropout dropout(p.batch, at, drops, Shape::kTileBytes, thread);
   constexpr int kManyBits = Shape::kTileBytes + ManyBits::kPlace;
   if (kParts == 1 && at.many > 1) {
-    if (kDropout) __syncthreads();  // what draws need is there
+    if (drops) __syncthreads();  // what draws need is there
     const int row = 16 * warp + g;
-    ManyBits::find<kDropout, false>(p.batch, at, dropout, row, row + 8, thread)
+    const auto find_bits = [&](auto draws) {
+      return ManyBits::find<decltype(draws)::value, false, kByPosition>(p.batch, at, dropout, row,
+                                                                        row + 8, thread);
+    };
+    (drops ? find_bits(std::bool_constant<kDropout>()) : find_bits(std::false_type()))
         .put(kManyBits, thread);
   }
   cp_async_wait<1>();
   __syncthreads();
-  const Queries<kDim, kParts, Shape::kHeld> q(queries, p.batch.scores.scale < 0.f, thread);
+  const Queries<kDim, kParts, Shape::kHeld> q(queries, p.batch.scale < 0.f, thread);
 
   // 3. over the keys
-  const float c = fmaxf(fabsf(p.batch.scores.scale) * kLog2E, 0x1p-126f);
-  const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * kParts * warp + g);
+  const float scale = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
+  const float c = kByPosition && p.batch.scores.bias ? 1.f : scale;  // of what has a bias already
+  const int query_call =
+      ScoreDropout::query_call(at.first - keys.low + before + 16 * kParts * warp + g);
   OnlineSoftmax softmax[kParts];
   float sums[kParts][kDim / 8][4] = {};
   for (int block = 0; block < blocks; ++block) {
@@ -110,7 +121,14 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
 #pragma unroll
       for (int half = 0; half < kKeys / 32; ++half) {
         const int group = block * kKeys / 32 + half;
-        mask_keys(s[part] + 4 * half, -INFINITY, on.words[half], at, kManyBits, group, thread);
+        if constexpr (kByPosition) {
+          const int query = at.first + 16 * (kParts * warp + part), key = keys.low + 32 * group;
+          const KeysByPosition by(p.batch, at, Shape::kTileBytes, query, key, thread);
+          by.add_bias(s[part] + 4 * half, scale);
+          by.mask(s[part] + 4 * half, -INFINITY, on.words[half], kManyBits, group);
+        } else {
+          mask_keys(s[part] + 4 * half, -INFINITY, on.words[half], at, kManyBits, group, thread);
+        }
       }
     }
 
@@ -125,14 +143,15 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
     }
 
     // 3c. dropout
-    if constexpr (kDropout) {
+    if (drops) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int half = 0; half < kKeys / 32; ++half) {
           const int group = block * kKeys / 32 + half;
           const int call = query_call + 8 * part;
-          drop_keys(s[part] + 4 * half, dropout, call, at, kManyBits, group, thread);
+          drop_keys(s[part] + 4 * half, dropout, call, at, kManyBits, group, thread,
+                    ScoreDropout::key_call(before));
         }
       }
     }

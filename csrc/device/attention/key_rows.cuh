@@ -2,7 +2,7 @@
 // lanes can share the calls of dropout.
 #pragma once
 
-#include "device/attention/dropout.cuh"
+#include "device/attention/many.cuh"
 
 namespace bertfast {
 
@@ -34,5 +34,67 @@ __device__ __forceinline__ void share_draws(unsigned (&words)[2][2], const Score
     words[1][b] = e ? mine : other;
   }
 }
+
+// Scores of a warp's 16 keys and 16 queries, s[n][i] for n in 0 and 1, in a call with a window or a
+// bias.
+struct QueriesByPosition {
+  const AttentionBatch& p;
+  const TilePlace& at;
+  int query, key;   // the first query, and the thread's first key; the other one is 16 further on
+  int key_of_warp;  // the first one's, of keys that reach over 28 positions
+  int thread, tiles_end;
+
+  // at: the tile, whose kernel's tiles end at tiles_end.
+  __device__ __forceinline__ QueriesByPosition(const AttentionBatch& p, const TilePlace& at,
+                                               int tiles_end, int query, int thread)
+      : p(p),
+        at(at),
+        query(query),
+        key(at.first + key_of_row(16 * (thread / 32) + thread % 32 / 4)),
+        key_of_warp(at.first + key_of_row(16 * (thread / 32))),
+        thread(thread),
+        tiles_end(tiles_end) {}
+
+  // Products become scores, in units of log2 e, if there is a bias. c: scale * log2 e.
+  __device__ __forceinline__ void add_bias(float (&s)[2][4], float c) const {
+    if (!p.scores.bias) return;
+    const int least = key_of_warp - query - 15;
+    const BiasLine line(p.scores, at.head, least, tiles_end + bytes_beside(p), thread);
+    const int first = key - query - thread % 4 * 2 - least;  // of the thread's first key and query
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = fmaf(s[n][i], c, line[first + i / 2 * 16 - 8 * n - i % 2]);
+      }
+    }
+  }
+
+  // Probabilities of what isn't seen become zero, and those of rows behind the sequence, where a
+  // bias may have made them infinite. columns: how many eights of queries come before.
+  __device__ __forceinline__ void mask(float (&s)[2][4], int many_bits, int columns) const {
+    unsigned seen;  // bit 16 r + 8 n + e
+    if (at.many > 1) {
+      const unsigned same = ManyBits::get(many_bits, thread).same >> (2 * columns);
+      seen = (same & 0x00030003u) | (same & 0x000c000cu) << 6;
+    } else {
+      const int t = thread % 4;
+      // What all of the warp's keys are seen by.
+      const bool all = query >= max(key_of_warp + 27 - p.scores.right, 0) &&
+                       query + 15 <= min(key_of_warp + p.scores.left, at.length - 1);
+      if (all) return;
+      const unsigned first = queries_of_key(p.scores, key, query, at.length) >> (2 * t);
+      const unsigned other = queries_of_key(p.scores, key + 16, query, at.length) >> (2 * t);
+      seen = (first & 0xffffu) | other << 16;
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = seen >> (16 * (i / 2) + 8 * n + i % 2) & 1 ? s[n][i] : 0.f;
+      }
+    }
+  }
+};
 
 }  // namespace bertfast

@@ -59,6 +59,15 @@ struct Keys {
     low = at.alone ? 0 : min(low, high);
   }
 
+  // Leaves out keys that no query of those from `first` to `last` sees, at the beginning in whole
+  // 32, as dropout's calls have them. Returns how many at the beginning.
+  __device__ __forceinline__ int keep_seen(const AttentionScores& scores, int first, int last) {
+    const int before = max(first - scores.left - low, 0) & ~31;
+    low += before;
+    high = max(min(high, last + scores.right), low);
+    return before;
+  }
+
   // Bit b: key position + b counts.
   __device__ __forceinline__ unsigned bits(int position) const {
     if (!masked) {

@@ -19,6 +19,17 @@ auto with_head_dim(DType dtype, int head_dim, Use use) {
   return dtype == DType::kFloat16 ? with_dim(__half()) : with_dim(__nv_bfloat16());
 }
 
+// The same with 64 or 128 columns, for kernels of rarer calls: narrower heads have zeros beside
+// them, and the module fewer kernels.
+template<class Use>
+auto with_wide_dim(DType dtype, int head_dim, Use use) {
+  const auto with_dim = [&](auto t) {
+    if (head_dim <= 64) return use(t, std::integral_constant<int, 64>());
+    return use(t, std::integral_constant<int, 128>());
+  };
+  return dtype == DType::kFloat16 ? with_dim(__half()) : with_dim(__nv_bfloat16());
+}
+
 // The grid, which it also enters into p. Where dropout's coordinates don't start at a sequence's
 // first position, up to `before` positions before it belong to the first tile.
 inline dim3 attention_grid(AttentionBatch& p, int before, int rows = kTileRows) {
@@ -49,10 +60,9 @@ constexpr bool kDoubleIsUsed = false;
 constexpr bool kDoubleIsUsed = true;
 #endif
 
-// Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
+// Of shared memory, all that a call has beside the tiles.
 inline int attention_bytes(const AttentionBatch& p) {
-  if (p.tiles) return ManyBits::kBeside;
-  return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
+  return bytes_beside(p) + (p.scores.bias ? BiasLine::kSharedBytes : 0);
 }
 
 }  // namespace bertfast

@@ -1,6 +1,7 @@
 // What is known of the scores of a tile that several sequences share.
 #pragma once
 
+#include "device/attention/by_position.cuh"
 #include "device/attention/dropout.cuh"
 #include "device/attention/keys.cuh"
 
@@ -28,7 +29,7 @@ struct Segment {
 // 16 r + 2 n + e is row r, column 8 n + 2 t + e, for t = lane % 4. It waits in shared memory, as
 // tiles of one sequence have no use for it and need the registers.
 struct ManyBits {
-  unsigned same = 0;  // of one sequence
+  unsigned same = 0;  // of one sequence, and in the window
   unsigned keep = 0;  // by dropout
 
   static constexpr int kSharedBytes = kAttentionThreads * int(sizeof(uint2));
@@ -45,7 +46,8 @@ struct ManyBits {
   }
 
   // rows: the positions of the thread's two rows. kKeyRows: rows are keys and columns queries.
-  template<bool kDropout, bool kKeyRows>
+  // kWindow: there may be one.
+  template<bool kDropout, bool kKeyRows, bool kWindow = false>
   static __device__ __forceinline__ ManyBits find(const AttentionBatch& p, const TilePlace& at,
                                                   const ScoreDropout& dropout, int row0, int row1,
                                                   int thread) {
@@ -59,7 +61,11 @@ struct ManyBits {
       for (int c = 0; c < 16; ++c) {
         const int column = c / 2 * 8 + thread % 4 * 2 + c % 2;
         const unsigned bit = 1u << (16 * r + c);
-        if (column >= segment.origin && column < segment.end) found.same |= bit;
+        bool seen = column >= segment.origin && column < segment.end;
+        if constexpr (kWindow) {
+          seen &= kKeyRows ? in_window(p.scores, column, row) : in_window(p.scores, row, column);
+        }
+        if (seen) found.same |= bit;
         if constexpr (kDropout) {
           const int mine = row - segment.origin, other = column - segment.origin;
           const bool kept =
@@ -79,5 +85,11 @@ struct ManyBits {
     return (bits | bits << 6) & 0x03030303u;
   }
 };
+
+// Of shared memory, beside the tiles: the place, and the mask or what is known of shared tiles.
+__host__ __device__ inline int bytes_beside(const AttentionBatch& p) {
+  if (p.tiles) return ManyBits::kBeside;
+  return TilePlace::kSharedBytes + (p.key_mask ? Keys::shared_bytes(p.length) : 0);
+}
 
 }  // namespace bertfast

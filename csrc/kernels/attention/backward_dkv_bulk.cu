@@ -74,7 +74,7 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
   named_barrier_sync(tiles.of_group(), kWarpgroup);
 
   // 2. over the queries
-  const float c = p.batch.scores.scale * kLog2E;
+  const float c = p.batch.scale * kLog2E;
   const int key_call = ScoreDropout::key_call(at.first - first_key + my_key);
   // Wide heads leave registers for the scores of half a block's queries at a time.
   constexpr int kQueries = kDim <= 64 ? kTileRows : kTileRows / 2;
@@ -199,8 +199,8 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
   }
   const auto inside = [&](int key) { return back.inside(key); };
   const auto counts = [&](int key) { return back.counts(key); };
-  tiles.template store<T>(0, dk, anew(p.batch.scores.scale) * p.batch.keep_scale, p.dk, p, back,
-                          thread, key_of_row, inside, counts);
+  tiles.template store<T>(0, dk, anew(p.batch.scale) * p.batch.keep_scale, p.dk, p, back, thread,
+                          key_of_row, inside, counts);
   tiles.template store<T>(1, dv, p.batch.keep_scale, p.dv, p, back, thread, key_of_row, inside,
                           counts);
   return tiles.turn_after(p.batch, back);

@@ -68,7 +68,7 @@ __device__ __forceinline__ int dq_tile(const BulkBackward<kDim>& p, const BulkTi
   const float lse[2] = {row.lse[0], row.lse[1]}, delta[2] = {row.delta[0], row.delta[1]};
 
   // 3. over the keys
-  const float c = p.batch.scores.scale * kLog2E;
+  const float c = p.batch.scale * kLog2E;
   const int query_call = ScoreDropout::query_call(at.first - keys.low + 16 * warp + g);
   float dq[kDim / 8][4] = {}, s[8][4] = {}, dp[8][4] = {};
   BlockBits on = {0xffffffffu, 0xffffffffu};  // which keys of the block count
@@ -151,7 +151,7 @@ __device__ __forceinline__ int dq_tile(const BulkBackward<kDim>& p, const BulkTi
   const TilePlace back = TilePlace::get(p.batch, place);
   if (tiles.spoilt(back, all_finite(dq), thread)) return next_alone(p.batch, back);
   tiles.template store<T>(
-      0, dq, anew(p.batch.scores.scale) * p.batch.keep_scale, p.dq, p, back, thread, same,
+      0, dq, anew(p.batch.scale) * p.batch.keep_scale, p.dq, p, back, thread, same,
       [&](int r) { return back.inside(r); }, [](int) { return true; });
   return tiles.turn_after(p.batch, back);
 }

@@ -131,7 +131,7 @@ __device__ __forceinline__ int forward_tile(const BulkForward<kDim>& p, int alon
   if (works && blocks > 0) {
     mbarrier_wait(queries, 0, turn & 1);
     unsigned q[kDim / 16][4];
-    const unsigned sign = p.batch.scores.scale < 0.f ? 0x80008000u : 0u;
+    const unsigned sign = p.batch.scale < 0.f ? 0x80008000u : 0u;
     for_each_slab<kDim>([&](auto slab) {
       using S = decltype(slab);
       const Shared<uint4> tile = shared_memory<uint4>(group * In::kBox + S::kByte);
@@ -143,7 +143,7 @@ __device__ __forceinline__ int forward_tile(const BulkForward<kDim>& p, int alon
         for (int i = 0; i < 4; ++i) a[i] ^= sign;
       }
     });
-    const float c = fmaxf(fabsf(p.batch.scores.scale) * kLog2E, 0x1p-126f);
+    const float c = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);
     const int query_call =
         ScoreDropout::query_call(at.first - keys.low + kTileRows * group + 16 * warp + g);
 

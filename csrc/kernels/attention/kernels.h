@@ -11,6 +11,10 @@ cudaError_t launch_forward_tiles(const AttentionForward&, DType, Stream);
 cudaError_t launch_dq_tiles(const AttentionBackward&, DType, Stream);
 cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
 
+// The same with a window and a bias by distance, of calls that have one of them.
+cudaError_t launch_forward_by_position(const AttentionForward&, DType, Stream);
+cudaError_t launch_backward_by_position(const AttentionBackward&, DType, Stream);
+
 // By mma.sync, 128 queries a block, for calls that it takes.
 bool forward_double_takes(const AttentionForward&, DType, const Gpu&);
 cudaError_t launch_forward_double(const AttentionForward&, DType, Stream);

@@ -8,6 +8,7 @@ cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Str
   Gpu gpu;
   const cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;
+  if (p.batch.scores.by_position) return launch_forward_by_position(p, dtype, stream);
   if (forward_bulk_takes(p, gpu)) return launch_forward_bulk(p, dtype, stream);
   if (forward_double_takes(p, dtype, gpu)) return launch_forward_double(p, dtype, stream);
   return launch_forward_tiles(p, dtype, stream);
@@ -15,6 +16,7 @@ cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Str
 
 // dq's kernel leaves statistics for the other one.
 cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, Stream stream) {
+  if (p.batch.scores.by_position) return launch_backward_by_position(p, dtype, stream);
   Gpu gpu;
   cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;
