@@ -77,6 +77,9 @@ class Head(Swapped):
             "_can_set_attn_implementation": original._can_set_attn_implementation,
             "_can_set_experts_implementation": original._can_set_experts_implementation,
         }
+        if hasattr(original, "is_custom_code"):
+            # By it they know whose checkpoints they rename when they save and load.
+            body["is_custom_code"] = original.is_custom_code
         made = type(original.__name__, (cls, original), body)
         keep_recording(original, made)
         return made
