@@ -192,7 +192,8 @@ struct HeadRows {
   int token;
 };
 
-// What makes scores of q and k, but for the scale: bertfast/ops/attention/scores.py.
+// What makes scores of q and k, but for the scale: bertfast/ops/attention/scores.py. Rotary
+// positions are in q and k already; the backward's kernels rotate the gradients back.
 struct AttentionScores {
   const void* bias;  // (heads, 2 * reach + 1), dense, in bias_dtype; null: none
   int reach;
@@ -200,6 +201,9 @@ struct AttentionScores {
   int right;
   DType bias_dtype;
   bool by_position;  // whether there is a bias, or a window
+  int half;          // columns of half a head; 0: no rotary positions
+  const float* cos;  // (positions, half), dense, in whole vectors of 16 bytes
+  const float* sin;
 };
 
 // Where attention's sequences lie, which keys count and how: of forward and backward alike.

@@ -10,7 +10,7 @@ from support.guard import run_guarded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast.ops import attention, attention_qkv, bucket_bias, dispatch
-from bertfast.ops.attention import run
+from bertfast.ops.attention import limits, run
 from bertfast.ops.attention.scores import Scores
 from bertfast.ops.dropout import NO_DROPOUT
 from bertfast.packing.sequences import Sequences
@@ -298,8 +298,9 @@ def test_compiled_whole(target, need, finest):
 
 
 @pytest.mark.host
-def test_what_a_backend_does_not_have_is_refused_in_words(need):
+def test_what_a_backend_does_not_have_is_refused_in_words(monkeypatch, need):
     need("attention", ("cuda", "cpu"))
+    monkeypatch.setitem(limits.FEATURES, "cuda", ("window",))
     q = torch.randn(1, 9, 1, 16, dtype=torch.float16)
     tables = positions.tables(9, 16)
     text = "backend 'cuda' can't run attention here: its kernels don't have rotary yet"

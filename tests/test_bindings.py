@@ -459,8 +459,18 @@ def test_attentions_scores(host):
     assert run(SCORES)
     with pytest.raises(TypeError, match="scores must be a tuple of 6"):
         run((0.25,))
-    with pytest.raises(ValueError, match="the kernels don't have rotary positions yet"):
-        run(SCORES._replace(cos=new(20, DIM // 2), sin=new(20, DIM // 2)))
+    tables = dict(cos=new(20, DIM // 2), sin=new(20, DIM // 2))
+    assert run(SCORES._replace(**tables))
+    for name, bad, text in (
+        ("cos", new(19, DIM // 2), "a row of half a head's columns for each position"),
+        ("cos", new(20, DIM), "a row of half a head's columns for each position"),
+        ("cos", new(20), "a row of half a head's columns for each position"),
+        ("sin", new(20, DIM // 2 + 1), "160 dense elements of float32"),
+        ("sin", new(20, DIM // 2).double(), "160 dense elements of float32"),
+        ("sin", new(20 * DIM // 2 + 1)[1:].view(20, DIM // 2), "memory in whole vectors"),
+    ):
+        with pytest.raises(AssertionError, match=f"a kernel reads {name} as {text}"):
+            run(SCORES._replace(**tables | {name: bad}))
     for side in ("left", "right"):
         with pytest.raises(ValueError, match="no less than 0 keys to a side, got -1"):
             run(SCORES._replace(**{side: -1}))

@@ -1,6 +1,7 @@
 """Rotary positions of Hugging Face models: whose tables they are, and which positions are known."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from support.hf_models import KNOWN, PAD, batch, packs, tiny
 
 import bertfast
 from bertfast.hf import rotary
-from bertfast.testing.model import HIDDEN_ATOL
+from bertfast.ops import dispatch
+from bertfast.testing.model import HIDDEN_ATOL, beside_stock
 
 PREFIXES = [family.prefix for family in KNOWN if "rotary" in family.layer]
 each_family = pytest.mark.parametrize("prefix", PREFIXES)
@@ -41,6 +43,21 @@ def test_positions_that_count_tokens_are_known_and_others_are_not(prefix):
     for ids in (counted.flip(0)[None], counted[None] * 2):
         given = inputs | {"position_ids": ids}
         assert torch.equal(model(**given)[0], stock(**given)[0]) and not packs(model, given)
+
+
+@pytest.mark.host
+@each_family
+def test_by_the_compiled_kernels(prefix, need):
+    """In bfloat16, beside the stock model's own error, with the gradients of all parameters."""
+    layers = {family.prefix: family.layer for family in KNOWN}
+    wanted = tuple(word for word in ("rotary", "window") if word in layers[prefix])
+    case = (torch.device("cpu"), torch.bfloat16, 16, None, wanted)
+    if reason := dispatch.unsupported_reason("attention_qkv", "cuda", *case):
+        pytest.skip(reason)
+    stock, inputs = tiny(prefix + "Model", num_hidden_layers=1).bfloat16(), batch((3, 20))
+    convert = functools.partial(bertfast.optimize, backend="cuda", strict=True)
+    for finding, _ in beside_stock(stock, convert, inputs, inputs["attention_mask"].bool()):
+        assert finding.ok, finding
 
 
 @each_family

@@ -181,9 +181,24 @@ struct Batch {
     if (scores.by_position && p.length > kNoLimit) {
       throw std::invalid_argument("a sequence with a window or a bias has at most 2**30 tokens");
     }
-    if (!members[1].is_none() || !members[2].is_none()) {
-      throw std::invalid_argument("the kernels don't have rotary positions yet");
+    if (!members[1].is_none()) read_tables(operands, members[1], members[2]);
+  }
+
+  // Cosines and sines of rotary positions.
+  void read_tables(Operands& operands, py::handle cosines, py::handle sines) {
+    const Tensor cos = operands.tensor(cosines, "cos"), sin = operands.tensor(sines, "sin");
+    const int64_t positions = cos.dim() == 2 ? cos.size(0) : 0;
+    const int64_t half = cos.dim() == 2 ? cos.size(1) : 0;
+    // Heads that were copied into whole vectors are wider.
+    if (positions < p.length || half < 1 || 2 * half > head_dim) {
+      cos.refuse("a row of half a head's columns for each position");
     }
+    p.scores.half = static_cast<int>(half);
+    for (const Tensor& table : {cos, sin}) {
+      if (reinterpret_cast<uintptr_t>(table.data()) % 16) table.refuse("memory in whole vectors");
+    }
+    p.scores.cos = static_cast<float*>(dense(cos, Element::kFloat32, positions * half));
+    p.scores.sin = static_cast<float*>(dense(sin, Element::kFloat32, positions * half));
   }
 
   // Keys to a side of a query.

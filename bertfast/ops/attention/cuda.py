@@ -36,6 +36,7 @@ def forward(
 ) -> None:
     """Fills out and, if it is given, lse. The last dimension of every tensor is dense."""
     module = native.module_for(out)
+    heads, scores = _rotated(module, heads, sequences, scores)
     if module.attention_forward(heads, sequences, scores, dropout, out, lse):
         return
     copies = _Copies(module)
@@ -60,6 +61,7 @@ def backward(
     if lse is None:
         raise AssertionError("the forward saved no lse for this backward")
     module = native.module_for(out)
+    heads, scores = _rotated(module, heads, sequences, scores)
     # lse and delta of each row, from the first kernel to the second.
     statistics = lse.new_empty((*lse.shape, 2))
     rest = (sequences, scores, dropout)
@@ -73,6 +75,23 @@ def backward(
     done = module.attention_backward(dout, heads, saved, *rest, written, statistics)
     _fill_bias_grad(module, (dout, heads), rest, statistics, bias_grad)
     copies.give_back(done)
+
+
+def _rotated(
+    module: Any, heads: AnyHeads, sequences: Sequences, scores: Scores
+) -> tuple[AnyHeads, Scores]:
+    """Heads whose q and k are new tensors, rotated by their positions, and the scores with tables
+    that kernels read 16 bytes at a time. Without rotary positions both as they are."""
+    cos, sin = scores.cos, scores.sin
+    if cos is None or sin is None:
+        return heads, scores
+    cos, sin = (table if table.data_ptr() % 16 == 0 else table.clone() for table in (cos, sin))
+    scores = scores._replace(cos=cos, sin=sin)
+    q, _, v = parts(heads)
+    both = torch.empty(2, *q.shape, dtype=q.dtype, device=q.device)
+    rotated = Heads(both[0], both[1], v)
+    module.attention_rotate(heads, sequences, (cos, sin), (rotated.q, rotated.k))
+    return rotated, scores
 
 
 def _fill_bias_grad(

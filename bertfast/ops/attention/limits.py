@@ -12,7 +12,7 @@ DTYPES = {
 # What the kernels can do to scores, by the names of the public functions' arguments.
 FEATURES: dict[str, tuple[str, ...]] = {
     "triton": ("rotary", "window", "distance_bias"),
-    "cuda": ("window", "distance_bias"),
+    "cuda": ("rotary", "window", "distance_bias"),
 }
 _WRONG_DTYPE = {
     "triton": "q must be float32, float16 or bfloat16, got {}",

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "device/attention/key_rows.cuh"
+#include "device/attention/rotary.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
 #include "device/tile.cuh"
@@ -227,13 +228,17 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   }
   cp_async_wait<0>();
 
-  // 4. scale and write, unless somebody's NaN or infinity is in others' sums; a key that doesn't
-  // count gets exact zeros
+  // 4. rotate dk back, scale and write, unless somebody's NaN or infinity is in others' sums; a key
+  // that doesn't count gets exact zeros
   const TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
   if (spoilt(to, all_finite(dk) && all_finite(dv))) return next_alone(p.batch, to);
   const auto inside = [&](int key) { return to.inside(key); };
   const auto counts = [&](int key) { return to.counts(key); };
   const float dk_factor = anew(p.batch.scale) * p.batch.keep_scale, dv_factor = p.batch.keep_scale;
+  if constexpr (kByPosition) {
+    const int byte = Shape::kFirstStage + (blocks & 1) * 2 * Shape::kQueryBytes;
+    if (is_rotary(p.batch)) rotate_back<kDim>(dk, p.batch, to, thread, key_of_row, byte);
+  }
   Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);
   __syncwarp();

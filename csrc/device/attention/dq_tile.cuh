@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "device/attention/rotary.cuh"
 #include "device/attention/row_statistics.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
@@ -201,8 +202,8 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   }
   cp_async_wait<0>();
 
-  // 5. scale and write, by way of the stage that nobody reads any more, unless somebody's NaN or
-  // infinity is in others' sums
+  // 5. rotate back, scale and write, by way of the stage that nobody reads any more, unless
+  // somebody's NaN or infinity is in others' sums
   TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
   to.tile *= kParts;
   if (kParts == 1 && spoilt(to, all_finite(dq[0]))) return next_alone(p.batch, to);
@@ -213,9 +214,14 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
   for (int part = 0; part < kParts; ++part) {
     // As if each part were a warp's.
     const int as = 32 * (kParts * warp + part) + thread % 32;
+    const auto same = [](int row) { return row; };
+    if constexpr (kByPosition) {
+      const int byte = (blocks & 1) * Shape::kStageBytes;
+      if (is_rotary(p.batch)) rotate_back<kDim>(dq[part], p.batch, to, as, same, byte);
+    }
     Rows::store(
         place, dq[part], factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,
-        p.batch.head_dim, as, [](int row) { return row; }, [&](int row) { return to.inside(row); },
+        p.batch.head_dim, as, same, [&](int row) { return to.inside(row); },
         [](int) { return true; });
   }
   return turn_after(p.batch, to);

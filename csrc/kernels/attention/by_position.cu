@@ -3,6 +3,9 @@
 //
 //   score = scale * q k^T + bias[head, key - query],  -inf outside the window
 //
+// The backward of rotary positions is here too: dq and dk are rotated back before they are rounded
+// (device/attention/rotary.cuh). Its forward is any kernel's, of a rotated q and k (rotate.cu).
+//
 // Keys that no query of a tile sees are never visited, nor queries that see none of its keys, and
 // what is visited and not seen is masked. A bias comes by way of shared memory, where a warp has
 // the distances of its step: scores of one distance read the same number. There are few such

@@ -16,7 +16,8 @@ cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Str
 
 // dq's kernel leaves statistics for the other one.
 cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, Stream stream) {
-  if (p.batch.scores.by_position) return launch_backward_by_position(p, dtype, stream);
+  const AttentionScores& scores = p.batch.scores;
+  if (scores.by_position || scores.half) return launch_backward_by_position(p, dtype, stream);
   Gpu gpu;
   cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;

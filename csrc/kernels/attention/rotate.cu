@@ -3,7 +3,7 @@
 // With the halves x1 and x2 of a head of a token, and the tables' row of its position,
 //   x1 cos - x2 sin,  x2 cos + x1 sin
 // in float32, rounded once. Positions count from a sequence's first token, and in a padded batch
-// from the row's.
+// from the row's. The backward's kernels rotate back (device/attention/rotary.cuh).
 //
 // A block has a tile of tokens, as the other kernels have them, so it knows where its sequence
 // begins, and kHeads heads. A thread takes the same kVec columns of both halves: 16 bytes of each
@@ -13,6 +13,7 @@
 // Moves 4 values for each element of q (q, k; both rotated), and the tables, which the caches
 // serve: an eighth as much.
 #include "device/attention/launch.cuh"
+#include "device/attention/rotary.cuh"
 #include "device/earlier.cuh"
 #include "device/vec.cuh"
 #include "params.h"
@@ -22,18 +23,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kHeads = 4;
-
-// The position of a tile's row in its own sequence.
-__device__ __forceinline__ int position_of(const AttentionBatch& p, const TilePlace& at, int row) {
-  const int position = at.first + row;
-  int origin = 0;
-#pragma unroll 1
-  for (int n = 1; n < at.many; ++n) {
-    const int bound = p.cu_seqlens[at.batch + n] - at.start;
-    if (bound <= position) origin = bound;
-  }
-  return position - origin;
-}
 
 template<class T, int kVec>
 __global__ void __launch_bounds__(kThreads) rotate_kernel(AttentionRotation p) {
