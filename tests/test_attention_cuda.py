@@ -104,13 +104,16 @@ def test_no_bank_conflicts(host_runtime, multiply_by, case):
     assert [record for record in records if record[1] > 1 and excused not in record[0]] == []
 
 
-# Tiles of 128 queries with what differs in them: where queries lie in shared memory, by the head
-# dimension; the rest of a sequence, in a tile of 64; a plan's list of both kinds.
+# Tiles of 128 queries, or keys, with what differs in them: where they lie in shared memory, by the
+# head dimension; the rest of a sequence, in a tile of 64; a plan's list of both kinds; keys that
+# don't count, in each 32 of a tile.
 DOUBLE = [
     Case((150,), head_dim=32, p=0.1),
     Case((200,), head_dim=64),
     Case((90, 140), mask="left", head_dim=64, p=0.2),
     Case((70, 200), mask="holes", values="spoilt", head_dim=96),
+    Case((128, 200), mask="holes", values="spoilt", head_dim=64),
+    Case((130, 190), mask="left", head_dim=32, p=0.2),
     Case((140,), head_dim=128, p=0.1),
     Case((170, 150), packed=True, head_dim=32),
     Case((17, 30, 0, 200, 140, 3), packed=True, plan=True, head_dim=64, p=0.1),
@@ -146,6 +149,19 @@ def test_tiles_of_128_give_the_bits_of_tiles_of_64(host_runtime, case):
     larger, smaller = (shared_accesses(host_runtime, n, inputs) for n in (1, 1000))
     assert larger[0] < smaller[0]
     assert (larger[1] < smaller[1]) == (case.head_dim <= 64)  # dq has no registers for wider ones
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96])
+def test_tiles_of_128_keys_read_the_statistics_half_as_often(host_runtime, head_dim):
+    inputs = table.make_inputs(Case((256,), head_dim=head_dim), BF16)
+    reads = []
+    for multiprocessors in (1, 1000):
+        host_runtime.set_gpu(80, multiprocessors)
+        host_runtime.reset_records()
+        table.run(inputs, "cuda")
+        records = host_runtime.bank_conflicts()
+        reads.append(sum(accesses for place, _, accesses in records if "/dkv_" in place))
+    assert reads[0] == (reads[1] / 2 if head_dim <= 64 else reads[1]) > 0
 
 
 @pytest.mark.parametrize("case", [DOUBLE[2], DOUBLE[-1]], ids=str)

@@ -57,6 +57,15 @@ def _dq_double(dtype: str, head_dim: int, dropout: bool) -> Case:
     return _double(case, 2 * 2 * head_dim * 2 * ROWS - 4 * head_dim * keys)
 
 
+def _dkv_double(dtype: str, head_dim: int, dropout: bool) -> Case:
+    queries = 64 if head_dim <= 32 else 32
+    others = STAGES * queries * 8  # lse and delta
+    case = _tiles((dtype, head_dim, dropout), 4, queries, 16, scalar_loads=1, others=others)
+    # Values stay before the stages; keys come by way of one of them and what is behind it.
+    own, stage = 2 * ROWS * 2 * head_dim, 2 * queries * 2 * head_dim
+    return _double(case, own + max(0, own - stage))
+
+
 def _double(case: Case, beyond_stage: int) -> Case:
     """A kernel of tiles of 128 rows, of a case in tiles of 64. The longest loop is that of its
     tiles of 64, which some blocks have: only hot paths count. beyond_stage: more bytes of shared
@@ -226,6 +235,7 @@ _KERNELS: dict[str, Callable[[str, int, bool], Case]] = {
     "attention_forward_bulk_kernel": _forward_bulk,
     "attention_backward_dq_double_kernel": _dq_double,
     "attention_backward_dq_kernel": _dq_tiles,
+    "attention_backward_dkv_double_kernel": _dkv_double,
     "attention_backward_dkv_kernel": _dkv_tiles,
     "attention_forward_by_position_kernel": _forward_by_position,
     "attention_backward_dq_by_position_kernel": _dq_by_position,

@@ -6,7 +6,7 @@
 // warps must take part, those without a query too.
 #pragma once
 
-#include "device/attention/queries.cuh"
+#include "device/attention/own_rows.cuh"
 #include "device/attention/scores.cuh"
 #include "device/tile.cuh"
 #include "device/wgmma.cuh"
@@ -29,7 +29,7 @@ struct ForwardProducts {
   // s = q keys^T, for the warp's queries.
   template<bool kHeld>
   static __device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4],
-                                                const Queries<kDim, kParts, kHeld>& q,
+                                                const OwnRows<kDim, kParts, kHeld>& q,
                                                 Shared<uint4> keys, int thread) {
     if (by_wgmma()) {
       if constexpr (kFitsWgmma) {

@@ -91,7 +91,7 @@ __device__ __forceinline__ int forward_tile(const AttentionForward& p, TilePlace
   }
   cp_async_wait<1>();
   __syncthreads();
-  const Queries<kDim, kParts, Shape::kHeld> q(queries, p.batch.scale < 0.f, thread);
+  const OwnRows<kDim, kParts, Shape::kHeld> q(queries, p.batch.scale < 0.f, thread);
 
   // 3. over the keys
   const float scale = fmaxf(fabsf(p.batch.scale) * kLog2E, 0x1p-126f);

@@ -97,4 +97,19 @@ struct QueriesByPosition {
   }
 };
 
+// The same of a warp that has all keys of 32, two parts of 16 in their order: each lane's draws of
+// its four keys (rows g, g + 8 of each part) are those of its own calls.
+__device__ __forceinline__ void draw_of_own(unsigned (&words)[2][2][2], const ScoreDropout& dropout,
+                                            int first_query, int key_call, int thread) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int query = first_query + thread % 4 * 2 + e;
+    const uint4 drawn = dropout.draw(ScoreDropout::query_call(query), key_call);
+    words[0][e][0] = drawn.x;
+    words[1][e][0] = drawn.y;
+    words[0][e][1] = drawn.z;
+    words[1][e][1] = drawn.w;
+  }
+}
+
 }  // namespace bertfast

@@ -77,6 +77,15 @@ struct Keys {
     const int word = position >> 5;
     return __funnelshift_r(words.load(word), words.load(word + 1), position & 31);
   }
+
+  // Whether the key at a position of the sequence counts, of a sequence that isn't done alone, as
+  // the words at `shared` say.
+  static __device__ __forceinline__ bool counts(const AttentionBatch& p, int shared, int position) {
+    if (!p.key_mask) return true;
+    const Shared<unsigned> words = shared_memory<unsigned>(shared + 8 * kAttentionWarps);
+    const int key = max(position, 0);  // the first one may be before the sequence
+    return (words.load(key >> 5) >> (key & 31) & 1) != 0;
+  }
 };
 
 // Rows of a head as copies read them, from `position` on.

@@ -15,11 +15,13 @@ cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
 cudaError_t launch_forward_by_position(const AttentionForward&, DType, Stream);
 cudaError_t launch_backward_by_position(const AttentionBackward&, DType, Stream);
 
-// By mma.sync, 128 queries a block, for calls that it takes.
+// By mma.sync, 128 queries, or keys, a block, for calls that it takes.
 bool forward_double_takes(const AttentionForward&, DType, const Gpu&);
 cudaError_t launch_forward_double(const AttentionForward&, DType, Stream);
 bool dq_double_takes(const AttentionBackward&, const Gpu&);
 cudaError_t launch_dq_double(const AttentionBackward&, DType, Stream);
+bool dkv_double_takes(const AttentionBackward&, const Gpu&);
+cudaError_t launch_dkv_double(const AttentionBackward&, DType, Stream);
 
 // For Hopper, by bulk copies and wgmma, in pairs of tiles: of the calls that fit.
 bool fits_bulk_backward(const AttentionBackward&);

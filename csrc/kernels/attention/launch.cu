@@ -26,7 +26,9 @@ cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, S
           : dq_double_takes(p, gpu) ? launch_dq_double(p, dtype, stream)
                                     : launch_dq_tiles(p, dtype, stream);
   if (error != cudaSuccess) return error;
-  return bulk ? launch_dkv_bulk(p, dtype, stream) : launch_dkv_tiles(p, dtype, stream);
+  return bulk                       ? launch_dkv_bulk(p, dtype, stream)
+         : dkv_double_takes(p, gpu) ? launch_dkv_double(p, dtype, stream)
+                                    : launch_dkv_tiles(p, dtype, stream);
 }
 
 }  // namespace bertfast

@@ -1,14 +1,14 @@
-// The left side of attention's products of queries and keys.
+// The left side of attention's products: the rows that a warp keeps while the other side's stream.
 #pragma once
 
 #include "device/tile.cuh"
 
 namespace bertfast {
 
-// A warp's queries as operands, kParts times 16 of them from 16 * kParts * warp of the tile on:
-// held in registers, or read again each time.
+// A warp's rows as operands, kParts times 16 of them from 16 * kParts * warp of the tile on: held
+// in registers, or read again each time.
 template<int kDim, int kParts, bool kHeld>
-struct Queries {
+struct OwnRows {
   using Rows = Tile<kDim>;
   static constexpr unsigned kSigns = 0x80008000u;  // of two values
   unsigned held[kHeld ? kParts : 1][kHeld ? kDim / 16 : 1][4];
@@ -19,7 +19,7 @@ struct Queries {
   }
 
   // negative: with the other sign. Those that aren't held get it where they lie, by their warp.
-  __device__ __forceinline__ Queries(Shared<uint4> tile, bool negative, int thread) : tile(tile) {
+  __device__ __forceinline__ OwnRows(Shared<uint4> tile, bool negative, int thread) : tile(tile) {
     if constexpr (kHeld) {
       const unsigned signs = negative ? kSigns : 0u;
 #pragma unroll
