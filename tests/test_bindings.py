@@ -474,13 +474,8 @@ def test_attentions_scores(host):
     for side in ("left", "right"):
         with pytest.raises(ValueError, match="no less than 0 keys to a side, got -1"):
             run(SCORES._replace(**{side: -1}))
-    for bias in (
-        new(HEADS, 4),
-        new(HEADS + 1, 3),
-        new(3 * HEADS),
-        new(3, HEADS).t(),
-        new(2, 3).long(),
-    ):
+    wrong = new(HEADS, 4), new(HEADS + 1, 3), new(3 * HEADS), new(3, HEADS).t(), new(2, 3).long()
+    for bias in wrong:
         with pytest.raises(AssertionError, match="a kernel reads bias as"):
             run(SCORES._replace(bias=bias))
 

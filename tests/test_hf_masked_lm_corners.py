@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.hf_models import VOCABULARY, packs
 from support.masked_lm import (
+    HEADS,
     fused,
     labelled_batch,
     loss_and_gradients,
@@ -421,6 +422,8 @@ def test_trainer(tmp_path, name, bf16):
     """With accumulation, of which it tells the head (num_items_in_batch); evaluation has logits. By
     autocast it puts a forward of its own on the instance."""
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    if name not in HEADS:
+        pytest.skip(f"this version of transformers has another {name}")
     stock = stock_head(name)
     inputs = labelled_batch(stock, (9, 5, 20, 7))
     rows = [{n: v[row] for n, v in inputs.items()} for row in range(4)]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ...packing.sequences import Sequences
 from .. import native
 from ..dropout import Dropout
+from ..rows import aligned_rows
 from . import limits
 from .run import AnyHeads, Heads, Saved, parts
 from .scores import Scores, put_line
@@ -85,7 +86,8 @@ def _rotated(
     cos, sin = scores.cos, scores.sin
     if cos is None or sin is None:
         return heads, scores
-    cos, sin = (table if table.data_ptr() % 16 == 0 else table.clone() for table in (cos, sin))
+    # Dense, so copied where they begin elsewhere.
+    cos, sin = (aligned_rows(table.view(-1)).view(table.shape) for table in (cos, sin))
     scores = scores._replace(cos=cos, sin=sin)
     q, _, v = parts(heads)
     both = torch.empty(2, *q.shape, dtype=q.dtype, device=q.device)

@@ -61,7 +61,10 @@ class _Module:
         function = getattr(self._host, name)
 
         def call(*args):
-            index = _device(name, list(_tensors(args)))
+            tensors = list(_tensors(args))
+            if not tensors:
+                return function(*args)  # it launches nothing
+            index = _device(name, tensors)
             if name.endswith(("_forward", "_backward")):
                 launches.append(Launch(name, index))
             with torch.no_grad():

@@ -14,7 +14,7 @@ namespace simulated {
 
 constexpr c10::DeviceIndex kDevices = 2;
 constexpr int kStreams =
-    64;  // of all devices together; number 0 to kDevices - 1 are the default ones
+    256;  // of all devices together; number 0 to kDevices - 1 are the default ones
 
 inline thread_local c10::DeviceIndex current_device = 0;
 inline thread_local std::array<int, kDevices> current_streams{0, 1};
