@@ -48,15 +48,16 @@ def _backward(
     return dv, nothing(u) if dbias is None else dbias
 
 
-def _backward_fake(
+def backward_fake(
     dy: torch.Tensor,
     weight: torch.Tensor,
     u: torch.Tensor,
     bias: torch.Tensor | None,
-    tanh: bool,
+    form: Any,
     want_dbias: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """form: of the activation."""
     return empty(u), nothing(u) if bias is None or not want_dbias else empty(bias)
 
 
@@ -70,7 +71,7 @@ backward = Op(
     "linear_gelu_backward(Tensor dy, Tensor weight, Tensor u, Tensor? bias, bool tanh, "
     "bool want_dbias, str backend) -> (Tensor dv, Tensor dbias)",
     _backward,
-    _backward_fake,
+    backward_fake,
     batched=True,
 )
 

@@ -103,12 +103,28 @@ def forward(
     if choice.forward is None:
         made = torch.mm(x, weight.t())
         return bias_gelu.forward(made, bias, tanh, choice.after), made if save else None
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    u = empty(y) if save else None
+    return forward_in_one(GELU, x, weight, bias, tanh, choice.forward, (weight.shape[0], save))
+
+
+def forward_in_one(
+    ops: Ops,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    form: Any,
+    backend: str,
+    outputs: tuple[int, bool],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y and, to be saved, u, by one kernel. form: of the activation. outputs: the width of y, and
+    whether u is one."""
+    width, save = outputs
+    options: Any = dict(dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], width, **options)
+    u = torch.empty(x.shape[0], weight.shape[0], **options) if save else None
     if y.numel():
         bias = None if bias is None else aligned_rows(bias)
-        module = dispatch.backend_module("linear_gelu", choice.forward)
-        module.forward(aligned_rows(x), aligned_rows(weight), bias, tanh, y, u)
+        module = dispatch.backend_module(ops.both, backend)
+        module.forward(aligned_rows(x), aligned_rows(weight), bias, form, y, u)
     return y, u
 
 
@@ -125,13 +141,27 @@ def backward(
     if choice.backward is None:
         dh = dy @ weight
         return bias_gelu.backward(dh, u, bias, tanh, *wanted, choice.after, in_place=True)
-    dv = empty(u)
-    dbias = empty(bias) if bias is not None and wanted[1] else None
-    if dv.numel():
+    return backward_in_one(GELU, dy, weight, u, bias, tanh, wanted[1], choice.backward)
+
+
+def backward_in_one(
+    ops: Ops,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    form: Any,
+    want_dbias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """u's gradient and, where it is wanted, the bias's, by one kernel."""
+    du = empty(u)
+    dbias = empty(bias) if bias is not None and want_dbias else None
+    if du.numel():
         bias = None if bias is None else aligned_rows(bias)
-        module = dispatch.backend_module("linear_gelu", choice.backward)
+        module = dispatch.backend_module(ops.both, backend)
         u = aligned_rows(u.contiguous())  # a hook on saved tensors may have moved it
-        module.backward(aligned_rows(dy), aligned_rows(weight), u, bias, tanh, dv, dbias)
+        module.backward(aligned_rows(dy), aligned_rows(weight), u, bias, form, du, dbias)
     elif dbias is not None:
         dbias.zero_()
-    return dv, dbias
+    return du, dbias

@@ -8,7 +8,8 @@ from ...tracing import plain_backward
 from .. import derivatives
 from ..derivatives import Context
 from ..gated import registered as gated
-from ..registration import Op, empty, fast_apply, nothing
+from ..linear.registered import backward_fake
+from ..registration import Op, fast_apply, nothing
 from . import run
 
 
@@ -47,18 +48,6 @@ def _backward(
     return du, nothing(u) if dbias is None else dbias
 
 
-def _backward_fake(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    u: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    want_dbias: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty(u), nothing(u) if bias is None or not want_dbias else empty(bias)
-
-
 forward = Op(
     "linear_gated(Tensor x, Tensor weight, Tensor? bias, str activation, bool save, str backend) "
     "-> (Tensor y, Tensor u)",
@@ -69,7 +58,7 @@ backward = Op(
     "linear_gated_backward(Tensor dy, Tensor weight, Tensor u, Tensor? bias, str activation, "
     "bool want_dbias, str backend) -> (Tensor du, Tensor dbias)",
     _backward,
-    _backward_fake,
+    backward_fake,
     batched=True,
 )
 

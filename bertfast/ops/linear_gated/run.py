@@ -16,12 +16,9 @@ of y). u and du have twice the width of y.
 
 import torch
 
-from .. import dispatch
 from ..gated import run as gated
 from ..linear import run as linear
 from ..linear.run import Choice
-from ..registration import empty
-from ..rows import aligned_rows
 
 OPS = linear.Ops("gated", "linear_gated")
 
@@ -50,14 +47,8 @@ def forward(
         made = torch.mm(x, weight.t())
         y = gated.forward(made, bias, activation, False, choice.after)
         return y, made if save else None
-    rows, wide = x.shape[0], weight.shape[0]
-    y = torch.empty(rows, wide // 2, dtype=x.dtype, device=x.device)
-    u = torch.empty(rows, wide, dtype=x.dtype, device=x.device) if save else None
-    if y.numel():
-        bias = None if bias is None else aligned_rows(bias)
-        module = dispatch.backend_module("linear_gated", choice.forward)
-        module.forward(aligned_rows(x), aligned_rows(weight), bias, activation, y, u)
-    return y, u
+    outputs = weight.shape[0] // 2, save
+    return linear.forward_in_one(OPS, x, weight, bias, activation, choice.forward, outputs)
 
 
 def backward(
@@ -72,13 +63,5 @@ def backward(
     """du and, where it is wanted, dbias."""
     if choice.backward is None:
         return gated.backward(dy @ weight, u, bias, activation, False, want_dbias, choice.after)
-    du = empty(u)
-    dbias = empty(bias) if bias is not None and want_dbias else None
-    if du.numel():
-        bias = None if bias is None else aligned_rows(bias)
-        module = dispatch.backend_module("linear_gated", choice.backward)
-        u = aligned_rows(u.contiguous())  # a hook on saved tensors may have moved it
-        module.backward(aligned_rows(dy), aligned_rows(weight), u, bias, activation, du, dbias)
-    elif dbias is not None:
-        dbias.zero_()
-    return du, dbias
+    given = dy, weight, u, bias, activation, want_dbias, choice.backward
+    return linear.backward_in_one(OPS, *given)
