@@ -46,11 +46,23 @@ def test_a_bad_setting_raises(monkeypatch, onednn):
         cpu_linear.serves(torch.ones(2, 3), torch.ones(4, 3), training=False)
 
 
-def test_without_a_setting_the_instruction_set_decides(monkeypatch, onednn):
-    monkeypatch.delenv(cpu_linear.VARIABLE)
-    for capability in ("AVX512", "AVX2", "DEFAULT"):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+@pytest.fixture
+def unset(monkeypatch, onednn):
+    """Without a setting, on a processor with AVX-512, unless another one is named."""
+
+    def be(capability="AVX512", intel=False):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(cpu_linear, "_is_intel", lambda: intel)
         cpu_linear.forget()
+
+    monkeypatch.delenv(cpu_linear.VARIABLE)
+    be()
+    return be
+
+
+def test_without_a_setting_the_instruction_set_decides(unset):
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        unset(capability)
         x, weight = torch.ones(128, 256), torch.ones(256, 256)
         assert cpu_linear.serves(x, weight, training=False) == (capability == "AVX512")
 
@@ -58,10 +70,7 @@ def test_without_a_setting_the_instruction_set_decides(monkeypatch, onednn):
 @pytest.mark.parametrize(
     "rows, width, used", [(7, 768, False), (8, 768, True), (127, 384, False), (128, 384, True)]
 )
-def test_without_a_setting_few_rows_are_torch_s(monkeypatch, onednn, rows, width, used):
-    monkeypatch.delenv(cpu_linear.VARIABLE)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    cpu_linear.forget()
+def test_without_a_setting_few_rows_are_torch_s(unset, rows, width, used):
     x, weight = torch.ones(1, rows, 768), torch.ones(width, 768)
     assert cpu_linear.serves(x, weight, training=False) == used
 
@@ -70,14 +79,23 @@ def test_without_a_setting_few_rows_are_torch_s(monkeypatch, onednn, rows, width
     "rows, approximate, used",
     [(256, "none", True), (255, "none", False), (1024, None, True), (1023, None, False)],
 )
-def test_without_a_setting_little_work_is_torch_s(monkeypatch, onednn, rows, approximate, used):
+def test_without_a_setting_little_work_is_torch_s(unset, rows, approximate, used):
     """Of a GELU's product less will do."""
-    monkeypatch.delenv(cpu_linear.VARIABLE)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    cpu_linear.forget()
     x = torch.ones(rows, 64)
     weight = torch.ones(128, 64)
     assert cpu_linear.serves(x, weight, False, approximate) == used
+
+
+@pytest.mark.parametrize(
+    "rows, approximate, used",
+    [(1024, "none", True), (1023, "tanh", False), (2**14, None, False)],
+)
+def test_on_intel_s_only_a_gelu_is_worth_it(unset, rows, approximate, used):
+    unset(intel=True)
+    x, weight = torch.ones(rows, 64), torch.ones(128, 64)
+    assert cpu_linear.serves(x, weight, False, approximate) == used
+    wide = torch.ones(768, 768)
+    assert cpu_linear.serves(torch.ones(8, 768), wide, False, approximate) == bool(approximate)
 
 
 def stock(form, x, weight, bias, residual):

@@ -60,7 +60,7 @@ class OnCpu(Composed):
         approximate = self.parts.approximate
         if approximate is None:
             return self.parts.activation(self.linear(up, x))
-        if self.onednn and onednn.pays(self.rows, up.weight, onednn.LEAST_WORK_OF_GELU):
+        if self.onednn and onednn.pays(self.rows, up.weight, gelu=True):
             return onednn.linear_gelu(x, *up, approximate)
         return bias_gelu.forward(F.linear(x, *up), None, approximate == "tanh")
 

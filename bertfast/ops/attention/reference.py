@@ -74,7 +74,7 @@ def _padded(
         k = k.masked_fill(~key_mask[:, :, None, None], 0.0)
         v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
     if scores.cos is not None and scores.sin is not None:
-        q, k = (rotated(x, scores.cos, scores.sin) for x in (q, k))
+        q, k = rotated(q, k, scores.cos, scores.sin)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     length = q.shape[2]
     whole = Block(0, length, 0, length)

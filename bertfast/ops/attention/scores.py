@@ -120,12 +120,32 @@ def bucket_bias(weight: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
     return torch.where(hit[:, None], weight[:, :, None], 0.0).sum(0)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(B, S, H, D) rotated by each token's position in its row."""
-    length = x.shape[1]
-    cos, sin = (table[:length, None].to(x.dtype) for table in (cos, sin))
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k (B, S, H, D), rotated by each token's position in its row."""
+    cos, sin = (table[: q.shape[1], None].to(q.dtype) for table in (cos, sin))
+    if torch.is_grad_enabled() or not tracing.plain_call(q, k, cos, sin):
+        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+    # The same numbers in three passes, of which two go over halves, and one new tensor.
+    both = torch.cat((cos, cos), -1)
+    return _rotated_there(q, q * both, sin), _rotated_there(k, k * both, sin)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    halves = first * cos, second * cos
+    return torch.cat(
+        (torch.addcmul(halves[0], second, sin, value=-1), torch.addcmul(halves[1], first, sin)), -1
+    )
+
+
+def _rotated_there(x: torch.Tensor, y: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """y, which is x by the cosines, made complete."""
+    (first, second), (to_first, to_second) = x.chunk(2, -1), y.chunk(2, -1)
+    to_first.addcmul_(second, sin, value=-1)
+    to_second.addcmul_(first, sin)
+    return y
 
 
 def seen(block: Block, scores: Scores, device: torch.device) -> torch.Tensor:
