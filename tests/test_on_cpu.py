@@ -33,6 +33,12 @@ class OneProduct(EncoderLayer):
         return run_layer(parts, x, call)
 
 
+def after_a_norm(dtype):
+    made = make(CPU, dtype=dtype, kind=PreNorm)
+    made.attention.output.LayerNorm = nn.Identity()
+    return made
+
+
 def one_product(dtype):
     made = make(CPU, dtype=dtype)
     made.__class__ = OneProduct
@@ -45,6 +51,7 @@ def one_product(dtype):
 KINDS = {
     "post-norm": lambda dtype: make(CPU, dtype=dtype),
     "pre-norm": lambda dtype: make(CPU, dtype=dtype, kind=PreNorm),
+    "pre-norm, first of a model": after_a_norm,
     "tanh": lambda dtype: make(CPU, dtype=dtype, approximate="tanh"),
     "one product, gated": one_product,
 }

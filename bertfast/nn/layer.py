@@ -14,7 +14,7 @@ ops, which autograd composes (composed.py), or on a CPU by what these call (on_c
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from .attention_block import Given
 from .composed import Composed
 from .eligibility import Facts
 from .joined import same_form
-from .modules import Weights
+from .modules import Weights, untouched
 from .on_cpu import OnCpu
 from .parts import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Call, Parts, Positions, Read, read
 
@@ -43,7 +43,7 @@ def run_layer(parts: Parts, x: torch.Tensor, call: Call) -> torch.Tensor:
     """x is (rows, length, width), or packed (1, tokens, width)."""
     now, place = read(parts, call.batch.clean), _place(x, call)
     if place is not None and place.device.type == "cpu" and call.backend in ("auto", "torch"):
-        simple = _is_simple(parts, now, place)
+        simple = _is_simple(parts, now, place, call.batch.clean)
         layer = OnCpu(parts, now, call, x) if simple else Composed(parts, now, call)
         place = None  # torch does the work
     else:
@@ -114,10 +114,12 @@ def _place(x: torch.Tensor, call: Call) -> Place | None:
     return Place(device, dtype, cast, *x.shape)
 
 
-def _is_simple(parts: Parts, now: Read, place: Place) -> bool:
+def _is_simple(parts: Parts, now: Read, place: Place, clean: bool) -> bool:
     """True if all modules may be read, nothing is dropped, and all tensors are of one kind."""
     linears = (*now.qkv, now.attention_output, *now.up, now.down)
-    norms = now.attention_norm, now.down_norm
+    norms: tuple[Any, ...] = now.attention_norm, now.down_norm
+    if parts.norm_first and untouched(parts.attention_norm, nn.Identity, clean):
+        norms = norms[1:]  # after embeddings with a norm of their own
     drops = now.attention_output_dropout, now.activation_dropout, now.down_dropout
     return (
         set(map(type, linears)) == {Weights}

@@ -27,6 +27,7 @@ class OnCpu(Composed):
         super().__init__(parts, now, call)
         call.batch.check(x)
         self.rows = x.shape[:-1].numel()
+        self.wide = x.dtype in (torch.float32, torch.float64)  # computed in as it is
         self.onednn = call.backend == "auto" and onednn.may_serve(x, call.training)
 
     def linear(self, linear: Weights, x: torch.Tensor) -> torch.Tensor:
@@ -45,16 +46,22 @@ class OnCpu(Composed):
                 y.view(*places, heads, y.shape[-1] // heads)
                 for y in (self.linear(one, x) for one in linears)
             )
-        context = attention.forward(q, k, v, call.batch.sequences, self._scores(q), NO_DROPOUT)
-        context = context.flatten(-2)
-        return context[None] if call.batch.packed else context
+        scores, batch = self._scores(q), call.batch
+        if self.wide and batch.key_mask is None and not batch.packed and scores.all_seen:
+            return attention.of_all_keys(q, k, v, scores).flatten(-2)
+        context = attention.forward(q, k, v, batch.sequences, scores, NO_DROPOUT).flatten(-2)
+        return context[None] if batch.packed else context
 
     def _scores(self, q: torch.Tensor) -> Scores:
-        call, scale = self.call, self.parts.scale
-        if call.positions is NO_POSITIONS:
+        batch, positions, scale = self.call.batch, self.call.positions, self.parts.scale
+        if positions is NO_POSITIONS:
             return Scores(scale)
-        longest = call.batch.max_seqlen if call.batch.packed else q.shape[1]
-        return check.check_scores("q", q, longest, scale, *call.positions)
+
+        def make() -> Scores:
+            longest = batch.max_seqlen if batch.packed else q.shape[1]
+            return check.check_scores("q", q, longest, scale, *positions)
+
+        return batch.once(positions, make, scale, q.shape)
 
     def linear_gelu(self, up: Weights, x: torch.Tensor) -> torch.Tensor:
         approximate = self.parts.approximate
@@ -80,11 +87,17 @@ class OnCpu(Composed):
         place: int,
     ) -> torch.Tensor:
         if self.onednn and onednn.pays(self.rows, linear.weight):
-            y = onednn.linear_add(x, residual, *linear)
-            return layer_norm.forward(y, norm, None, None, NO_DROPOUT)[0]
-        return layer_norm.forward(F.linear(x, *linear), norm, None, residual, NO_DROPOUT)[0]
+            return self.norm(norm, onednn.linear_add(x, residual, *linear))
+        y = F.linear(x, *linear)
+        if self.wide:
+            return self.norm(norm, y + residual)
+        return layer_norm.forward(y, norm, None, residual, NO_DROPOUT)[0]
 
-    def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    def norm(self, norm: Norm | torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(norm, Norm):
+            return norm(x)  # an Identity
+        if self.wide and not norm.rms:
+            return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
         return layer_norm.forward(x, norm, None, None, NO_DROPOUT)[0]
 
     def linear_add(

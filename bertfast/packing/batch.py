@@ -58,7 +58,7 @@ class Shared:
         self.room = room
         self._made: dict[tuple, tuple[Any, Any]] = {}
 
-    def of(self, source: Any, make: Callable[[], Any], *kind: str) -> Any:
+    def of(self, source: Any, make: Callable[[], Any], *kind: object) -> Any:
         """The value, of a kind, made of this very object, which is kept, so that its id stays its
         own."""
         key = (id(source), *kind)
@@ -119,7 +119,7 @@ class Batch:
             return dict(cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, plan=self.plan)
         return dict(key_mask=self.key_mask)
 
-    def once(self, source: Any, make: Callable[[], Any], *kind: str) -> Any:
+    def once(self, source: Any, make: Callable[[], Any], *kind: object) -> Any:
         """Makes it for all layers, as Shared.of does, or for a layer that is called by itself."""
         return make() if self.shared is None else self.shared.of(source, make, *kind)
 

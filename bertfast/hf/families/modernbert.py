@@ -73,7 +73,7 @@ class Layer(rotary.Layer):
         if self.attention_type != SLIDING:
             return found
         side = self.attn.config.sliding_window
-        return found._replace(window=(side, side))
+        return batch.once(found, lambda: found._replace(window=(side, side)), side)
 
     def original_mask(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> Any:
         if self.attention_type != SLIDING:

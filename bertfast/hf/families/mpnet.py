@@ -57,7 +57,9 @@ class Layer(layer.Layer):
         return self.attention.attn
 
     def positions(self, batch: Batch, args: tuple, kwargs: dict) -> Positions:
-        return Positions(distance_bias=args[0]) if args else NO_POSITIONS
+        if not args:
+            return NO_POSITIONS
+        return batch.once(args[0], lambda: Positions(distance_bias=args[0]))
 
     def original_arguments(self, hidden_states: torch.Tensor, args: tuple) -> tuple:
         length = hidden_states.shape[1]

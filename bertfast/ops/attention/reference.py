@@ -52,6 +52,16 @@ def forward(
     return out.to(dtype)
 
 
+def of_all_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """forward of a padded batch without dropout and mask, in the tensors' own dtype."""
+    if q.numel() == 0:
+        return q * 1.0 + 0.0 * (k + v)
+    if scores.cos is not None and scores.sin is not None:
+        q, k = rotated(q, k, scores.cos, scores.sin)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scores.scale).transpose(1, 2)
+
+
 def _padded(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,6 +72,9 @@ def _padded(
     sequence: int = 0,
 ) -> torch.Tensor:
     """sequence: the number of the first one, for dropout."""
+    fused = drop.seed is None and not tracing.only_reference()  # without dropout, or torch draws
+    if fused and key_mask is None and not drop.threshold and scores.all_seen:
+        return of_all_keys(q, k, v, scores)
     if q.numel() == 0:
         return q * 1.0 + 0.0 * (k + v)
     any_key = None
@@ -78,7 +91,7 @@ def _padded(
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     length = q.shape[2]
     whole = Block(0, length, 0, length)
-    if drop.seed is None and not tracing.only_reference():  # without dropout, or torch draws
+    if fused:
         p = drop.threshold / 65536
         in_parts = scores.windowed or scores.bias is not None
         in_parts = in_parts and not tracing.is_compiling()

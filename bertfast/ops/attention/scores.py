@@ -36,6 +36,11 @@ class Scores(NamedTuple):
         return self.left < NO_LIMIT or self.right < NO_LIMIT
 
     @property
+    def all_seen(self) -> bool:
+        """True if each query sees all keys, and nothing is added to their scores."""
+        return self.bias is None and not self.windowed
+
+    @property
     def features(self) -> tuple[str, ...]:
         """The arguments of the public function that were given, beside scale."""
         given = {
@@ -48,7 +53,7 @@ class Scores(NamedTuple):
     @property
     def parts(self) -> tuple:
         """All but scale, one by one, for a registered op; nothing where that is its default."""
-        plain = self.cos is None and self.bias is None and not self.windowed
+        plain = self.cos is None and self.all_seen
         return () if plain else (self.cos, self.sin, self.bias, self.left, self.right)
 
 
