@@ -35,6 +35,11 @@ CASES = [
     (Case((64, 0, 192, 1, 193), packed=True, p=0.1, head_dim=64), BF16),
     (Case((17, 0, 40, 193, 3), packed=True, plan=True, p=0.1, head_dim=64), HALF),
     (Case((5, 20, 30, 128, 256), heads=2, packed=True, plan=True, head_dim=48), BF16),
+    (Case((140,), head_dim=32, p=0.2, rotary=True), BF16),
+    (Case((24, 150), mask="left", p=0.2, head_dim=64, rotary=True), BF16),
+    (Case((150,), head_dim=96, rotary=True), HALF),
+    (Case((150, 140), mask="holes", values="spoilt", head_dim=128, rotary=True), HALF),
+    (Case((5, 20, 30, 128, 256), packed=True, plan=True, head_dim=64, rotary=True), HALF),
 ]
 cases = pytest.mark.parametrize("case, dtype", CASES, ids=str)
 
@@ -126,6 +131,23 @@ def test_calls_that_do_not_fit_keep_the_kernels_by_mma_sync(host_runtime, length
     out = attention(*leaves, backend="cuda")
     torch.autograd.grad(out, leaves, out.detach())
     assert kernels(host_runtime) == set()
+
+
+@pytest.mark.parametrize(
+    "head_dim, more, bulk",
+    [
+        (64, {}, True),
+        (48, {}, False),  # beside whose halves a kernel has zeros
+        (30, {}, False),
+        (64, {"window": (70, 40)}, False),
+    ],
+    ids=str,
+)
+def test_rotary_calls_take_them_where_heads_fill_their_columns(host_runtime, head_dim, more, bulk):
+    run = backward_of(table.make_inputs(Case((130,), head_dim=head_dim, rotary=True, **more), HALF))
+    host_runtime.reset_records()
+    run()
+    assert len(kernels(host_runtime)) == 2 * bulk
 
 
 # Planted faults: the kernels as they are, but for the calls of one line.

@@ -110,6 +110,22 @@ __device__ __forceinline__ bool is_rotary(const AttentionBatch& p) {
   return anew(p.scores.half) != 0;
 }
 
+// Whether a call has no rotary positions, or heads that fill the columns of a kernel, 32 and more,
+// so that rotate_whole_heads can rotate them.
+inline bool has_whole_heads(const AttentionBatch& p) {
+  const int half = p.scores.half;
+  return half == 0 || (2 * half == p.head_dim && half % 16 == 0);
+}
+
+// Heads of kDim columns.
+template<int kDim, class Target>
+__device__ __forceinline__ void rotate_whole_heads(float (&sums)[kDim / 8][4],
+                                                   const AttentionBatch& p, const TilePlace& at,
+                                                   int thread, Target target) {
+  thread = anew(thread);
+  rotate_in_registers<kDim>(sums, RotaryRows(p, at, thread, target), thread);
+}
+
 // Heads of kDim columns in registers, others by way of the tile that begins at byte `shared`.
 template<int kDim, class Target>
 __device__ __forceinline__ void rotate_back(float (&sums)[kDim / 8][4], const AttentionBatch& p,

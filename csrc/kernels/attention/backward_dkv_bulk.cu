@@ -11,6 +11,7 @@
 // Moves what backward_dkv.cu moves, queries and dout half as often.
 #include "device/attention/bulk_backward.cuh"
 #include "device/attention/key_rows.cuh"
+#include "device/attention/rotary.cuh"
 #include "device/earlier.cuh"
 #include "kernels/attention/kernels.h"
 
@@ -191,14 +192,15 @@ __device__ __forceinline__ int dkv_tile(const BulkBackward<kDim>& p, const BulkT
   for (int block = 0; block < blocks - 1; ++block) parts_of(block, std::false_type());
   parts_of(blocks - 1, std::true_type());
 
-  // 3. scale and write, by way of the tiles, unless somebody's NaN or infinity is in others' sums;
-  // a key that doesn't count gets exact zeros
+  // 3. rotate dk back, scale and write, by way of the tiles, unless somebody's NaN or infinity is
+  // in others' sums; a key that doesn't count gets exact zeros
   const TilePlace back = TilePlace::get(p.batch, place);
   if (tiles.spoilt(back, all_finite(dk) && all_finite(dv), thread)) {
     return next_alone(p.batch, back);
   }
   const auto inside = [&](int key) { return back.inside(key); };
   const auto counts = [&](int key) { return back.counts(key); };
+  if (is_rotary(p.batch)) rotate_whole_heads<kDim>(dk, p.batch, back, thread, key_of_row);
   tiles.template store<T>(0, dk, anew(p.batch.scale) * p.batch.keep_scale, p.dk, p, back, thread,
                           key_of_row, inside, counts);
   tiles.template store<T>(1, dv, p.batch.keep_scale, p.dv, p, back, thread, key_of_row, inside,

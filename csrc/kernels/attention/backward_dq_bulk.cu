@@ -8,6 +8,7 @@
 //
 // Moves what backward_dq.cu moves, keys and values half as often.
 #include "device/attention/bulk_backward.cuh"
+#include "device/attention/rotary.cuh"
 #include "device/attention/row_statistics.cuh"
 #include "device/earlier.cuh"
 #include "device/gpu.cuh"
@@ -147,9 +148,11 @@ __device__ __forceinline__ int dq_tile(const BulkBackward<kDim>& p, const BulkTi
     turn_of(blocks - 1, std::true_type());
   }
 
-  // 4. scale and write, by way of q's tile, unless somebody's NaN or infinity is in others' sums
+  // 4. rotate back, scale and write, by way of q's tile, unless somebody's NaN or infinity is in
+  // others' sums
   const TilePlace back = TilePlace::get(p.batch, place);
   if (tiles.spoilt(back, all_finite(dq), thread)) return next_alone(p.batch, back);
+  if (is_rotary(p.batch)) rotate_whole_heads<kDim>(dq, p.batch, back, thread, same);
   tiles.template store<T>(
       0, dq, anew(p.batch.scale) * p.batch.keep_scale, p.dq, p, back, thread, same,
       [&](int r) { return back.inside(r); }, [](int) { return true; });
@@ -183,12 +186,12 @@ __global__ void __launch_bounds__(BulkTiles<kDim>::kMostThreads)
 
 }  // namespace
 
-// That bulk copies find the heads, that there is code of the kernels, and that they are worth it:
-// up to two tiles a sequence memory is the limit, and sequences that share a tile of 32 don't fill
-// a warpgroup.
+// That bulk copies find the heads, that these can be rotated back where they are summed, that there
+// is code of the kernels, and that they are worth it: up to two tiles a sequence memory is the
+// limit, and sequences that share a tile of 32 don't fill a warpgroup.
 bool fits_bulk_backward(const AttentionBackward& p) {
   const AttentionBatch& of = p.batch;
-  if (of.length <= 2 * kTileRows || of.tile != kTileRows) return false;
+  if (of.length <= 2 * kTileRows || of.tile != kTileRows || !has_whole_heads(of)) return false;
   Boxes boxes;
   int sequence;
   for (const HeadRows<const void>& heads : {p.q, p.k, p.v, p.dout}) {

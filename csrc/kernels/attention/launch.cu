@@ -17,11 +17,13 @@ cudaError_t launch_attention_forward(const AttentionForward& p, DType dtype, Str
 // dq's kernel leaves statistics for the other one.
 cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, Stream stream) {
   const AttentionScores& scores = p.batch.scores;
-  if (scores.by_position || scores.half) return launch_backward_by_position(p, dtype, stream);
   Gpu gpu;
   cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;
-  const bool bulk = gpu.capability == 90 && fits_bulk_backward(p);
+  const bool bulk = !scores.by_position && gpu.capability == 90 && fits_bulk_backward(p);
+  if (scores.by_position || (scores.half && !bulk)) {
+    return launch_backward_by_position(p, dtype, stream);
+  }
   error = bulk                      ? launch_dq_bulk(p, dtype, stream)
           : dq_double_takes(p, gpu) ? launch_dq_double(p, dtype, stream)
                                     : launch_dq_tiles(p, dtype, stream);
