@@ -388,6 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TRITON_INTERPRET"] = "1" if dry else "0"
     from bertfast.commands.bench import record
     from bertfast.commands.errors import UserError, writable_directory
+    from bertfast.testing import interpreter
 
     try:
         check_needs(dry)
@@ -398,6 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if dry:
         torch.set_num_threads(1)  # threads that wait for each other would be all one sees
+        if importlib.util.find_spec("triton"):
+            interpreter.quicken()
     environment = record.environment("cpu" if dry else "cuda")
     out = options.out
     if out is None:

@@ -1,6 +1,7 @@
 """Which kernels run where. Without a GPU Triton interprets, as is settled before its import."""
 
 import importlib
+import importlib.util
 import os
 from unittest import mock
 
@@ -26,9 +27,12 @@ import pytest  # noqa: E402
 
 from bertfast.nn import attention_block, mlp_block  # noqa: E402
 from bertfast.ops import dispatch  # noqa: E402
+from bertfast.testing import interpreter  # noqa: E402
 
 if SIMULATED:
     simulated_gpu.install_kernels()
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.quicken()
 
 TRITON = pytest.param(("triton", "cpu"), id="triton", marks=pytest.mark.triton)
 HOST = pytest.param(("cuda", "cpu"), id="host", marks=pytest.mark.host)

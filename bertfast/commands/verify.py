@@ -7,6 +7,7 @@ Triton kernels run in the interpreter and the CUDA sources in their build for th
 
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 
 from ..ops import available, dispatch, native
-from ..testing import Finding, compare, worst
+from ..testing import Finding, compare, interpreter, worst
 from .terminal import BAD, GOOD, Column, Progress, Table, console, paragraph
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -296,6 +297,8 @@ def _answer(op: str, backend: str, device: str) -> dict:
 
 def _main(backend: str, device: str) -> None:
     """Reads an op a line and answers each by a line."""
+    if (backend, device) == ("triton", "cpu") and importlib.util.find_spec("triton"):
+        interpreter.quicken()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed is no answer
     for line in sys.stdin:
