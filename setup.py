@@ -17,6 +17,8 @@ compiles only what changed: `python setup.py build_ext --inplace` is a developer
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import re
@@ -34,9 +36,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")  # sm_86's runs on 8.9 too
-# Kernels whose code depends on how much shared memory a multiprocessor has. The others take sm_80's
+ATTENTION = "csrc/kernels/attention/"
+# Of these kernels shared memory decides how many registers a thread may have: with heads of 64,
+# three blocks fit a multiprocessor that has 164 kB, and two one of 100. The others take sm_80's
 # code to 8.6 and 8.9, where nothing of it would be different.
-BY_SHARED_MEMORY = "csrc/kernels/attention/"
+BY_SHARED_MEMORY = tuple(f"{ATTENTION}{n}.cu" for n in ("forward", "backward_dq", "backward_dkv"))
+# nvcc takes longer to make PTX than to make machine code of it, and a newer architecture's can be
+# made of an older one's PTX. So what begins at one of these capabilities shares it, up to the next.
+# Attention's sources have code that is for 9.0a alone, and some that is for 10.0 and later.
+GENERATIONS, GENERATIONS_OF_ATTENTION = (80, 90), (80, 90, 100)
 # Files that choose between kernels and have none, and those whose kernels are for Hopper alone: no
 # other GPU's launches ask for these. Each architecture would cost a second or more for nothing.
 WITHOUT_KERNELS = ("/launch.cu",)
@@ -101,28 +109,39 @@ def architectures(compiler: str, env: Mapping[str, str]) -> list[str]:
     for arch in asked:
         if not re.fullmatch(r"sm_\d+[af]?", arch):
             raise SystemExit(f"bertfast: BERTFAST_CUDA_ARCHS: expected sm_NN or sm_NNa, got {arch}")
-    return sorted(set(asked), key=lambda arch: int(re.sub(r"\D", "", arch)))
+    return sorted(set(asked), key=number)
 
 
-def gencode(archs: list[str], portable: bool = True) -> list[str]:
-    """nvcc's flags: machine code for each architecture and, of what is portable, PTX of the oldest
-    for GPUs between them that none of it is for (Jetson Thor's sm_110), and PTX of the newest for
-    newer ones."""
-    pairs = [(arch.replace("sm", "compute"), arch) for arch in archs]
-    for arch in dict.fromkeys((archs[0], archs[-1]) if portable else ()):
-        ptx = "compute_" + re.sub(r"\D", "", arch)  # that of an sm_NNa runs on nothing newer
+def number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
+
+
+def gencode(groups: list[list[str]], portable: bool = True) -> list[str]:
+    """nvcc's flags: machine code for each architecture, made of the PTX of its group's oldest; and
+    of what is portable that of the oldest, for GPUs between them that none of it is for (Jetson
+    Thor's sm_110), and of the newest group for newer ones."""
+    pairs = []
+    for group in groups:
+        oldest = f"sm_{number(group[0])}" if len(group) > 1 else group[0]
+        pairs += [(oldest.replace("sm", "compute"), arch) for arch in group]
+    for group in (groups[0], groups[-1]) if portable else ():
+        ptx = f"compute_{number(group[0])}"  # that of an sm_NNa runs on nothing newer
         pairs.append((ptx, ptx))
-    return [f"-gencode=arch={virtual},code={real}" for virtual, real in pairs]
+    return [f"-gencode=arch={virtual},code={real}" for virtual, real in dict.fromkeys(pairs)]
 
 
-def archs_of(source: str, archs: list[str]) -> list[str]:
-    """Those of `archs` that a kernel source is compiled for."""
+def archs_of(source: str, archs: list[str]) -> list[list[str]]:
+    """Those of `archs` that a kernel source is compiled for, in groups of the same PTX."""
     if source.endswith(WITHOUT_KERNELS + FOR_HOPPER):
         hopper = [arch for arch in archs if arch == "sm_90a" and source.endswith(FOR_HOPPER)]
-        return hopper or archs[:1]
-    if source.startswith(BY_SHARED_MEMORY) or "sm_80" not in archs:
-        return archs
-    return [arch for arch in archs if arch not in ("sm_86", "sm_87", "sm_89")]
+        return [hopper or archs[:1]]
+    if source in BY_SHARED_MEMORY:
+        return [[arch] for arch in archs]
+    if "sm_80" in archs:
+        archs = [arch for arch in archs if arch not in ("sm_86", "sm_87", "sm_89")]
+    begin = GENERATIONS_OF_ATTENTION if source.startswith(ATTENTION) else GENERATIONS
+    generations = itertools.groupby(archs, lambda arch: bisect.bisect(begin, number(arch)))
+    return [list(group) for _, group in generations]
 
 
 @dataclass
@@ -161,7 +180,7 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
     commands = {}
     for source in sources("kernels/**/*.cu"):
         own = archs_of(source, archs)
-        is_hoppers = source.endswith(FOR_HOPPER) and own == ["sm_90a"]
+        is_hoppers = source.endswith(FOR_HOPPER) and own == [["sm_90a"]]
         code = gencode(own, not is_hoppers and not source.endswith(WITHOUT_KERNELS))
         commands[source] = [*base, *flags, *code, threads, verbose]
     bindings = [*base, *common, *binding_flags("_cuda")]

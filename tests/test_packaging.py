@@ -126,28 +126,50 @@ def test_architectures(package, tmp_path):
     assert package.architectures(compiler, {}) == ["sm_80", "sm_90a"]  # those that this nvcc knows
     asked = {"BERTFAST_CUDA_ARCHS": "sm_120, sm_80;sm_90a"}
     assert package.architectures(compiler, asked) == ["sm_80", "sm_90a", "sm_120"]
-    assert package.gencode(["sm_80", "sm_90a"]) == [
+    assert package.gencode([["sm_80"], ["sm_90a", "sm_120"]]) == [
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=sm_90a",
+        "-gencode=arch=compute_90,code=sm_120",
         "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90,code=compute_90",
     ]
-    assert package.gencode(["sm_90a"], portable=False) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert package.gencode([["sm_90a"]], portable=False) == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
 
 
 @pytest.mark.parametrize(
     "source, all_archs, two",
     [
-        ("attention/backward_dq.cu", ["sm_80", "sm_86", "sm_90a", "sm_120"], ["sm_80", "sm_86"]),
-        ("layer_norm.cu", ["sm_80", "sm_90a", "sm_120"], ["sm_80"]),
-        ("attention/forward_bulk.cu", ["sm_90a"], ["sm_80"]),
-        ("linear_gelu/launch.cu", ["sm_80"], ["sm_80"]),
+        (
+            "attention/backward_dq.cu",
+            [["sm_80"], ["sm_86"], ["sm_90a"], ["sm_100"], ["sm_120"]],
+            [["sm_80"], ["sm_86"]],
+        ),
+        (
+            "attention/backward_dq_double.cu",
+            [["sm_80"], ["sm_90a"], ["sm_100", "sm_120"]],
+            [["sm_80"]],
+        ),
+        ("layer_norm.cu", [["sm_80"], ["sm_90a", "sm_100", "sm_120"]], [["sm_80"]]),
+        ("attention/forward_bulk.cu", [["sm_90a"]], [["sm_80"]]),
+        ("linear_gelu/launch.cu", [["sm_80"]], [["sm_80"]]),
     ],
 )
 def test_each_source_is_compiled_where_its_code_differs(package, source, all_archs, two):
     source = f"csrc/kernels/{source}"
-    assert package.archs_of(source, ["sm_80", "sm_86", "sm_90a", "sm_120"]) == all_archs
+    assert package.archs_of(source, ["sm_80", "sm_86", "sm_90a", "sm_100", "sm_120"]) == all_archs
     assert package.archs_of(source, ["sm_80", "sm_86"]) == two
+    assert package.archs_of(source, ["sm_120"]) == [["sm_120"]]
+
+
+def test_sources_whose_code_goes_by_shared_memory_are_compiled_for_each(package):
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "csrc" / "kernels").rglob("*.cu")
+        if re.search("blocks_that_fit|kSharedMemory", path.read_text())
+    }
+    assert found == set(package.BY_SHARED_MEMORY)
 
 
 def test_only_files_without_kernels_go_without_code_for_a_gpu(package):

@@ -31,17 +31,21 @@
 namespace bertfast {
 namespace {
 
+// A copy may be wanted where x is narrower than y.
+template<class X, class T>
+constexpr bool kMayCopy = !std::is_same_v<X, T>;
+
 template<bool kCopy, bool kFurther>
 using ForwardParams =
     std::conditional_t<kFurther, LayerNormForwardFurther,
                        std::conditional_t<kCopy, LayerNormForwardCopying, LayerNormForward>>;
 
-// kDropout: there may be dropout; with a full split, there is. kCopy: copy is wanted too. kFurther:
-// anything may be absent or RMSNorm, which branches at run time; in an instance of its own, as the
-// others' code shall not pay for it.
-template<class X, class T, class S, bool kDropout, bool kCopy, bool kFurther>
+// kDropout: there may be dropout; with a full split, there is. kFurther: anything may be absent or
+// RMSNorm, which branches at run time; in an instance of its own, as the others' code shall not pay
+// for it. Rows that aren't read in vectors are rare, and have this instance only.
+template<class X, class T, class S, bool kDropout, bool kFurther>
 __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
-    layer_norm_forward_kernel(ForwardParams<kCopy, kFurther> p) {
+    layer_norm_forward_kernel(ForwardParams<kMayCopy<X, T>, kFurther> p) {
   await_earlier_kernels();
   using XVec = Vec<X, S::kVec>;
   using TVec = Vec<T, S::kVec>;
@@ -143,11 +147,10 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
         TVec weight, bias;
         if (normalises) weight = TVec::load(weights + j * S::kStep);
         if (p.bias) bias = TVec::load(biases + j * S::kStep);
+        // Without them: the numbers that change nothing, not even the sign of zero.
 #pragma unroll
         for (int k = 0; k < S::kVec; ++k) {
-          y[k] = z[j][k] * rstd;
-          if (normalises) y[k] *= weight[k];
-          if (p.bias) y[k] += bias[k];
+          y[k] = fmaf(z[j][k] * rstd, normalises ? weight[k] : 1.f, p.bias ? bias[k] : -0.f);
         }
       } else {
         const TVec weight = TVec::load(weights + j * S::kStep);
@@ -156,8 +159,8 @@ __global__ void __launch_bounds__(S::kBlock, 512 / S::kBlock)
         for (int k = 0; k < S::kVec; ++k) y[k] = fmaf(z[j][k] * rstd, weight[k], bias[k]);
       }
       TVec::store(static_cast<T*>(p.y) + to + j * S::kStep, y);
-      if constexpr (kCopy) {
-        if (!kFurther || p.copy) XVec::store(static_cast<X*>(p.copy) + to + j * S::kStep, y);
+      if constexpr (kMayCopy<X, T>) {
+        if (p.copy) XVec::store(static_cast<X*>(p.copy) + to + j * S::kStep, y);
       }
     }
   }
@@ -411,32 +414,26 @@ cudaError_t launch_layer_norm_forward(const LayerNormForwardFurther& p, DType x_
   return with_types(x_dtype, dtype, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
-    constexpr bool kMayCopy = !std::is_same_v<X, T>;
-    if (p.copy && !kMayCopy) return cudaErrorInvalidValue;
-    const auto launch_split = [&](auto split) {
+    constexpr bool kCopy = kMayCopy<X, T>;
+    if (p.copy && !kCopy) return cudaErrorInvalidValue;
+    const auto launch_with = [&](auto split, const auto kernel, const auto& params) {
       using S = decltype(split);
       const dim3 grid((p.rows - 1) / S::kRows + 1);
-      const auto launch_copying = [&](auto copying) {
-        constexpr bool kCopy = decltype(copying)::value;
-        const auto kernel = p.seed || !S::kFull
-                                ? layer_norm_forward_kernel<X, T, S, true, kCopy, false>
-                                : layer_norm_forward_kernel<X, T, S, !S::kFull, kCopy, false>;
-        const ForwardParams<kCopy, false>& params = p;
-        return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
-      };
-      if constexpr (kMayCopy) {
-        if (p.copy) return launch_copying(std::true_type());
-      }
-      return launch_copying(std::false_type());
+      return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, params);
+    };
+    const auto launch_split = [&](auto split) {
+      using S = decltype(split);
+      const auto kernel = p.seed || !S::kFull
+                              ? layer_norm_forward_kernel<X, T, S, true, false>
+                              : layer_norm_forward_kernel<X, T, S, !S::kFull, false>;
+      return launch_with(split, kernel, static_cast<const ForwardParams<kCopy, false>&>(p));
     };
     const auto launch_further = [&](auto split) {
       using S = decltype(split);
       if constexpr (S::kFull) {
         return cudaErrorInvalidValue;  // not chosen: further forms have no kernels for these
       } else {
-        const dim3 grid((p.rows - 1) / S::kRows + 1);
-        const auto kernel = layer_norm_forward_kernel<X, T, S, true, kMayCopy, true>;
-        return launch_early(kernel, grid, dim3(S::kBlock), kReduceBytes<S>, stream, p);
+        return launch_with(split, layer_norm_forward_kernel<X, T, S, true, true>, p);
       }
     };
     constexpr int kVec = kVecOf<T>;
@@ -445,12 +442,9 @@ cudaError_t launch_layer_norm_forward(const LayerNormForwardFurther& p, DType x_
         is_aligned(p.x) && is_aligned(p.residual) && is_aligned(p.x_bias) && is_aligned(p.weight) &&
         is_aligned(p.bias) && is_aligned(p.y) && is_aligned(p.z) && is_aligned(p.copy);
     const bool full = p.x_bias && p.residual;
-    if (p.rms || !p.bias) {
-      return wide ? with_forward_split<kVec>(p.cols, false, launch_further)
-                  : with_forward_split<1>(p.cols, false, launch_further);
-    }
-    return wide ? with_forward_split<kVec>(p.cols, full, launch_split)
-                : with_forward_split<1>(p.cols, full, launch_split);
+    if (!wide) return with_forward_split<1>(p.cols, false, launch_further);
+    if (p.rms || !p.bias) return with_forward_split<kVec>(p.cols, false, launch_further);
+    return with_forward_split<kVec>(p.cols, full, launch_split);
   });
 }
 
@@ -464,15 +458,17 @@ cudaError_t launch_layer_norm_backward(const LayerNormBackwardFurther& p, DType 
       constexpr int kPartialBytes = PartialSlots<S>::kBytes;
       constexpr int kBytes = kPartialBytes > kReduceBytes<S> ? kPartialBytes : kReduceBytes<S>;
       const dim3 grid(p.blocks), block(S::kBlock);
-      if (p.dsum || !p.mean || (p.partial_dweight && !p.partial_dbias)) {
-        const auto kernel = layer_norm_backward_kernel<X, T, S, true, true>;
-        return launch_early(kernel, grid, block, kBytes, stream, p);
+      if constexpr (S::kVec > 1) {
+        if (!p.dsum && p.mean && (!p.partial_dweight || p.partial_dbias)) {
+          const auto kernel = p.seed || !S::kFull
+                                  ? layer_norm_backward_kernel<X, T, S, true, false>
+                                  : layer_norm_backward_kernel<X, T, S, !S::kFull, false>;
+          const LayerNormBackward& params = p;
+          return launch_early(kernel, grid, block, kBytes, stream, params);
+        }
       }
-      const auto kernel = p.seed || !S::kFull
-                              ? layer_norm_backward_kernel<X, T, S, true, false>
-                              : layer_norm_backward_kernel<X, T, S, !S::kFull, false>;
-      const LayerNormBackward& params = p;
-      return launch_early(kernel, grid, block, kBytes, stream, params);
+      const auto kernel = layer_norm_backward_kernel<X, T, S, true, true>;
+      return launch_early(kernel, grid, block, kBytes, stream, p);
     };
     constexpr int kVec = kVecOf<T>;
     const bool wide = p.cols % kVec == 0 && p.dy_row_stride % kVec == 0 &&

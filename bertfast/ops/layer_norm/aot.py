@@ -101,7 +101,7 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     label = f"vec {vec} x {per_thread} x {row_threads} threads"
     if full:  # a width's own kernels; the others serve many widths, with and without dropout
         label = f"{vec * per_thread * row_threads}: {label}" + ", dropout" * dropout
-    label += ", copy" * (forward and arguments[4] == "true")
+    label += ", copy" * (forward and x != rest)
     label += ", further forms" * (arguments[-1] == "true")
     reduce_bytes = 2 * threads // 32 * 4 if row_threads > 32 else 0
     vectors, halves = per_thread * row_threads, max(1, vec // 4)  # PartialSlots in the source

@@ -30,7 +30,7 @@ struct BiasGradient {
   // The sums lie there in the end, rows so far apart that pairs fall into all banks.
   static constexpr int kSumRow = kTileRows + 8;
   static_assert(kTileRows * kSumRow * int(sizeof(float)) <= kTileBytes, "sums lie in the tiles");
-  static constexpr int kBlocks = blocks_that_fit(kTileBytes + 2048, 2);
+  static constexpr int kBlocks = blocks_anywhere(kTileBytes + 2048, 2);
 };
 
 template<class T, int kDim>

@@ -21,7 +21,7 @@ constexpr int kMostColumns = 64;
 template<int kDim>
 constexpr int kTileBytes = std::max(Dkv<kDim>::kTileBytes, DkvDouble<kDim>::kTileBytes);
 template<int kDim>
-constexpr int kBlocks = blocks_that_fit(kTileBytes<kDim> + ManyBits::kBeside, kDim == 32 ? 3 : 2);
+constexpr int kBlocks = blocks_anywhere(kTileBytes<kDim> + ManyBits::kBeside, kDim == 32 ? 3 : 2);
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim>)

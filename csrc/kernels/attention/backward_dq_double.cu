@@ -19,7 +19,7 @@ constexpr int kMostColumns = 64;
 template<int kDim>
 constexpr int kTileBytes = std::max(Dq<kDim, 1>::kTileBytes, Dq<kDim, 2>::kTileBytes);
 template<int kDim>
-constexpr int kBlocks = blocks_that_fit(kTileBytes<kDim> + ManyBits::kBeside, 2);
+constexpr int kBlocks = blocks_anywhere(kTileBytes<kDim> + ManyBits::kBeside, 2);
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim>)

@@ -29,7 +29,7 @@ constexpr int kMostBlocks = 2;  // on a multiprocessor, which leaves registers f
 
 template<class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  blocks_that_fit(Forward<kDim, 1>::kTileBytes + kBeside,
+                                  blocks_anywhere(Forward<kDim, 1>::kTileBytes + kBeside,
                                                   kMostBlocks))
     attention_forward_by_position_kernel(AttentionForward p) {
   await_earlier_kernels();
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 
 template<class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  blocks_that_fit(Dq<kDim, 1>::kTileBytes + kBeside, kMostBlocks))
+                                  blocks_anywhere(Dq<kDim, 1>::kTileBytes + kBeside, kMostBlocks))
     attention_backward_dq_by_position_kernel(AttentionBackward p) {
   await_earlier_kernels();
   for_each_turn(
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
 
 template<class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads,
-                                  blocks_that_fit(Dkv<kDim>::kTileBytes + kBeside, kMostBlocks))
+                                  blocks_anywhere(Dkv<kDim>::kTileBytes + kBeside, kMostBlocks))
     attention_backward_dkv_by_position_kernel(AttentionBackward p) {
   await_earlier_kernels();
   for_each_turn([&](int alone) {

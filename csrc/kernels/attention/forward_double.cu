@@ -36,7 +36,7 @@ constexpr int registers_suffice_for() {
 
 template<int kDim, bool kDropout>
 constexpr int kBlocks =
-    blocks_that_fit(kTileBytes<kDim> + ManyBits::kBeside, registers_suffice_for<kDim, kDropout>());
+    blocks_anywhere(kTileBytes<kDim> + ManyBits::kBeside, registers_suffice_for<kDim, kDropout>());
 
 template<class T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim, kDropout>)
