@@ -1,5 +1,8 @@
 """Triton's interpreter as the tests have it: quicker, and in nothing else another."""
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter as tritons  # noqa: E402
 
-from bertfast.testing import attention as table  # noqa: E402
+from bertfast.ops import dispatch  # noqa: E402
 from bertfast.testing import interpreter  # noqa: E402
 
 pytestmark = [
@@ -69,12 +72,19 @@ def test_a_launch_that_fails_is_forgotten(patches):
     assert patches == ["_failing", "_largest_twice", patches[-1]]
 
 
-def test_the_numbers_are_the_interpreters_own(monkeypatch):
-    case = table.Case((20, 30), mask="right", p=0.1, rotary=True)
+@pytest.mark.parametrize("op", [op for op in dispatch.ops() if op != "attention_qkv"])
+def test_the_numbers_are_the_interpreters_own(op, monkeypatch):
+    table = importlib.import_module(f"bertfast.testing.{op}")
+    case, *_ = sorted(table.quick_cases(), key=lambda case: getattr(case, "p", 0.0))[::-1]
     inputs = table.make_inputs(case, torch.bfloat16)
     quick = table.run(inputs, "triton")
+    builder, core = tritons.interpreter_builder, tl.core
     monkeypatch.setattr(tritons, "_patch_lang", tritons._patch_lang.real)
-    monkeypatch.setattr(tritons, "_get_np_dtype", tritons._get_np_dtype.real)
+    monkeypatch.setattr(tritons, "_get_np_dtype", tritons._get_np_dtype.__wrapped__)
+    for kind in (core.block_type, core.tensor):
+        monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
+    options = dataclasses.replace(builder.options, sanitize_overflow=True)
+    monkeypatch.setattr(builder, "options", options)
     for name, value in table.run(inputs, "triton").items():
         assert torch.equal(value, quick[name]), name
 
