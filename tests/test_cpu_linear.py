@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.hf_models import batch, tiny
 
 import bertfast
 from bertfast.ops.linear import onednn as cpu_linear
@@ -177,6 +176,8 @@ def make(name="BertModel"):
         layer = torch.nn.TransformerEncoderLayer(128, 4, 512, **options)
         return bertfast.optimize(torch.nn.TransformerEncoder(layer, 2)).eval()
     pytest.importorskip("transformers")
+    from support.hf_models import tiny  # not above: a process of one test does without
+
     if name == "DistilBertModel":
         config = dict(dim=128, hidden_dim=512, dropout=0.0, attention_dropout=0.0)
     else:
@@ -193,11 +194,13 @@ def run(model, inputs):
 
 def inputs_of(name):
     torch.manual_seed(1)
-    inputs = batch(lengths=(5, 20, 13, 40))
+    lengths = (5, 20, 13, 40)
     if name == "torch.nn":
-        padding = inputs["attention_mask"] == 0
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
         return {"x": torch.randn(*padding.shape, 128), "padding": padding}
-    return inputs
+    from support.hf_models import batch
+
+    return batch(lengths)
 
 
 NAMES = ("BertModel", "DistilBertModel", "torch.nn")
@@ -255,18 +258,24 @@ def digest(name):
 
 
 def test_two_processes_of_which_one_is_under_load():
-    print_digest = "import test_cpu_linear as t; print(t.digest('torch.nn'))"
-    work = "import time; end = time.time() + 60\nwhile time.time() < end: sum(range(1000))"
+    """From the moment on at which it imports bertfast, which nothing has decided before."""
+    one = "import pytest, torch; input(); import test_cpu_linear as t; print(t.digest('torch.nn'))"
+    load = "import time; end = time.time() + 300; print(flush=True)\n"
+    load += "while time.time() < end: sum(range(1000))"
     found = []
     with contextlib.ExitStack() as stack:
-        for load in (0, 3):
-            for _ in range(load):
-                process = subprocess.Popen([sys.executable, "-c", work])
-                stack.callback(process.wait)
-                stack.callback(process.kill)
-            done = subprocess.run(
-                [sys.executable, "-c", print_digest],
-                **dict(capture_output=True, text=True, check=True, cwd=Path(__file__).parent),
-            )
-            found.append(done.stdout)
+
+        def start(program):
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, "-c", program]
+            process = subprocess.Popen(command, **pipes, cwd=Path(__file__).parent)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        for process, others in zip([start(one), start(one)], (0, 3), strict=True):
+            loads = [start(load) for _ in range(others)]
+            assert [each.stdout.readline() for each in loads] == ["\n"] * others
+            found.append(process.communicate("\n")[0])
+            assert all(each.poll() is None for each in loads)
     assert len(found[0]) == 65 and found[0] == found[1]

@@ -1,12 +1,12 @@
 """bertfast without its optional parts: each is blocked in a process of its own."""
 
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from support.forked import Forks
 
 PRELUDE = """
 import sys
@@ -23,24 +23,20 @@ from bertfast.ops import available, layer_norm
 """
 
 
-def run(blocked, body):
-    program = f"BLOCKED = {blocked!r}\n" + PRELUDE + textwrap.dedent(body)
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
+@pytest.fixture(scope="module")
+def run():
+    forks = Forks(str(Path(__file__).parent))
+    yield lambda blocked, body: forks.run(
+        f"BLOCKED = {blocked!r}\n{PRELUDE}{textwrap.dedent(body)}"
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    forks.close()
 
 
 ALL = ("triton", "transformers", "bertfast._host", "bertfast._cuda", "typer", "rich")
 
 
 @pytest.mark.parametrize("blocked", [ALL, *((name,) for name in ALL)], ids=str)
-def test_import_and_torch_backend_need_nothing_else(blocked):
+def test_import_and_torch_backend_need_nothing_else(run, blocked):
     run(
         blocked,
         """
@@ -55,7 +51,7 @@ def test_import_and_torch_backend_need_nothing_else(blocked):
     )
 
 
-def test_what_is_missing_is_named():
+def test_what_is_missing_is_named(run):
     said = run(
         ("triton", "bertfast._host"),
         """
@@ -76,7 +72,7 @@ def test_what_is_missing_is_named():
     assert error == f"backend 'triton' can't run layer_norm here: {triton}"
 
 
-def test_importing_bertfast_imports_nothing_before_it_is_needed():
+def test_importing_bertfast_imports_nothing_before_it_is_needed(run):
     run(
         (),
         """
@@ -112,7 +108,7 @@ print((time.process_time() - start) / (middle - start))
     assert min(ratios) < 1.5
 
 
-def test_a_model_is_converted_without_triton_and_the_modules():
+def test_a_model_is_converted_without_triton_and_the_modules(run):
     pytest.importorskip("transformers")
     run(
         ("triton", "bertfast._host", "bertfast._cuda"),
@@ -125,7 +121,7 @@ def test_a_model_is_converted_without_triton_and_the_modules():
     )
 
 
-def test_without_transformers_a_model_is_left_alone_and_our_own_encoder_runs():
+def test_without_transformers_a_model_is_left_alone_and_our_own_encoder_runs(run):
     run(
         ("transformers",),
         """

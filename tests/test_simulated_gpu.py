@@ -1,5 +1,5 @@
-"""The tests that run on the simulated GPU, each file in a process of its own: the devices have to
-be there before torch is imported.
+"""The tests that run on the simulated GPU, in processes of their own: the devices have to be there
+before torch is imported. There are few, as each imports torch and transformers anew.
 
     BERTFAST_SIMULATED_GPU=1 pytest tests/simulated
 
@@ -17,21 +17,19 @@ from support import simulated_gpu
 from support.simulated_gpu import build
 
 TESTS = Path(__file__).parent
-FILES = {file.stem: [str(file)] for file in sorted((TESTS / "simulated").glob("test_*.py"))}
-# What needs no real GPU, no graph, and no long run of Triton's interpreter.
-FILES["test_gpu"] = [
-    str(TESTS / "test_gpu.py"),
-    "-k",
-    "where_its_tensors_are or (holes or plan) and cuda and 384 and 64 and not bfloat16",
-]
+FILES = [*sorted((TESTS / "simulated").glob("test_*.py")), TESTS / "test_gpu.py"]
+PROCESSES = 3
+# Of test_gpu.py what needs no real GPU, no graph, and no long run of Triton's interpreter.
+CHOSEN = "not test_gpu or where_its_tensors_are or "
+CHOSEN += "(holes or plan) and cuda and 384 and 64 and not bfloat16"
 
 pytestmark = pytest.mark.skipif(
     simulated_gpu.wanted(), reason="this runs on the simulated GPU already"
 )
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_on_the_simulated_gpu(name):
+@pytest.mark.parametrize("number", range(PROCESSES))
+def test_on_the_simulated_gpu(number):
     reason = simulated_gpu.why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -44,7 +42,9 @@ def test_on_the_simulated_gpu(name):
         "-rfEs",
         "-p",
         "no:cacheprovider",
-        *FILES[name],
+        "-k",
+        CHOSEN,
+        *map(str, FILES[number::PROCESSES]),
     ]
     done = subprocess.run(
         command,
