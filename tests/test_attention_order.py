@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bertfast.commands.kernels import budget, peers
-from bertfast.ops import dispatch
+from bertfast.ops import attention, attention_qkv, dispatch
 from bertfast.ops.attention import limits, order
+from bertfast.testing import positions
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,52 @@ from bertfast.ops.attention import limits, order
 def test_the_first_backend_by_architecture_and_head_dimension(capability, head_dim, first):
     found = order.line(capability, head_dim).order
     assert found[0] == first and sorted(found) == ["cuda", "torch", "triton"]
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, asked, first",
+    [
+        (90, 64, "distance_bias backward", "cuda"),
+        (90, 64, "distance_bias", "cuda"),
+        (90, 64, "rotary window", "cuda"),
+        (90, 64, "rotary window backward", "triton"),
+        (90, 64, "rotary", "triton"),
+        (90, 64, "rotary backward", "triton"),
+        (90, 128, "window backward", "cuda"),
+        (80, 64, "rotary window backward", "cuda"),
+        (80, 64, "rotary backward", "cuda"),
+        (80, 32, "rotary backward", "triton"),
+        (80, 32, "rotary", "cuda"),
+        (120, 24, "window", "triton"),
+        (80, 32, "distance_bias window backward", "cuda"),
+        (100, 32, "rotary backward", "cuda"),
+    ],
+)
+def test_the_first_backend_of_calls_by_position(capability, head_dim, asked, first):
+    assert order.line(capability, head_dim, tuple(asked.split())).order[0] == first
+
+
+@pytest.mark.parametrize("form", [{"window": (3, 2)}, {"rotary": positions.tables(9, 16)}, {}])
+@pytest.mark.parametrize("of_one", [True, False])
+def test_a_call_by_position_says_whether_it_has_gradients(monkeypatch, form, of_one):
+    asked = []
+
+    def choose(op, backend, *case):
+        asked.append(case[4] if len(case) > 4 else ())
+        return "torch"
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    qkv = torch.randn(1, 9, 3, 2, 16)
+
+    def call(qkv):
+        return attention_qkv(qkv, **form) if of_one else attention(*qkv.unbind(2), **form)
+
+    call(qkv)
+    call(qkv.requires_grad_())
+    with torch.no_grad():
+        call(qkv)
+    names = tuple(form)
+    assert asked == [names, (*names, *["backward"] * bool(names)), names]
 
 
 def test_every_line_says_what_it_rests_on():
@@ -88,6 +135,42 @@ def test_the_counts_of_dkv_are_the_committed_ones_too(capability, width, arch, t
     assert found == quoted
 
 
+def test_the_counts_by_position_are_the_committed_ones_too():
+    lines = budget.load()[budget.HOT_PATHS]
+
+    def instructions(source, kernel, label, arch):
+        return lines[source, f"attention_{kernel}_kernel", label, "bfloat16", arch].instructions
+
+    def by_triton(kernel, label, arch="sm_90a"):
+        layout, words = label.split(" ", 1)
+        full = (
+            f"{layout}, {'planned' if layout == 'forward' else 'packed'}, D 64, up to 512, {words}"
+        )
+        return instructions("triton", kernel, full, arch)
+
+    def by_cuda(kernel, step, arch="sm_90a"):
+        label = f"D 64, 64 x {step}, by position"
+        return instructions("cuda", f"{kernel}_by_position", label, arch)
+
+    def numbers(*case):
+        return re.findall(r"\d+\.\d|\d+", order.line(*case).evidence)
+
+    biased = numbers(90, 64, ("distance_bias",))
+    assert biased[0] == f"{by_triton('fwd', 'forward bias'):.0f}"
+    assert biased[2] == f"{by_triton('fwd', 'forward bias', 'sm_80'):.0f}"
+    forward = {arch: by_cuda("forward", 64, arch) for arch in ("sm_90a", "sm_80")}
+    assert biased[4:6] == [f"{forward[arch]:.0f}" for arch in ("sm_90a", "sm_80")]
+    triton = by_triton("bwd_dq", "dq rotary, window") + by_triton("bwd_dkv", "dkv rotary, window")
+    cuda = by_cuda("backward_dq", 32) + by_cuda("backward_dkv", 16)
+    windowed = numbers(90, 64, ("window",))
+    assert windowed[0] == f"{by_triton('fwd', 'forward window'):.1f}"
+    assert windowed[1] == f"{forward['sm_90a']:.1f}"
+    assert windowed[3:] == [f"{triton:.1f}", f"{cuda:.1f}"]
+    backward = [by_cuda("backward_dq", 32, "sm_80"), by_cuda("backward_dkv", 16, "sm_80")]
+    for asked in (("window",), ("rotary", limits.BACKWARD)):
+        assert numbers(80, 32, asked)[-2:] == [f"{count:.0f}" for count in backward]
+
+
 def test_auto_follows_the_table_of_each_device(monkeypatch):
     """With GPUs on which nothing was measured and every backend can run."""
     capabilities = [(9, 0), (8, 0)]
@@ -100,6 +183,8 @@ def test_auto_follows_the_table_of_each_device(monkeypatch):
         for op in ("attention", "attention_qkv"):
             assert dispatch.choose(op, "auto", gpu, torch.bfloat16, 64) == chosen
         assert dispatch.choose("layer_norm", "auto", gpu, torch.bfloat16, 768) == "cuda"
+        window = ("window",)
+        assert dispatch.choose("attention", "auto", gpu, torch.bfloat16, 64, 512, window) == "cuda"
     assert dispatch.choose("attention", "auto", torch.device("cpu"), torch.bfloat16, 64) == "torch"
 
 

@@ -125,3 +125,23 @@ def test_a_window_of_whole_sequences_is_none(monkeypatch, nodes, kind):
     module.names = ()
     for one, other in zip(found, gradients(module, x, batch), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.host
+def test_a_node_asks_for_gradients_where_there_may_be_any(monkeypatch, nodes):
+    """Without them "auto" may take another backend."""
+    asked, choose = [], dispatch.choose
+
+    def noting(op, *case):
+        asked.extend([case[-1]] if op == "attention_qkv" else ())
+        return choose(op, *case)
+
+    monkeypatch.setattr(dispatch, "choose", noting)
+    backend = ("cuda", "cpu")
+    module = placed(backend, "a window")
+    x = make_input(backend)
+    gradients(module, x)
+    with torch.no_grad():
+        module(x)
+    assert asked == [("window", limits.BACKWARD), ("window",)]
+    assert nodes[:2] == ["attention", "mlp"]

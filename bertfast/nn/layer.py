@@ -182,7 +182,10 @@ def _attention_backends(layer: Composed, place: Place) -> tuple[str, str]:
     size = limits.size_of(rows, parts.heads, length, batch.key_mask is not None, longest)
     head_dim = layer.now.attention_output.weight.shape[1] // parts.heads
     case = (place.device, place.products)
-    more = (names,) if (names := call.positions.features(longest)) else ()
+    asked = call.positions.features(longest)
+    if asked and torch.is_grad_enabled():
+        asked = (*asked, limits.BACKWARD)
+    more = (asked,) if asked else ()
     attention = dispatch.choose("attention_qkv", call.backend, *case, head_dim, size, *more)
     return attention, dispatch.choose("layer_norm", call.backend, *case, place.width)
 

@@ -74,7 +74,8 @@ def attention(
     scores = check.check_scores("q", q, longest, scale, rotary, window, distance_bias)
     layout = (key_mask, cu_seqlens, max_seqlen)
     requested = backend
-    backend = _choose("attention", backend, q, cast or q.dtype, *layout, scores.features)
+    asked = _asked(scores, q, k, v)
+    backend = _choose("attention", backend, q, cast or q.dtype, *layout, asked)
 
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
@@ -123,7 +124,8 @@ def attention_qkv(
     cast = tracing.autocast(qkv)
     layout = (key_mask, cu_seqlens, max_seqlen)
     requested = backend
-    backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout, scores.features)
+    asked = _asked(scores, qkv)
+    backend = _choose("attention_qkv", backend, qkv, cast or qkv.dtype, *layout, asked)
 
     if cast is not None:
         qkv = qkv.to(cast)
@@ -164,6 +166,14 @@ def _check_dropout(
     checks.check_dropout(dropout_p, site)
     if seed is not None:
         checks.check_seed(seed, x.device, like=name)
+
+
+def _asked(scores: Scores, *heads: torch.Tensor) -> tuple[str, ...]:
+    """Features that a call by position needs of a backend; none of any other call."""
+    features = scores.features
+    if features and any_requires_grad(*heads, scores.bias):
+        return (*features, limits.BACKWARD)
+    return features
 
 
 def _choose(

@@ -9,10 +9,12 @@ DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
 }
-# What the kernels can do to scores, by the names of the public functions' arguments.
+# What the kernels can do to scores, by the names of the public functions' arguments, and whether
+# they have such a call's gradients, without which "auto" may take another backend.
+BACKWARD = "backward"
 FEATURES: dict[str, tuple[str, ...]] = {
-    "triton": ("rotary", "window", "distance_bias"),
-    "cuda": ("rotary", "window", "distance_bias"),
+    "triton": ("rotary", "window", "distance_bias", BACKWARD),
+    "cuda": ("rotary", "window", "distance_bias", BACKWARD),
 }
 _WRONG_DTYPE = {
     "triton": "q must be float32, float16 or bfloat16, got {}",
@@ -57,7 +59,7 @@ def unsupported_reason(
     size: Size | None,
     features: tuple[str, ...] = (),
 ) -> str | None:
-    """features: of scores, those that are asked for."""
+    """features: those of FEATURES that are asked for."""
     if dtype is not None and dtype not in DTYPES[backend]:
         return _WRONG_DTYPE[backend].format(dtype)
     if head_dim is not None and not 1 <= head_dim <= MAX_HEAD_DIM:
