@@ -83,6 +83,9 @@ def test_the_numbers_are_the_interpreters_own(op, monkeypatch):
     monkeypatch.setattr(tritons, "_get_np_dtype", tritons._get_np_dtype.__wrapped__)
     for kind in (core.block_type, core.tensor):
         monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
+    semantic = tritons.interpreter_semantic
+    real = semantic.broadcast_impl_value.__wrapped__
+    monkeypatch.setattr(semantic, "broadcast_impl_value", real)
     options = dataclasses.replace(builder.options, sanitize_overflow=True)
     monkeypatch.setattr(builder, "options", options)
     for name, value in table.run(inputs, "triton").items():

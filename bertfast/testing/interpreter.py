@@ -4,8 +4,8 @@ as they are.
 At each launch it puts its own functions in place of the language's builtins, and takes them back
 at the end. At each call of a function within a kernel, thousands a launch, it does so once more,
 though all are in place. For each tensor it makes its type, its shape and the table of numpy's
-dtypes anew. And it looks whether each sum and product of integers overflows, and says so to nobody
-unless its option `debug` is set.
+dtypes anew, and for two of one shape the shape that both can be broadcast to. And it looks whether
+each sum and product of integers overflows, and says so to nobody unless its option `debug` is set.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ def quicken() -> None:
     interpreter._get_np_dtype = _np_dtype(interpreter._get_np_dtype)
     tl.core.block_type.__init__ = _block_type(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = _tensor(tl.core.tensor.__init__)
+    semantic = interpreter.interpreter_semantic
+    semantic.broadcast_impl_value = _broadcast(semantic.broadcast_impl_value)
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -115,3 +117,13 @@ def _tensor(real: Any) -> Any:
             known[shape] = {name: getattr(self, name) for name in _OF_A_SHAPE}
 
     return init
+
+
+def _broadcast(real: Any) -> Any:
+    """`broadcast_impl_value`, for two tensors of different shapes."""
+
+    @functools.wraps(real)
+    def broadcast(lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else real(lhs, rhs)
+
+    return broadcast
