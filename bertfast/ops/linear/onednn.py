@@ -63,9 +63,9 @@ def serves(
     x: torch.Tensor, weight: torch.Tensor, training: bool, approximate: str | None = None
 ) -> bool:
     """True if these functions are to be used for x now. training: the flag of the layer."""
-    rows = x.numel() // max(1, weight.shape[1])
-    large = x.device.type == "cpu" and pays(rows, weight, approximate is not None)
-    return large and may_serve(x, training)
+    if not may_serve(x, training):  # before `pays`, whose look at the processor Dynamo can't trace
+        return False
+    return pays(x.numel() // max(1, weight.shape[1]), weight, approximate is not None)
 
 
 def may_serve(x: torch.Tensor, training: bool) -> bool:
