@@ -80,7 +80,8 @@ def test_the_numbers_are_the_interpreters_own(op, monkeypatch):
     quick = table.run(inputs, "triton")
     builder, core = tritons.interpreter_builder, tl.core
     monkeypatch.setattr(tritons, "_patch_lang", tritons._patch_lang.real)
-    monkeypatch.setattr(tritons, "_get_np_dtype", tritons._get_np_dtype.__wrapped__)
+    for name in ("_patch_builtin", "_get_np_dtype"):
+        monkeypatch.setattr(tritons, name, getattr(tritons, name).__wrapped__)
     for kind in (core.block_type, core.tensor):
         monkeypatch.setattr(kind, "__init__", kind.__init__.__wrapped__)
     semantic = tritons.interpreter_semantic

@@ -1,15 +1,17 @@
 """Triton's interpreter, several times quicker by what it does again without need. The numbers stay
 as they are.
 
-At each launch it puts its own functions in place of the language's builtins, and takes them back
-at the end. At each call of a function within a kernel, thousands a launch, it does so once more,
-though all are in place. For each tensor it makes its type, its shape and the table of numpy's
-dtypes anew, and for two of one shape the shape that both can be broadcast to. And it looks whether
-each sum and product of integers overflows, and says so to nobody unless its option `debug` is set.
+At each launch it looks for the language's builtins, puts its own functions in their place, and
+takes them back at the end. At each call of a function within a kernel, thousands a launch, it does
+so once more, though all are in place. For each tensor it makes its type, its shape and the table of
+numpy's dtypes anew, and for two of one shape the shape that both can be broadcast to. And it looks
+whether each sum and product of integers overflows, and says so to nobody unless its option `debug`
+is set.
 """
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 _OF_A_SHAPE = {"shape", "numel"}
@@ -25,6 +27,7 @@ def quicken() -> None:
     if not known or hasattr(interpreter._patch_lang, "real"):
         return
     interpreter._patch_lang = _Once(interpreter._patch_lang)
+    interpreter._patch_builtin = _patch_builtin(interpreter._patch_builtin)
     interpreter._get_np_dtype = _np_dtype(interpreter._get_np_dtype)
     tl.core.block_type.__init__ = _block_type(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = _tensor(tl.core.tensor.__init__)
@@ -65,6 +68,25 @@ def _languages(fn: Any) -> frozenset[str]:
 
     modules = {id(tl): "tl", id(tl.core): "core"}
     return frozenset(modules[id(each)] for each in fn.__globals__.values() if id(each) in modules)
+
+
+def _patch_builtin(real: Any) -> Any:
+    """`_patch_builtin`, which looks for a module's or a class's builtins once."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+
+    @functools.wraps(real)
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        if package not in names:
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if tl.core.is_builtin(member)]
+        for name in names[package]:
+            if tl.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    return patch
 
 
 def _np_dtype(real: Any) -> Any:
