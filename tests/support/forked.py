@@ -43,7 +43,7 @@ class Forks:
         )
 
     def run(self, program: str) -> str:
-        """What it printed. It has to end well."""
+        """Returns what the program printed. It has to end well."""
         with tempfile.TemporaryDirectory() as folder:
             said, errors = (Path(folder) / name for name in ("said", "errors"))
             self._process.stdin.write(json.dumps([program, str(said), str(errors)]) + "\n")
