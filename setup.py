@@ -36,15 +36,18 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")  # sm_86's runs on 8.9 too
-ATTENTION = "csrc/kernels/attention/"
 # Of these kernels shared memory decides how many registers a thread may have: with heads of 64,
 # three blocks fit a multiprocessor that has 164 kB, and two one of 100. The others take sm_80's
 # code to 8.6 and 8.9, where nothing of it would be different.
-BY_SHARED_MEMORY = tuple(f"{ATTENTION}{n}.cu" for n in ("forward", "backward_dq", "backward_dkv"))
+BY_SHARED_MEMORY = tuple(
+    f"csrc/kernels/attention/{name}.cu" for name in ("forward", "backward_dq", "backward_dkv")
+)
 # nvcc takes longer to make PTX than to make machine code of it, and a newer architecture's can be
-# made of an older one's PTX. So what begins at one of these capabilities shares it, up to the next.
-# Attention's sources have code that is for 9.0a alone, and some that is for 10.0 and later.
-GENERATIONS, GENERATIONS_OF_ATTENTION = (80, 90), (80, 90, 100)
+# made of an older one's PTX. So what begins at one of these capabilities shares it, up to the next:
+# some kernels have code for 9.0a alone, or for 10.0 and later, and where products are made nvcc
+# does better for 10.0. LayerNorm's, which wait for memory, take longest to compile, and share more.
+GENERATIONS, GENERATIONS_OF_LAYER_NORM = (80, 90, 100), (80, 90)
+LAYER_NORM = "csrc/kernels/layer_norm.cu"
 # Files that choose between kernels and have none, and those whose kernels are for Hopper alone: no
 # other GPU's launches ask for these. Each architecture would cost a second or more for nothing.
 WITHOUT_KERNELS = ("/launch.cu",)
@@ -139,7 +142,7 @@ def archs_of(source: str, archs: list[str]) -> list[list[str]]:
         return [[arch] for arch in archs]
     if "sm_80" in archs:
         archs = [arch for arch in archs if arch not in ("sm_86", "sm_87", "sm_89")]
-    begin = GENERATIONS_OF_ATTENTION if source.startswith(ATTENTION) else GENERATIONS
+    begin = GENERATIONS_OF_LAYER_NORM if source == LAYER_NORM else GENERATIONS
     generations = itertools.groupby(archs, lambda arch: bisect.bisect(begin, number(arch)))
     return [list(group) for _, group in generations]
 

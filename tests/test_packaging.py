@@ -152,6 +152,7 @@ def test_architectures(package, tmp_path):
             [["sm_80"]],
         ),
         ("layer_norm.cu", [["sm_80"], ["sm_90a", "sm_100", "sm_120"]], [["sm_80"]]),
+        ("gated.cu", [["sm_80"], ["sm_90a"], ["sm_100", "sm_120"]], [["sm_80"]]),
         ("attention/forward_bulk.cu", [["sm_90a"]], [["sm_80"]]),
         ("linear_gelu/launch.cu", [["sm_80"]], [["sm_80"]]),
     ],
