@@ -68,15 +68,15 @@ class Shared:
         return known[1]
 
     def tensors(self) -> list[torch.Tensor]:
-        """All in the values, which are tensors and tuples."""
-        found, left = [], [value for _, value in self._made.values()]
+        """All in the values, which are tensors and tuples, each once."""
+        found, left = {}, [value for _, value in self._made.values()]
         while left:
             value = left.pop()
             if isinstance(value, torch.Tensor):
-                found.append(value)
+                found[id(value)] = value
             elif isinstance(value, tuple):
                 left += value
-        return found
+        return list(found.values())
 
 
 def _version(x: torch.Tensor) -> int | None:
