@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.guard import run_guarded
 
-from bertfast.ops import dispatch
+from bertfast.ops import dispatch, linear_gelu
 from bertfast.testing import UNIT_ROUNDOFF, compare, hold_to_budget, worst
 from bertfast.testing import linear_gelu as table
 from bertfast.testing.linear_gelu import Case
@@ -140,6 +140,22 @@ def test_other_dtypes_have_a_reason(target, need):
     need("linear_gelu", target)
     reason = dispatch.unsupported_reason("linear_gelu", *target, torch.float32)
     assert reason == "its tensor-core kernels take float16 and bfloat16, got torch.float32"
+
+
+def test_a_call_of_one_kernel_compiles(target, need):
+    """In one graph, for other numbers of rows too."""
+    need("linear_gelu", target, torch.float16)
+    backend, device = target
+    weight = torch.randn(24, 16, dtype=torch.float16, device=device)
+
+    def call(x):
+        return linear_gelu(x, weight, fused=True, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 16, dtype=torch.float16, device=device)
+        assert torch.equal(compiled(x), call(x))
 
 
 @pytest.mark.parametrize("gap", [0, 8], ids=["not aligned", "rows apart"])

@@ -32,13 +32,22 @@ def backend_of(
     # While something is traced a number of rows may stand for all.
     known = tracing.plain_call(x)
     most = limits.rows_class(x.numel() // max(1, inputs)) if known else None
-    case = (x.device, dtype, inputs, outputs, most)
     reasons = []
     for name in dispatch.BACKENDS[1:] if backend == "auto" else (backend,):
-        reason = dispatch.unsupported_reason(ops.both, name, *case)
+        reason = _reason_here(ops.both, name, x.device, dtype)
+        reason = reason or ops.limits(dtype, inputs, outputs, most)
         if name == "torch":
             reason = "its product and its activation are two"
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"fused=True can't be had here: {'; '.join(reasons)}")
+
+
+def _reason_here(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return dispatch.unsupported_reason(op, backend, device, dtype)
+
+
+# As `dispatch.choose`: to find out may import modules, which torch.compile can't trace. Sizes may
+# be symbols, and are looked at apart.
+_reason_here._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ dy is the gradient of the product that takes y, weight the one of that product: 
 of y). What they are given is dense, or rows apart by a multiple of 16 bytes, and aligned to 16.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +37,10 @@ class Ops(NamedTuple):
 
     after: str
     both: str
+    limits: Callable[..., str | None]  # of the latter: why it can't have a call's sizes
 
 
-GELU = Ops("bias_gelu", "linear_gelu")
+GELU = Ops("bias_gelu", "linear_gelu", limits.unsupported_reason)
 
 
 def choose(

@@ -19,8 +19,9 @@ import torch
 from ..gated import run as gated
 from ..linear import run as linear
 from ..linear.run import Choice
+from . import limits
 
-OPS = linear.Ops("gated", "linear_gated")
+OPS = linear.Ops("gated", "linear_gated", limits.unsupported_reason)
 
 
 def choose(
