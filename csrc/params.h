@@ -163,13 +163,23 @@ struct LinearGeluBackward {
   const void* u;       // (rows, cols)
   const void* bias;
   void* dv;
-  float* partial_dbias;  // (tiles of linear_gelu_tile_rows(), cols)
+  float* partial_dbias;  // (tiles of linear_gelu_tile_rows(), dv's columns)
   int rows;
   int inner;
   int cols;
   int dy_row_stride;
   int weight_row_stride;
   int group_bits;
+};
+
+// The same with a gated activation. u, du (in dv's place), bias and the forward's weight have 2 *
+// cols columns, or rows, those first that are activated; y has cols, as the backward's weight.
+struct LinearGatedForward : LinearGeluForward {
+  Activation activation;
+};
+
+struct LinearGatedBackward : LinearGeluBackward {
+  Activation activation;
 };
 
 // out[i][column] = sum over the partials' rows; partial is (sums, n_partials, cols).
@@ -296,6 +306,8 @@ cudaError_t launch_gated_forward(GatedForward, Activation, DType, Stream);
 cudaError_t launch_gated_backward(GatedBackward, Activation, DType, Stream);
 cudaError_t launch_linear_gelu_forward(const LinearGeluForward&, bool tanh, DType, Stream);
 cudaError_t launch_linear_gelu_backward(const LinearGeluBackward&, bool tanh, DType, Stream);
+cudaError_t launch_linear_gated_forward(const LinearGatedForward&, DType, Stream);
+cudaError_t launch_linear_gated_backward(const LinearGatedBackward&, DType, Stream);
 cudaError_t launch_column_sum(const ColumnSum&, DType dtype, Stream);
 cudaError_t launch_attention_rotate(const AttentionRotation&, DType, Stream);
 cudaError_t launch_attention_forward(const AttentionForward&, DType, Stream);
@@ -312,7 +324,7 @@ struct RowBlock {
 };
 RowBlock layer_norm_backward_block(int cols, DType dtype);
 
-// The rows of linear_gelu's backward that a partial sum is of.
+// The rows that a partial sum of linear_gelu's backward, and of linear_gated's, is of.
 int linear_gelu_tile_rows();
 
 }  // namespace bertfast

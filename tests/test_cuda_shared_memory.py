@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bertfast.ops import attention, layer_norm, linear_gelu
+from bertfast.ops import attention, layer_norm, linear_gated, linear_gelu
 from bertfast.ops.attention.limits import MAX_HEAD_DIM, MAX_MASKED_LENGTH
 
 pytestmark = pytest.mark.host
@@ -35,8 +35,9 @@ def products():
             torch.empty(shape, dtype=BF16, requires_grad=True)
             for shape in ((rows, 768), (3072, 768), (3072,))
         )
-        y = linear_gelu(x, weight, bias, fused=True, backend="cuda")
-        y.backward(torch.empty_like(y))
+        for op in (linear_gelu, linear_gated):
+            y = op(x, weight, bias, fused=True, backend="cuda")
+            y.backward(torch.empty_like(y))
 
 
 @pytest.mark.parametrize("calls", [longest_attention, widest_layer_norm, products])

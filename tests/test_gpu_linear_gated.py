@@ -14,7 +14,6 @@ from bertfast.testing.linear_gated import Case
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.triton,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
 BF16 = torch.bfloat16
@@ -24,33 +23,48 @@ SIZES = [
     Case(2048, 768, 3072, activation="silu", bias=False),
     Case(777, 712, 1048, activation="gelu_tanh"),
 ]
-DEVICE, BACKEND = "cuda", "triton"
+DEVICE = "cuda"
 
 
-@pytest.fixture(autouse=True)
-def _can_run():
-    reason = dispatch.unsupported_reason("linear_gated", BACKEND, DEVICE, BF16)
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    reason = dispatch.unsupported_reason("linear_gated", request.param, DEVICE, BF16)
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(reason=reason)
+    return request.param
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=["fp16", "bf16"])
+def test_real_sizes(case, dtype, backend):
+    inputs = table.make_inputs(case, dtype)
+    out = table.run(inputs, backend, DEVICE)
+    hold_to_budget(table, inputs, out)
+    again = table.run(inputs, backend, DEVICE)
+    for name, value in out.items():
+        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=["fp16", "bf16"])
-def test_each_configuration_at_real_sizes(case, dtype, number):
+def test_each_configuration_of_triton(case, dtype, number):
     """Of this GPU's architecture; that it runs at all is what no other test can tell."""
     triton = pytest.importorskip("bertfast.ops.linear.triton")
     from bertfast.ops.linear import config
 
+    reason = triton.unsupported_reason(DEVICE)
+    if reason is not None:
+        pytest.skip(reason=reason)
     arch = config.architecture(triton.triton_lib.capability(torch.empty(0, device=DEVICE)))
     inputs = table.make_inputs(case, dtype)
     with contextlib.ExitStack() as stack:
         for pass_ in config.GATED:
             known = config.candidates(arch, pass_)
             stack.enter_context(config.trial(pass_, known[min(number, len(known) - 1)]))
-        out = table.run(inputs, BACKEND, DEVICE)
+        out = table.run(inputs, "triton", DEVICE)
         hold_to_budget(table, inputs, out)
-        again = table.run(inputs, BACKEND, DEVICE)
+        again = table.run(inputs, "triton", DEVICE)
     for name, value in out.items():
         assert torch.equal(value, again[name]), name
 
@@ -61,14 +75,14 @@ def tensors(rows):
     return [torch.randn(shape, device=DEVICE, dtype=BF16).mul_(0.05) for shape in shapes]
 
 
-def test_a_graph_reads_the_tensors_anew():
+def test_a_graph_reads_the_tensors_anew(backend):
     x, weight, bias = (tensor.requires_grad_() for tensor in tensors(500))
     down = torch.randn(768, 1152, device=DEVICE, dtype=BF16)
     u = torch.randn(500, 2 * 1152, device=DEVICE, dtype=BF16)
 
     def step():
-        y = linear_gated(x, weight, bias, fused=True, backend=BACKEND)
-        choice = run.Choice(BACKEND, None, BACKEND)
+        y = linear_gated(x, weight, bias, fused=True, backend=backend)
+        choice = run.Choice(backend, None, backend)
         return (y, *run.backward(x.detach(), down, u, bias, "gelu", True, choice))
 
     stream = warmed_up(step)
@@ -82,12 +96,12 @@ def test_a_graph_reads_the_tensors_anew():
         assert torch.equal(value, other)
 
 
-def test_beyond_2_to_the_31_elements():
+def test_beyond_2_to_the_31_elements(backend):
     rows = 2**31 // (2 * 1152) + 300
     if torch.cuda.mem_get_info()[0] < 4 * rows * 2 * 1152 * 2:
         pytest.skip(reason="not enough GPU memory for tensors of more than 2^31 elements")
     x, weight, bias = tensors(rows)
-    choice, last = run.Choice(*3 * [BACKEND]), 8192
+    choice, last = run.Choice(backend, backend, backend), 8192
     y, u = run.forward(x, weight, bias, "gelu", choice, True)
     # So many rows have the same tiles, and each sum its order, wherever its tile lies.
     tail = x[-last:].clone()

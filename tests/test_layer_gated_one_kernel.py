@@ -17,30 +17,30 @@ from bertfast.ops.linear_gated import run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = pytest.mark.triton
 
-
-@pytest.fixture
-def backend(need):
-    target = ("triton", DEVICE)
+@pytest.fixture(
+    params=[
+        pytest.param("triton", marks=pytest.mark.triton),
+        pytest.param("cuda", marks=pytest.mark.host),
+    ]
+)
+def backend(request, need):
+    target = (request.param, DEVICE)
     need("linear_gated", target, torch.bfloat16)
     return target
 
 
 @pytest.fixture
 def compiled(backend):
-    """In the tests of a layer with its GELU that is the host build, which has no such kernel."""
     return backend
 
 
 @pytest.fixture(autouse=True)
-def one_kernel(monkeypatch):
+def one_kernel(backend, monkeypatch):
     """As if `bertfast tune` had found it faster; yields the calls that reached the kernels."""
     taken = []
-    monkeypatch.setattr(run, "choose", lambda *case: run.Choice(*3 * ["triton"]))
-    module = dispatch.backend_module("linear_gated", "triton")
-    if isinstance(module, str):
-        pytest.skip(module)
+    monkeypatch.setattr(run, "choose", lambda *case: run.Choice(*3 * backend[:1]))
+    module = dispatch.backend_module("linear_gated", backend[0])
     for name in ("forward", "backward"):
         real = getattr(module, name)
 
@@ -60,7 +60,7 @@ def _taken(one_kernel):
 
 def test_the_op_that_a_composed_layer_calls_takes_it(backend, composed, monkeypatch, one_kernel):  # noqa: F811
     """The gradient of its own product is autograd's, and the activation's is gated's."""
-    monkeypatch.setattr(linear_run, "choose", lambda *case: run.Choice(*3 * ["triton"]))
+    monkeypatch.setattr(linear_run, "choose", lambda *case: run.Choice(*3 * backend[:1]))
     module = make(backend, "one")
     x = torch.randn(2, 5, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     composed(module, x).sum().backward()

@@ -251,7 +251,7 @@ ERRORS = [
         ValueError,
         "fused=True can't be had here: torch: its product and its activation are two",
     ),
-    (dict(fused=True), ValueError, "cuda: linear_gated has no cuda kernels yet"),
+    (dict(fused=True), ValueError, "fused=True can't be had here: triton: .*; cuda: "),
 ]
 
 

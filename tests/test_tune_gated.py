@@ -11,7 +11,7 @@ from bertfast.commands import env
 from bertfast.commands import tune as tuning
 from bertfast.commands.bench import models
 from bertfast.commands.bench.cases import linear_gated, linear_gelu
-from bertfast.ops import tuned
+from bertfast.ops import dispatch, tuned
 from bertfast.ops.linear import config as linear_config
 from bertfast.ops.linear import limits
 from bertfast.ops.linear import run as linear_run
@@ -24,6 +24,7 @@ GATED = dataclasses.replace(TINY, gated="silu")
 def test_decisions_of_gated_mlps(monkeypatch):
     """Of both ops, after attention's; another model's calls count where the case is the same."""
     monkeypatch.setattr(tuning, "_capability", lambda device: 90)
+    host = dispatch.unsupported_reason("linear_gated", "cuda", "cpu") is None
     shapes, types = [models.full_batch(2, 20)], [torch.float16, torch.bfloat16]
     other = dataclasses.replace(GATED, inner=96, gated="gelu")
     made = tuning.decisions([TINY, GATED, other], shapes, types, "cpu")
@@ -39,7 +40,7 @@ def test_decisions_of_gated_mlps(monkeypatch):
     expected = {f"linear_gated float16 {size} {rows}" for size in sizes for rows in limits.ROWS}
     assert set(keys) == expected | {f"{key} backward" for key in expected}
     both = found["linear_gated float16 32 64 256"]
-    assert [*both.candidates] == ["two kernels", "triton"]
+    assert [*both.candidates] == ["two kernels", *(["cuda"] if host else []), "triton"]
     assert [(case.pass_, case.op, case.activation) for case in both.cases] == [
         ("forward", "linear_gated", "silu"),
         ("training", "linear_gated", "silu"),
@@ -57,18 +58,25 @@ def test_decisions_of_gated_mlps(monkeypatch):
             assert [(case.pass_, case.dtype) for case in split.cases] == [(call, torch.float16)]
 
 
+@pytest.mark.host
 @pytest.mark.triton
 @pytest.mark.parametrize("pass_", linear_gelu.PASSES)
-@pytest.mark.parametrize(("us", "expected"), [((2.0, 1.0), "triton"), ((1.0, 0.99), "torch")])
+@pytest.mark.parametrize(
+    ("us", "expected"),
+    [((2.0, 1.0, 3.0), "cuda"), ((2.0, 3.0, 1.0), "triton"), ((1.0, 0.99, 2.0), "torch")],
+)
 def test_one_kernel_or_two_of_a_gated_mlp(pass_, us, expected, need):
-    need("linear_gated", ("triton", "cpu"))
+    for backend in ("cuda", "triton"):
+        need("linear_gated", (backend, "cpu"))
     case = linear_gated.case(pass_, 24, 32, 64, torch.float16)
     made = tuning._backend_decision("linear_gated", case.form, [case], "cpu")
     found = tuning.Tuning()
     assert tuning.decide(made, found, clocks(*us), lambda: False, "cpu")
     assert not found.faults
     (choice,) = found.choices["backends"].values()
-    assert choice == tuned.Choice(expected, dict(zip(("two kernels", "triton"), us, strict=True)))
+    assert choice == tuned.Choice(
+        expected, dict(zip(("two kernels", "cuda", "triton"), us, strict=True))
+    )
 
 
 def test_choices_of_a_gated_product_are_followed(file, all_can):  # noqa: F811

@@ -69,6 +69,13 @@ int bytes_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
 
+Activation activation_of(int number) {
+  if (number < 0 || number > static_cast<int>(Activation::kSilu)) {
+    throw std::invalid_argument("the activation must be 0, 1 or 2");
+  }
+  return static_cast<Activation>(number);
+}
+
 int64_t chain(int64_t groups, int64_t side_by_side, int64_t longest) {
   const auto per = [](int64_t a, int64_t b) { return (a - 1) / b + 1; };
   return per(groups, side_by_side * per(groups, side_by_side * longest));

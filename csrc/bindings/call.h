@@ -46,6 +46,9 @@ int64_t chain(int64_t groups, int64_t side_by_side, int64_t longest);
 
 int bytes_of(DType dtype);
 
+// ValueError where there is none of that number: bertfast/ops/gated/limits.py.
+Activation activation_of(int number);
+
 // For backwards of csrc/device/columns.cuh that sum over rows: how many threads walk down the rows
 // side by side, two rows at a time. width: of dy, whose vectors are the threads beside each other.
 int64_t chains_of(const Tensor& dy, int64_t rows, int64_t width);

@@ -8,14 +8,6 @@
 namespace bertfast {
 namespace {
 
-// In the order of bertfast/ops/gated/limits.py.
-Activation activation_of(int number) {
-  if (number < 0 || number > static_cast<int>(Activation::kSilu)) {
-    throw std::invalid_argument("the activation must be 0, 1 or 2");
-  }
-  return static_cast<Activation>(number);
-}
-
 // Of a tensor as wide as a result of the op, dense or in rows of its own.
 struct Size {
   int rows, cols;

@@ -111,6 +111,35 @@ struct AlongRows {
   }
 };
 
+// The same of two operands, `apart` rows from each other, of which a tile has half its rows each.
+template<class T, int kTile>
+struct AlongRowsOfTwo : AlongRows<T, kTile> {
+  using One = AlongRows<T, kTile>;
+  static constexpr int kCopies = kTile / One::kStep;
+  static_assert(kCopies % 2 == 0, "a thread copies as many rows of both");
+
+  int64_t to_other;  // from the row after the thread's last one of the first to that of the second
+
+  // data, rows: of the first.
+  __device__ __forceinline__ AlongRowsOfTwo(const T* data, int64_t stride, int apart, int rows,
+                                            int inner, int thread)
+      : One(data, stride, rows, inner, thread), to_other((apart - kTile / 2) * stride) {}
+
+  __device__ __forceinline__ void start(Shared<uint4> tile) {
+    const int there = this->left > 0 ? this->rows : 0;
+    const T* row = this->from;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (i == kCopies / 2) row += to_other;
+      cp_async(tile, this->place + i * One::kStep * One::Rows::kChunks,
+               reinterpret_cast<const uint4*>(row), i % (kCopies / 2) * One::kStep < there);
+      row += this->step;
+    }
+    this->from += One::kDepth;
+    this->left -= One::kDepth;
+  }
+};
+
 // An operand whose rows are the inner dimension.
 template<class T, int kTile>
 struct DownRows {

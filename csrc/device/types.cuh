@@ -23,4 +23,10 @@ cudaError_t with_type(DType dtype, Use use) {
   return use(float());
 }
 
+// The same of kernels by tensor cores, which float32 doesn't reach.
+template<class Use>
+cudaError_t with_half(DType dtype, Use use) {
+  return dtype == DType::kFloat16 ? use(__half()) : use(__nv_bfloat16());
+}
+
 }  // namespace bertfast

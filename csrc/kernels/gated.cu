@@ -15,8 +15,7 @@
 
 #include "device/columns.cuh"
 #include "device/earlier.cuh"
-#include "device/gelu.cuh"
-#include "device/silu.cuh"
+#include "device/gate.cuh"
 #include "device/types.cuh"
 #include "device/vec.cuh"
 #include "params.h"
@@ -31,10 +30,6 @@ constexpr int kBackwardRows = 2;
 // halves: enough, but not told so the compiler goes for fewer, in some forms, and spills.
 constexpr int kBackwardBlocks = 4;
 constexpr int kBiasedBackwardBlocks = 2;
-
-template<Activation kForm, class T>
-using Gate = std::conditional_t<kForm == Activation::kSilu, Silu,
-                                Gelu<kForm == Activation::kGeluTanh, sizeof(T) == 4>>;
 
 template<class T, Activation kForm, int kVec, int kRows, bool kBias>
 __global__ void __launch_bounds__(kColumnThreads) gated_forward_kernel(GatedForward p) {

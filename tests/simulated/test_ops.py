@@ -32,7 +32,6 @@ CASES = [
         ("cuda", torch.bfloat16),
         ("triton", torch.float16 if op.startswith("linear_") else torch.float32),
     )
-    if (op, backend) != ("linear_gated", "cuda")  # which there is none of
     for case in table.quick_cases()[: 3 if backend == "triton" else None]
     if set(getattr(case, "features", ())) <= set(FEATURES[backend])
 ]

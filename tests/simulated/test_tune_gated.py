@@ -65,7 +65,8 @@ def test_it_decides_and_a_layer_follows(tmp_path, monkeypatch, triton_calls):
         "linear_gated bfloat16 32 64 64": "triton",
         "linear_gated bfloat16 32 64 64 backward": "torch",
     }
-    assert kept["linear_gated bfloat16 32 64 64"]["us"] == {"two kernels": 3.0, "triton": 2.0}
+    us = {"two kernels": 3.0, "cuda": 4.0, "triton": 2.0}
+    assert kept["linear_gated bfloat16 32 64 64"]["us"] == us
 
     device = torch.device("cuda", 0)
     assert dispatch.choose("gated", "auto", device, BF16) == "triton"

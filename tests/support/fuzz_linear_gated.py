@@ -18,7 +18,7 @@ NAMES = ("x", "weight", "bias", "dy", "down")
 def linear_gated_call(rng: random.Random, backend: str) -> Call:
     """The op's y; u and the backward by the node's calls, which the table makes. A node's tensors
     are in memory as they are: what is lazily negated goes to the registered op."""
-    fused = rng.choice((True, True, False, None) if backend == "triton" else (None, False))
+    fused = rng.choice((None, False) if backend == "torch" else (True, True, False, None))
     dtype = draw_dtype(rng, "linear_gated" if fused else "gated", backend)
     widths = [8 * rng.randint(1, 20) if fused else max(1, draw_size(rng, 130)) for _ in "ab"]
     rows = draw_size(rng, 40 if backend == "triton" else 140)

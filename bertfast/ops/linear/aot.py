@@ -106,16 +106,23 @@ def cuda_case(kernel: str, arguments: list[str]) -> Case | None:
     if found[2]:
         return _ping_pong(pass_, dtype, tanh)
     tile = int(arguments[2]) if pass_ == "forward" else 128
+    outputs = 2 if pass_ == "forward" else 1
+    return by_warps(tile, tanh, dtype, outputs, MOST_OUTSIDE[pass_])
+
+
+def by_warps(tile: int, words: str, dtype: str, outputs: float, most_outside: float) -> Case:
+    """Of a kernel whose blocks have `tile` x `tile` sums, by mma.sync. outputs: tensors of so many
+    values that it writes."""
     depth = _CUDA_OPERAND // tile
     small = tile < 128  # too few values of a thread for what a block costs
     work = Work(
         *(tile, tile, depth, ((tile, depth),)),
         streamed=tile,
-        outputs=2 if pass_ == "forward" else 1,
-        most_outside=None if small else MOST_OUTSIDE[pass_],
+        outputs=outputs,
+        most_outside=None if small else most_outside,
     )
     return Case(
-        f"{tile} x {tile} x {depth}{tanh}",
+        f"{tile} x {tile} x {depth}{words}",
         dtype,
         threads=32 * _CUDA_WARPS,
         elements=tile**2 / (32 * _CUDA_WARPS),

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "device/gpu.cuh"
+#include "device/types.cuh"
 #include "params.h"
 
 namespace bertfast {
@@ -25,10 +26,8 @@ cudaError_t launch_backward_ping_pong(const LinearGeluBackward&, bool tanh, DTyp
 // Calls use(T(), kTanh), the latter as a type.
 template<class Use>
 cudaError_t with_form(DType dtype, bool tanh, Use use) {
-  const auto with_type = [&](auto t) {
-    return tanh ? use(t, std::true_type()) : use(t, std::false_type());
-  };
-  return dtype == DType::kFloat16 ? with_type(__half()) : with_type(__nv_bfloat16());
+  return with_half(
+      dtype, [&](auto t) { return tanh ? use(t, std::true_type()) : use(t, std::false_type()); });
 }
 
 }  // namespace bertfast
