@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from support.guard import run_guarded
+from test_attention_backward_bulk import backward_of
 from test_attention_texts_apart import NAMES
 from test_bindings import off
 
@@ -49,12 +50,14 @@ LONG = [
     Case((17, 0, 130, 40, 3, 256), packed=True, plan=True, p=0.1, head_dim=64, rotary=True),
     Case((140, 20), packed=True, head_dim=80, rotary=True),
 ]
-# In the forward in tiles of 128 queries, where multiprocessors are few.
+# In the forward in tiles of 128 queries, where multiprocessors are few. So is dq of heads of 32 and
+# 64, and of heads of 32 dkv in tiles of 128 keys.
 DOUBLE = [
     Case((200,), head_dim=64, p=0.1, rotary=True),
     Case((90, 140), mask="left", head_dim=32, p=0.2, rotary=True),
     Case((17, 30, 0, 200, 140, 3), packed=True, plan=True, head_dim=64, rotary=True),
     Case((170,), head_dim=48, rotary=True),
+    Case((170,), head_dim=30, p=0.1, rotary=True),
 ]
 GPUS = {"tiles": (100, 1000), "bulk": (90, 1000), "double": (80, 1)}
 forms = pytest.mark.parametrize(
@@ -100,6 +103,21 @@ def test_budget_holds_when_sums_are_cut_off_and_approximations_off(host_runtime,
         assert torch.equal(value, result[name]), name
 
 
+@pytest.mark.parametrize("case", DOUBLE, ids=str)
+def test_tiles_of_128_give_the_bits_of_64(host_runtime, case):
+    inputs, found, accesses = table.make_inputs(case, BF16), [], []
+    for multiprocessors in (1000, 1):
+        host_runtime.set_gpu(80, multiprocessors)
+        run = backward_of(inputs)
+        host_runtime.reset_records()
+        found.append(run())
+        accesses.append(sum(count for _, _, count in host_runtime.bank_conflicts()))
+    for number, (one, other) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(one, other), number
+    # They read shared memory less.
+    assert (accesses[1] < 0.9 * accesses[0]) == (case.head_dim in (32, 64)), accesses
+
+
 @forms
 def test_no_bank_conflicts(host_runtime, gpu, case):
     host_runtime.reset_records()
@@ -109,8 +127,10 @@ def test_no_bank_conflicts(host_runtime, gpu, case):
     excused = "backward_dq_bulk.cu" if 64 < case.head_dim <= 96 else "none"
     assert [record for record in records if record[1] > 1 and excused not in record[0]] == []
     found, bulk = kernels(host_runtime), gpu == "bulk" and case.head_dim != 80
-    assert ("rotary" in found) == (case.head_dim not in (64, 128) and not bulk)
+    whole = case.head_dim in (64, 128) or bulk or (gpu == "double" and case.head_dim == 32)
+    assert ("rotary" in found) == (not whole)
     assert ("dq_tile" in found, "backward_dq_bulk" in found) == (not bulk, bulk)
+    assert ("dkv_double_tile" in found) == (gpu == "double" and case.head_dim == 32)
     assert ("forward_bulk" in found) == (gpu == "bulk")
 
 
@@ -136,7 +156,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize(
     "gpu, head_dim, longest",
-    [("tiles", 64, 40), ("tiles", 48, 40), ("bulk", 64, 150)],
+    [("tiles", 64, 40), ("tiles", 48, 40), ("bulk", 64, 150), ("double", 32, 150)],
     indirect=["gpu"],
 )
 def test_budget_catches_a_wrong_rotation(monkeypatch, gpu, head_dim, longest, fault):
@@ -162,7 +182,7 @@ def test_budget_catches_a_wrong_rotation(monkeypatch, gpu, head_dim, longest, fa
 
 @pytest.mark.parametrize(
     "gpu, head_dim, longest",
-    [("tiles", 64, 70), ("tiles", 24, 70), ("bulk", 64, 150)],
+    [("tiles", 64, 70), ("tiles", 24, 70), ("bulk", 64, 150), ("double", 32, 150)],
     indirect=["gpu"],
 )
 @pytest.mark.parametrize("name", NAMES)

@@ -15,18 +15,20 @@ of a warp's steps, which takes 1.5 to 2.4 instructions a score more, and Triton 
     window, dropout    111/67, 72 |  91/52      209/107, 153 | 132/159
     bias               108/64     |  94/63      216/109, 110 | 136/156
     bias, dropout       94/55     |  84/51      179/98       | 120/129
-    rotary               -        | 107/76      as calls without
+    rotary               -        | 115/76      as calls without
     heads of 32
     window              66/73, 87 |  53/69      130/119, 129 |  76/145
     bias                54/17, 18 |  47/50      108/26, 28   |  68/96
-    rotary               -        |  54/78      as calls without
+    rotary               -        | 133/78      as calls without
+    rotary, below 32     -        |  54/78
 
 On an H100 a window's forward alone is faster in CUDA. Both passes together are faster in Triton, by
 10 to 22 %; with dropout the model can't tell, which is up to 13 % off published speeds. A bias's
 gradient comes on top, by a kernel that moves 8.5 bytes of L2 a score in CUDA and 13 to 21 in
 Triton. CUDA's kernels by position have none for heads of 32, which are done as those of 64 with
-zeros. With heads of 128 CUDA is ahead or, in a window's forward on an H100, no further behind than
-the model can tell (11 to 14 %).
+zeros; rotary positions need them of narrower heads alone, or where a GPU isn't full. With heads of
+128 CUDA is ahead or, in a window's forward on an H100, no further behind than the model can tell
+(11 to 14 %).
 """
 
 from typing import Any, NamedTuple
@@ -88,10 +90,10 @@ LINES = (
     ),
     Line(
         _TRITON_FIRST,
-        "machine code: with rotary positions, heads of 32 take 8 and 12 instructions a score in "
-        "Triton's dq and dkv, and in CUDA what those of 64 take, 18 and 26",
+        "machine code: with rotary positions, heads below 32 take 8 and 12 instructions a score in "
+        "Triton's dq and dkv, as those of 32 do, and in CUDA what those of 64 take, 18 and 26",
         _BY_MMA_SYNC,
-        width=32,
+        width=31,
         features=("rotary",),
         backward=True,
     ),

@@ -5,6 +5,7 @@
 
 #include "device/attention/key_rows.cuh"
 #include "device/attention/own_rows.cuh"
+#include "device/attention/rotary.cuh"
 #include "device/attention/scores.cuh"
 #include "device/attention/turns.cuh"
 #include "device/tile.cuh"
@@ -18,6 +19,10 @@ constexpr bool kDropoutHoldsValues = true;
 #else
 constexpr bool kDropoutHoldsValues = false;
 #endif
+
+// Columns of heads that are rotated back. Of those of 64 the code for it, behind the loop, has the
+// loop take 3 % more instructions, for want of registers.
+constexpr int kRotatedColumns = 32;
 
 template<int kDim, bool kDropout = false>
 struct DkvDouble {
@@ -205,8 +210,8 @@ __device__ __forceinline__ void dkv_double_tile(const AttentionBackward& p, Tile
   }
   cp_async_wait<0>();
 
-  // 4. scale and write, by way of the rows that only the warp itself reads; a key that doesn't
-  // count gets exact zeros
+  // 4. rotate dk back, scale and write, by way of the rows that only the warp itself reads; a key
+  // that doesn't count gets exact zeros
   TilePlace to = TilePlace::get(p.batch, Shape::kTileBytes);
   to.tile = Shape::kRows;
   const auto inside = [&](int key) { return to.inside(key); };
@@ -220,6 +225,9 @@ __device__ __forceinline__ void dkv_double_tile(const AttentionBackward& p, Tile
   for (int part = 0; part < kParts; ++part) {
     // As if each part were a warp's.
     const int as = 32 * (kParts * warp + part) + thread % 32;
+    if constexpr (kDim == kRotatedColumns) {
+      if (is_rotary(p.batch)) rotate_whole_heads<kDim>(dk[part], p.batch, to, as, same);
+    }
     Rows::store(place, dk[part], dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
                 p.batch.head_dim, as, same, inside, counts);
     __syncwarp();

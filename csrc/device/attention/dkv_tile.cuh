@@ -26,8 +26,9 @@ struct Dkv {
 };
 
 // A tile of keys, or of a shared one the sequence that is to be done alone; returns which one is
-// next. find: gives the tile's place. kByPosition: as in the forward.
-template<class T, int kDim, bool kDropout, bool kByPosition = false, class Find>
+// next. find: gives the tile's place. kByPosition, kRotates: as in dq's.
+template<class T, int kDim, bool kDropout, bool kByPosition = false, bool kRotates = kByPosition,
+         class Find>
 __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   using Shape = Dkv<kDim>;
   using Rows = Tile<kDim>;
@@ -238,6 +239,8 @@ __device__ __forceinline__ int dkv_tile(const AttentionBackward& p, Find find) {
   if constexpr (kByPosition) {
     const int byte = Shape::kFirstStage + (blocks & 1) * 2 * Shape::kQueryBytes;
     if (is_rotary(p.batch)) rotate_back<kDim>(dk, p.batch, to, thread, key_of_row, byte);
+  } else if constexpr (kRotates) {
+    if (is_rotary(p.batch)) rotate_whole_heads<kDim>(dk, p.batch, to, thread, key_of_row);
   }
   Rows::store(stage(blocks, 0), dk, dk_factor, dk_factor, row_of<T>(p.dk, to, to.first), p.dk.token,
               p.batch.head_dim, thread, key_of_row, inside, counts);

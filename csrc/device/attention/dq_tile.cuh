@@ -25,8 +25,10 @@ struct Dq {
 };
 
 // A tile of queries, or of a shared one the sequence that is to be done alone; returns which one is
-// next. With two parts: a tile of one sequence. kByPosition: as in the forward.
-template<class T, int kDim, bool kDropout, int kParts, bool kByPosition = false>
+// next. With two parts: a tile of one sequence. kByPosition: as in the forward. kRotates: of a call
+// that may have rotary positions, and then, but by position, whole heads.
+template<class T, int kDim, bool kDropout, int kParts, bool kByPosition = false,
+         bool kRotates = kByPosition>
 __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at) {
   using Shape = Dq<kDim, kParts>;
   using Rows = Tile<kDim>;
@@ -218,6 +220,8 @@ __device__ __forceinline__ int dq_tile(const AttentionBackward& p, TilePlace at)
     if constexpr (kByPosition) {
       const int byte = (blocks & 1) * Shape::kStageBytes;
       if (is_rotary(p.batch)) rotate_back<kDim>(dq[part], p.batch, to, as, same, byte);
+    } else if constexpr (kRotates) {
+      if (is_rotary(p.batch)) rotate_whole_heads<kDim>(dq[part], p.batch, to, as, same);
     }
     Rows::store(
         place, dq[part], factor, factor, row_of<T>(p.dq, to, to.first), p.dq.token,

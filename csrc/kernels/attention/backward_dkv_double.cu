@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim>)
       return;
     }
     for_each_turn([&](int alone) {
-      return dkv_tile<T, kDim, kDropout>(p,
-                                         [&] { return find_double_tile(p.batch, alone, kBefore); });
+      return dkv_tile<T, kDim, kDropout, false, kDim == kRotatedColumns>(
+          p, [&] { return find_double_tile(p.batch, alone, kBefore); });
     });
   }
 }
@@ -49,7 +49,9 @@ int bytes_of(const AttentionBatch& p) {
 }  // namespace
 
 bool dkv_double_takes(const AttentionBackward& p, const Gpu& gpu) {
-  return p.batch.head_dim <= kMostColumns && double_tiles_fill(p.batch, gpu) &&
+  const bool rotates = has_whole_heads(p.batch) && p.batch.head_dim == kRotatedColumns;
+  return (p.batch.scores.half == 0 || rotates) && p.batch.head_dim <= kMostColumns &&
+         double_tiles_fill(p.batch, gpu) &&
          2 * (bytes_of<kMostColumns>(p.batch) + 1024) <= gpu.shared_memory;
 }
 

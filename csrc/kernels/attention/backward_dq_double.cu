@@ -28,11 +28,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kDim>)
     await_earlier_kernels();
     const TilePlace at = find_double_tile(p.batch, 0, kBefore);
     if (at.tile == 2 * kTileRows) {
-      dq_tile<T, kDim, kDropout, 2>(p, at);
+      dq_tile<T, kDim, kDropout, 2, false, true>(p, at);
       return;
     }
     for_each_turn([&](int alone) {
-      return dq_tile<T, kDim, kDropout, 1>(p, find_double_tile(p.batch, alone, kBefore));
+      const TilePlace next = find_double_tile(p.batch, alone, kBefore);
+      return dq_tile<T, kDim, kDropout, 1, false, true>(p, next);
     });
   }
 }
@@ -46,7 +47,8 @@ int bytes_of(const AttentionBatch& p) {
 }  // namespace
 
 bool dq_double_takes(const AttentionBackward& p, const Gpu& gpu) {
-  return p.batch.head_dim <= kMostColumns && double_tiles_fill(p.batch, gpu) &&
+  return has_whole_heads(p.batch) && p.batch.head_dim <= kMostColumns &&
+         double_tiles_fill(p.batch, gpu) &&
          2 * (bytes_of<kMostColumns>(p.batch) + 1024) <= gpu.shared_memory;
 }
 

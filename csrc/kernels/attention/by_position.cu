@@ -3,7 +3,8 @@
 //
 //   score = scale * q k^T + bias[head, key - query],  -inf outside the window
 //
-// The backward of rotary positions is here too: dq and dk are rotated back before they are rounded
+// The backward of rotary positions is here too, but for what the kernels for Hopper and those of
+// tiles of 128 do of it: dq and dk are rotated back before they are rounded
 // (device/attention/rotary.cuh). Its forward is any kernel's, of a rotated q and k (rotate.cu).
 //
 // Keys that no query of a tile sees are never visited, nor queries that see none of its keys, and
@@ -71,22 +72,27 @@ cudaError_t launch_forward_by_position(const AttentionForward& params, DType dty
   });
 }
 
-cudaError_t launch_backward_by_position(const AttentionBackward& params, DType dtype,
-                                        Stream stream) {
+cudaError_t launch_dq_by_position(const AttentionBackward& params, DType dtype, Stream stream) {
   AttentionBackward p = params;
   return with_wide_dim(dtype, p.batch.head_dim, [&](auto t, auto dim) {
     using T = decltype(t);
     constexpr int kDim = decltype(dim)::value;
-    const int beside = attention_bytes(p.batch);
-    const dim3 block(kAttentionThreads);
-    dim3 grid = attention_grid(p.batch, 15);
-    const auto dq = attention_backward_dq_by_position_kernel<T, kDim>;
-    const cudaError_t error =
-        launch_early(dq, grid, block, Dq<kDim, 1>::kTileBytes + beside, stream, p);
-    if (error != cudaSuccess) return error;
-    grid = attention_grid(p.batch, 31);
-    const auto dkv = attention_backward_dkv_by_position_kernel<T, kDim>;
-    return launch_early(dkv, grid, block, Dkv<kDim>::kTileBytes + beside, stream, p);
+    const dim3 grid = attention_grid(p.batch, 15);
+    const int bytes = Dq<kDim, 1>::kTileBytes + attention_bytes(p.batch);
+    const auto kernel = attention_backward_dq_by_position_kernel<T, kDim>;
+    return launch_early(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
+  });
+}
+
+cudaError_t launch_dkv_by_position(const AttentionBackward& params, DType dtype, Stream stream) {
+  AttentionBackward p = params;
+  return with_wide_dim(dtype, p.batch.head_dim, [&](auto t, auto dim) {
+    using T = decltype(t);
+    constexpr int kDim = decltype(dim)::value;
+    const dim3 grid = attention_grid(p.batch, 31);
+    const int bytes = Dkv<kDim>::kTileBytes + attention_bytes(p.batch);
+    const auto kernel = attention_backward_dkv_by_position_kernel<T, kDim>;
+    return launch_early(kernel, grid, dim3(kAttentionThreads), bytes, stream, p);
   });
 }
 

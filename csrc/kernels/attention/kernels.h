@@ -14,7 +14,8 @@ cudaError_t launch_dkv_tiles(const AttentionBackward&, DType, Stream);
 // The same with a window and a bias by distance, of calls that have one of them. The backward is
 // also that of rotary positions.
 cudaError_t launch_forward_by_position(const AttentionForward&, DType, Stream);
-cudaError_t launch_backward_by_position(const AttentionBackward&, DType, Stream);
+cudaError_t launch_dq_by_position(const AttentionBackward&, DType, Stream);
+cudaError_t launch_dkv_by_position(const AttentionBackward&, DType, Stream);
 
 // By mma.sync, 128 queries, or keys, a block, for calls that it takes.
 bool forward_double_takes(const AttentionForward&, DType, const Gpu&);

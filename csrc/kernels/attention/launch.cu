@@ -20,16 +20,19 @@ cudaError_t launch_attention_backward(const AttentionBackward& p, DType dtype, S
   Gpu gpu;
   cudaError_t error = current_gpu(&gpu);
   if (error != cudaSuccess) return error;
-  const bool bulk = !scores.by_position && gpu.capability == 90 && fits_bulk_backward(p);
-  if (scores.by_position || (scores.half && !bulk)) {
-    return launch_backward_by_position(p, dtype, stream);
+  if (scores.by_position) {
+    error = launch_dq_by_position(p, dtype, stream);
+    return error == cudaSuccess ? launch_dkv_by_position(p, dtype, stream) : error;
   }
+  const bool bulk = gpu.capability == 90 && fits_bulk_backward(p);
   error = bulk                      ? launch_dq_bulk(p, dtype, stream)
           : dq_double_takes(p, gpu) ? launch_dq_double(p, dtype, stream)
+          : scores.half             ? launch_dq_by_position(p, dtype, stream)
                                     : launch_dq_tiles(p, dtype, stream);
   if (error != cudaSuccess) return error;
   return bulk                       ? launch_dkv_bulk(p, dtype, stream)
          : dkv_double_takes(p, gpu) ? launch_dkv_double(p, dtype, stream)
+         : scores.half              ? launch_dkv_by_position(p, dtype, stream)
                                     : launch_dkv_tiles(p, dtype, stream);
 }
 
