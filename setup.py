@@ -157,9 +157,24 @@ class Recipe:
     directory: str
     facts: dict[str, object]
 
+    def object_of(self, source: str) -> str:
+        return f"{self.directory}/{source.removeprefix(self.directory + '/')}.o"
+
 
 def sources(pattern: str) -> list[str]:
     return sorted(path.as_posix() for path in Path("csrc").glob(pattern))
+
+
+def bindings(directory: str) -> str:
+    """The source of all bindings in one: apart, the compiler would make pybind11's own functions
+    for each, and take five times as long."""
+    path = Path(directory, "bindings.cpp")
+    files = sources("bindings/*.cpp")
+    text = "".join(f'#include "{file.removeprefix("csrc/")}"\n' for file in files)
+    if not path.exists() or path.read_text() != text:  # or it would be compiled again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path.as_posix()
 
 
 def binding_flags(module: str) -> list[str]:
@@ -186,14 +201,14 @@ def cuda_recipe(env: Mapping[str, str]) -> Recipe:
         is_hoppers = source.endswith(FOR_HOPPER) and own == [["sm_90a"]]
         code = gencode(own, not is_hoppers and not source.endswith(WITHOUT_KERNELS))
         commands[source] = [*base, *flags, *code, threads, verbose]
-    bindings = [*base, *common, *binding_flags("_cuda")]
-    commands |= {source: bindings for source in sources("bindings/*.cpp")}
+    directory = "build/cuda"
+    commands[bindings(directory)] = [*base, *common, *binding_flags("_cuda")]
     # The static runtime needs neither the toolkit nor a driver at import. Its symbols stay inside,
     # lest torch's own copy of the runtime answers for some of them.
     link = [*base, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL,-s"]
     release = re.search(r"V([\d.]+)", output(compiler, "--version"))
     facts = {"architectures": archs, "nvcc": release[1] if release else "unknown"}
-    return Recipe(commands, link, flags, "build/cuda", facts)
+    return Recipe(commands, link, flags, directory, facts)
 
 
 def host_recipe(env: Mapping[str, str]) -> Recipe:
@@ -217,11 +232,11 @@ def host_recipe(env: Mapping[str, str]) -> Recipe:
     flags += ["-DBERTFAST_HOST"]
     commands = {source: [*compiler, *flags] for source in sources("host/*.cpp")}
     commands |= {source: [*compiler, *flags, "-xc++"] for source in sources("kernels/**/*.cu")}
-    bindings = [*compiler, *flags, *binding_flags("_host")]
-    commands |= {source: bindings for source in sources("bindings/*.cpp")}
+    directory = f"build/host{'-' * bool(sanitize)}{sanitize}"
+    commands[bindings(directory)] = [*compiler, *flags, *binding_flags("_host")]
     link = [*compiler, "-shared", *(speed[:1] if sanitize else ["-s"]), "-pthread"]
-    facts = {"cxx": output(*compiler, "--version").partition("\n")[0]}
-    return Recipe(commands, link, flags, f"build/host{'-' * bool(sanitize)}{sanitize}", facts)
+    facts: dict[str, object] = {"cxx": output(*compiler, "--version").partition("\n")[0]}
+    return Recipe(commands, link, flags, directory, facts)
 
 
 def ninja_file(recipe: Recipe, target: str) -> str:
@@ -246,7 +261,7 @@ def ninja_file(recipe: Recipe, target: str) -> str:
     ]
     objects = []
     for source, command in recipe.compile.items():
-        objects.append(f"{recipe.directory}/{source}.o")
+        objects.append(recipe.object_of(source))
         lines += [f"build {objects[-1]}: compile {source}", f"  compiler = {escape(command)}"]
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     return "\n".join(lines)
@@ -277,7 +292,7 @@ def compile_module(recipe: Recipe, filename: str) -> Path:
 
 def remarks(recipe: Recipe) -> list[str]:
     """What ptxas said of its own accord (C7519, ...) of what the module is made of."""
-    said = [Path(f"{recipe.directory}/{source}.o.said") for source in recipe.compile]
+    said = [Path(f"{recipe.object_of(source)}.said") for source in recipe.compile]
     lines = [line for path in said if path.exists() for line in path.read_text().splitlines()]
     return sorted({line for line in lines if re.search(r"\(C\d{4}\)", line)})
 

@@ -221,11 +221,14 @@ def test_only_what_changed_is_compiled_again(package, tmp_path):
         return {path.name: path.stat().st_mtime_ns for path in objects}
 
     first = build()
-    assert sorted(first) == ["module.cpp.o", "one.cu.o", "runtime.cpp.o", "two.cu.o"]
+    assert sorted(first) == ["bindings.cpp.o", "one.cu.o", "runtime.cpp.o", "two.cu.o"]
     assert build() == first
     (tmp_path / "csrc" / "device" / "shared.cuh").write_text("long shared;\n")
     second = build()
     assert {name for name in first if second[name] != first[name]} == {"one.cu.o"}
+    (tmp_path / "csrc" / "bindings" / "another.cpp").write_text("int another;\n")
+    third = build()
+    assert {name for name in first if third[name] != second[name]} == {"bindings.cpp.o"}
 
 
 def test_ptxas_remarks_are_recorded(package, tmp_path):

@@ -9,7 +9,7 @@
 #include "bindings/tensor.h"
 
 namespace bertfast {
-namespace {
+namespace of_attention {
 
 constexpr int kVector = 8;         // values in 16 bytes, which is how tiles are copied
 constexpr int kMostColumns = 128;  // of a head
@@ -393,5 +393,5 @@ const Binding binding([](py::module_& m) {
   m.def("attention_in_vectors", &in_vectors, py::arg("x"));
 });
 
-}  // namespace
+}  // namespace of_attention
 }  // namespace bertfast

@@ -6,7 +6,7 @@
 #include "bindings/tensor.h"
 
 namespace bertfast {
-namespace {
+namespace of_bias_gelu {
 
 // A row, where there is no bias and no gap, so that the shape says nothing: what a block takes.
 constexpr int kFlatBytes = 256 * 16;
@@ -130,5 +130,5 @@ const Binding binding([](py::module_& m) {
         py::arg("tanh"), py::arg("dx"), py::arg("dbias"), py::arg("partial"));
 });
 
-}  // namespace
+}  // namespace of_bias_gelu
 }  // namespace bertfast

@@ -6,7 +6,7 @@
 #include "bindings/tensor.h"
 
 namespace bertfast {
-namespace {
+namespace of_gated {
 
 // Of a tensor as wide as a result of the op, dense or in rows of its own.
 struct Size {
@@ -99,5 +99,5 @@ const Binding binding([](py::module_& m) {
         py::arg("partial"));
 });
 
-}  // namespace
+}  // namespace of_gated
 }  // namespace bertfast

@@ -6,7 +6,7 @@
 #include "host/control.h"
 
 namespace bertfast {
-namespace {
+namespace of_host {
 
 namespace py = pybind11;
 
@@ -37,7 +37,7 @@ const Binding binding([](py::module_& m) {
   m.def("philox10", &philox10);
 });
 
-}  // namespace
+}  // namespace of_host
 }  // namespace bertfast
 
 #endif

@@ -7,7 +7,7 @@
 #include "bindings/tensor.h"
 
 namespace bertfast {
-namespace {
+namespace of_layer_norm {
 
 // A row group adds at most this many rows in one float32 chain before the compensated final sum:
 // what that rounds is within the error budget, whatever the number of rows.
@@ -184,5 +184,5 @@ const Binding binding([](py::module_& m) {
         py::arg("weight"), py::arg("dropout"), py::arg("grads"), py::arg("partial"));
 });
 
-}  // namespace
+}  // namespace of_layer_norm
 }  // namespace bertfast

@@ -3,7 +3,7 @@
 #include "bindings/product.h"
 
 namespace bertfast {
-namespace {
+namespace of_linear_gated {
 
 void forward(py::handle x, py::handle weight, py::handle bias, int activation, py::handle y,
              py::handle u) {
@@ -39,5 +39,5 @@ const Binding binding([](py::module_& m) {
         py::arg("partial"));
 });
 
-}  // namespace
+}  // namespace of_linear_gated
 }  // namespace bertfast

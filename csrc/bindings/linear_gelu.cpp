@@ -3,7 +3,7 @@
 #include "bindings/product.h"
 
 namespace bertfast {
-namespace {
+namespace of_linear_gelu {
 
 void forward(py::handle x, py::handle weight, py::handle bias, bool tanh, py::handle y,
              py::handle u) {
@@ -37,5 +37,5 @@ const Binding binding([](py::module_& m) {
         py::arg("bias"), py::arg("tanh"), py::arg("dv"), py::arg("dbias"), py::arg("partial"));
 });
 
-}  // namespace
+}  // namespace of_linear_gelu
 }  // namespace bertfast

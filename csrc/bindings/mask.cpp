@@ -9,7 +9,7 @@
 #include "bindings/module.h"
 
 namespace bertfast {
-namespace {
+namespace of_mask {
 
 namespace py = pybind11;
 
@@ -180,5 +180,5 @@ const Binding binding([](py::module_& m) {
         py::arg("rooms").noconvert());
 });
 
-}  // namespace
+}  // namespace of_mask
 }  // namespace bertfast

@@ -6,7 +6,7 @@
 #include "params.h"
 
 namespace bertfast {
-namespace {
+namespace of_probe {
 
 namespace py = pybind11;
 
@@ -29,7 +29,7 @@ py::tuple probe(int device) {
 
 const Binding binding([](py::module_& m) { m.def("probe", &probe, py::arg("device")); });
 
-}  // namespace
+}  // namespace of_probe
 }  // namespace bertfast
 
 #endif

@@ -12,7 +12,7 @@
 #include "bindings/tensor.h"
 
 namespace bertfast {
-namespace {
+namespace of_watch {
 
 namespace py = pybind11;
 
@@ -108,5 +108,5 @@ const Binding binding([](py::module_& m) {
   m.def("memory_of", &memory_of);
 });
 
-}  // namespace
+}  // namespace of_watch
 }  // namespace bertfast
