@@ -92,7 +92,8 @@ def _measured() -> str:
     if not SPEED.exists():
         return ""
     found = json.loads(SPEED.read_text())
-    device = found["environment"]["device"].removeprefix("cpu: ")
+    environment = found["environment"]
+    device = environment["device"].removeprefix("cpu: ")
 
     def between(size: str, case: str) -> str:
         ratios = [family[size][case]["over"] for family in found["families"].values()]
@@ -101,8 +102,8 @@ def _measured() -> str:
     full = [between("base", f"{way}, full") for way in WAYS]
     tiny = [between("tiny", f"{way}, {case}") for case in ("padded", "full") for way in WAYS]
     return (
-        f"\nMeasured in one run on one thread ({device}), other work beside it. Without padding\n"
-        f"the speeds are {full[0]} and {full[1]}. At a width of 64, where the host's work is\n"
+        f"\nMeasured in one run on one thread ({device}; load {environment['load']} when it began).\n"
+        f"Without padding the speeds are {full[0]} and {full[1]}. At a width of 64, where the host's work is\n"
         f"most of the time, {tiny[0]} and {tiny[1]}, and without padding {tiny[2]} and\n"
         f"{tiny[3]}.\n"
     )
