@@ -32,6 +32,11 @@ def columns_apart(x: torch.Tensor) -> torch.Tensor:
     return x.t().contiguous().t()
 
 
+def off(x: torch.Tensor) -> torch.Tensor:
+    """The same values, one element into their memory."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
 def longer(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, x])
 

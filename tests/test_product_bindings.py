@@ -14,15 +14,11 @@ from test_bindings import (  # noqa: F401
     host,
     longer,
     new,
+    off,
     refused,
 )
 
 pytestmark = pytest.mark.host
-
-
-def off(x: torch.Tensor) -> torch.Tensor:
-    """The same values, one element into their memory."""
-    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
 
 def gap_of_4(x: torch.Tensor) -> torch.Tensor:
