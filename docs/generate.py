@@ -102,10 +102,10 @@ def _measured() -> str:
     full = [between("base", f"{way}, full") for way in WAYS]
     tiny = [between("tiny", f"{way}, {case}") for case in ("padded", "full") for way in WAYS]
     return (
-        f"\nMeasured in one run on one thread ({device}; load {environment['load']} when it began).\n"
-        f"Without padding the speeds are {full[0]} and {full[1]}. At a width of 64, where the host's work is\n"
-        f"most of the time, {tiny[0]} and {tiny[1]}, and without padding {tiny[2]} and\n"
-        f"{tiny[3]}.\n"
+        f"\nMeasured in one run on one thread ({device}; load {environment['load']} when it\n"
+        f"began). Without padding the speeds are {full[0]} and {full[1]}. At a width of\n"
+        f"64, where the host's work is most of the time, {tiny[0]} and {tiny[1]}, and\n"
+        f"without padding {tiny[2]} and {tiny[3]}.\n"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from support.hf_models import batch, packs, tiny
 
 import bertfast
+from bertfast import notice
 from bertfast.hf.families.mpnet import BUCKETS, REACH
 from bertfast.testing.model import numbers
 
@@ -52,7 +53,8 @@ def test_masked_tokens_between_others():
     assert not packs(model, inputs)
 
 
-def test_a_layer_that_runs_its_original_code_gets_the_bias_of_all_pairs():
+def test_a_layer_that_runs_its_original_code_gets_the_bias_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(notice, "_told", set())
     stock, model = both()
     for one in (stock, model):
         one.encoder.layer[1].attention.attn.register_forward_hook(lambda m, a, out: (2 * out[0],))

@@ -57,12 +57,7 @@ class Layer(layer.Layer):
         return self.attention.attn
 
     def positions(self, batch: Batch, args: tuple, kwargs: dict) -> Positions:
-        if not args:
-            return NO_POSITIONS
-        if batch.shared is not None and batch.shared.room is not None:
-            # A graph's, which keeps what it shares: each capture has a bias of its own.
-            return Positions(distance_bias=args[0])
-        return batch.once(args[0], lambda: Positions(distance_bias=args[0]))
+        return Positions(distance_bias=args[0]) if args else NO_POSITIONS
 
     def original_arguments(self, hidden_states: torch.Tensor, args: tuple) -> tuple:
         length = hidden_states.shape[1]
