@@ -130,7 +130,8 @@ def rotated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k (B, S, H, D), rotated by each token's position in its row."""
     cos, sin = (table[: q.shape[1], None].to(q.dtype) for table in (cos, sin))
-    if torch.is_grad_enabled() or not tracing.plain_call(q, k, cos, sin):
+    plain = tracing.plain_call(q, k, cos, sin) and not tracing.only_reference()
+    if torch.is_grad_enabled() or not plain:
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
     # The same numbers in three passes, of which two go over halves, and one new tensor.
     both = torch.cat((cos, cos), -1)
